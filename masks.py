@@ -1,0 +1,205 @@
+"""Masks: the attention mask is the task.
+
+Every position of a packed sequence carries a sample number, a segment type s, a block id b, and its coordinates for RoPE;
+every sample carries its task. Query i may attend to key j only inside one sample, and only if a rule holds that depends on
+the task and the two segment types alone (blog, section 3):
+
+    M_ij = 1  <=>  sample_i = sample_j  and  RULES[task][s_i][s_j] holds for (b_j, b_i)
+
+    task   layout of a sample     what is predicted
+    T2T    [C][N]                 text blocks
+    T2I    [C][I][N]              the image, and the caption as an auxiliary task
+    IT2T   [P][I][C][N]           the answer; instruction P and image I are clean context
+
+    P instruction   C clean text   I image (one block)   N noisy text: same blocks and coordinates as its clean copy C
+
+The rules are data: a new task is a new 4 x 4 table, and neither the attention kernels nor this file change.
+Nothing of size L x L is built except by `dense`, which is for tests, pictures and small runs.
+
+Shapes: L positions of the packed sequence, S samples.    Run: python masks.py   (CPU, 2 s; draws masks.png)
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+P, C, I, N = range(4)                                  # segment types
+SEGMENTS = "PCIN"
+T2T, T2I, IT2T = range(3)                              # tasks
+TASKS = ("t2t", "t2i", "it2t")
+NEVER, ALWAYS, LE, LT, EQ = range(5)                   # relations between the key's block b_j and the query's block b_i
+_ = NEVER
+
+# keys:     P       C   I       N           queries
+T2T_RULE = [[_,      _,  _,      _],       # P
+            [_,      LE, _,      _],       # C   block-causal
+            [_,      _,  _,      _],       # I
+            [_,      LT, _,      EQ]]      # N   clean blocks before its own, and its own noisy block
+T2I_RULE = [[_,      _,  _,      _],
+            [_,      LE, _,      _],
+            [_,      ALWAYS, ALWAYS, _],   # I   the whole caption and itself; never the noisy text
+            [_,      LT, _,      EQ]]
+IT2T_RULE = [[ALWAYS, _,  ALWAYS, _],      # P   instruction and image form one bidirectional condition,
+             [ALWAYS, LE, ALWAYS, _],      # C   which sees nothing of the answer
+             [ALWAYS, _,  ALWAYS, _],      # I
+             [ALWAYS, LT, ALWAYS, EQ]]     # N
+RULES = torch.tensor([T2T_RULE, T2I_RULE, IT2T_RULE])  # (task, s_i, s_j)
+
+
+@dataclass
+class Layout:
+    """What each position of a packed sequence is. All int64: (L,) except `task` (S,)."""
+    sample: Tensor      # index into the samples of this sequence
+    segment: Tensor     # P, C, I or N
+    block: Tensor       # text: latent index // block_len; image: 0
+    row: Tensor         # coordinates for RoPE: text has row = col = its index, an image its grid
+    col: Tensor
+    task: Tensor        # (S,) task of each sample
+
+    def __len__(self) -> int:
+        return self.sample.numel()
+
+    def to(self, device) -> Layout:
+        return Layout(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def select(self, index: Tensor) -> Layout:
+        """The layout of some of the positions; index is (n,) positions or (L,) bool."""
+        return Layout(self.sample[index], self.segment[index], self.block[index], self.row[index],
+                      self.col[index], self.task)
+
+
+def concat(a: Layout, b: Layout) -> Layout:
+    """Positions of a, then those of b, over the same samples: what a KV cache holds after an append."""
+    return Layout(*(torch.cat([getattr(a, f.name), getattr(b, f.name)]) for f in fields(Layout)[:-1]), a.task)
+
+
+@dataclass
+class Sample:
+    """One sample to be packed, in latents. A length of 0 leaves the segment out and moves nothing else, which is how
+    the unconditional layouts of classifier-free guidance arise: T2I [I], IT2T [N], T2T [N]."""
+    task: int
+    prompt: int = 0                        # positions of P
+    image: tuple[int, int] = (0, 0)        # rows and columns of I
+    clean: int = 0                         # positions of C
+    noisy: int = 0                         # positions of N
+    start: int = 0                         # coordinate of the first position of C and of N; they continue after P
+    first: int = 0                         # index in the text of the first position given: generation packs one block
+
+
+def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
+    """Lay samples one after another into a sequence, each as [P][I][C][N] or [C][I][N] (blog, section 3). Attention
+    reads segments, blocks and coordinates only: the order inside a sample has no meaning to it."""
+    parts: list[tuple] = []
+    for number, s in enumerate(samples):
+        h, w = s.image
+        length_of = {P: s.prompt, C: s.clean, I: h * w, N: s.noisy}
+        for segment in (P, I, C, N) if s.prompt else (C, I, N):
+            length = length_of[segment]
+            if length == 0:
+                continue
+            if segment == I:
+                row, col = np.divmod(np.arange(length), w)
+                block = np.zeros(length, int)
+            else:
+                index = np.arange(length) + (0 if segment == P else s.first)
+                row = col = index + (0 if segment == P else s.start)
+                block = np.zeros(length, int) if segment == P else index // block_len
+            parts.append((np.full(length, number), np.full(length, segment), block, row, col))
+    columns = [np.concatenate(c) for c in zip(*parts)] if parts else [np.zeros(0, int)] * 5
+    task = np.array([s.task for s in samples], dtype=int)
+    return Layout(*(torch.from_numpy(c).to(device) for c in (*columns, task)))
+
+
+def text_layout(lengths, block_len: int, device=None) -> Layout:
+    """S texts of `lengths` latents each, clean, block-causal: the layout of the text VAE. block_len 1 is strictly causal."""
+    return pack([Sample(T2T, clean=int(n)) for n in lengths], block_len, device)
+
+
+def holds(relation: Tensor, b_i: Tensor, b_j: Tensor) -> Tensor:
+    """Whether each relation holds between a key's block b_j and a query's block b_i; all broadcast. bool"""
+    return ((relation == ALWAYS) | (relation == LE) & (b_j <= b_i)
+            | (relation == LT) & (b_j < b_i) | (relation == EQ) & (b_j == b_i))
+
+
+def dense(q: Layout, k: Layout, rules: Tensor = RULES) -> Tensor:
+    """The whole mask: bool (Lq, Lk), True where query i may attend to key j. O(Lq Lk) memory: for tests and pictures."""
+    relation = rules.to(q.segment.device)[q.task[q.sample][:, None], q.segment[:, None], k.segment[None, :]]
+    return (q.sample[:, None] == k.sample[None, :]) & holds(relation, q.block[:, None], k.block[None, :])
+
+
+@dataclass
+class Padded:
+    """A packed sequence seen as S rows of Lmax slots: `index` (S, Lmax) into the packed positions, 0 where `valid` is
+    False; `inverse` (L,) is each packed position's slot. `plain`: all rows are full and in order, a view is enough."""
+    index: Tensor
+    valid: Tensor
+    inverse: Tensor
+    plain: bool = field(default=False)
+
+
+def pad(layout: Layout) -> Padded:
+    """Group positions by sample. They need not be contiguous (a KV cache appends)."""
+    counts = torch.bincount(layout.sample, minlength=layout.task.numel())            # (S,)
+    order = torch.argsort(layout.sample, stable=True)                                # (L,) positions, sample by sample
+    starts = counts.cumsum(0) - counts                                               # (S,)
+    width = int(counts.max()) if counts.numel() else 0
+    slot = torch.arange(width, device=order.device)
+    valid = slot[None, :] < counts[:, None]                                          # (S, Lmax)
+    index = torch.where(valid, starts[:, None] + slot, 0)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=order.device)                   # place in `order` of each position
+    inverse = layout.sample * width + rank - starts[layout.sample]                   # (L,)
+    plain = bool(valid.all()) and torch.equal(order, torch.arange(order.numel(), device=order.device))
+    return Padded(order[index] if order.numel() else index, valid, inverse, plain)
+
+
+def padded_mask(q: Layout, k: Layout, q_pad: Padded, k_pad: Padded, rules: Tensor = RULES) -> Tensor:
+    """The mask of every sample by itself: bool (S, Lq_max, Lk_max), False at padding. Linear in the number of samples."""
+    s_i, b_i = q.segment[q_pad.index], q.block[q_pad.index]                          # (S, Lq)
+    s_j, b_j = k.segment[k_pad.index], k.block[k_pad.index]                          # (S, Lk)
+    relation = rules.to(s_i.device)[q.task[:, None, None], s_i[:, :, None], s_j[:, None, :]]
+    mask = holds(relation, b_i[:, :, None], b_j[:, None, :])
+    return mask & q_pad.valid[:, :, None] & k_pad.valid[:, None, :]
+
+
+def draw(layout: Layout, cell: int = 10):
+    """The mask as a PIL image in the style of the blog's Figure 2: rows are queries, columns keys, red allowed, gray
+    masked; strips along the top and left show the segment (green P, blue C, orange I, purple N)."""
+    from PIL import Image
+    strip = np.array([(80, 170, 90), (70, 120, 200), (240, 150, 50), (150, 90, 190)], np.uint8)[layout.segment.cpu()]
+    body = np.where(dense(layout, layout).cpu().numpy()[..., None], (215, 60, 50), (225, 225, 225)).astype(np.uint8)
+    picture = np.full((len(layout) + 2,) * 2 + (3,), 255, np.uint8)
+    picture[0, 2:], picture[2:, 0], picture[2:, 2:] = strip, strip, body
+    picture = picture.repeat(cell, 0).repeat(cell, 1)
+    picture[cell * 2::cell, cell * 2:], picture[cell * 2:, cell * 2::cell] = 255, 255        # grid lines
+    return Image.fromarray(picture)
+
+
+def main() -> None:
+    from PIL import Image
+    examples = {"t2t": Sample(T2T, clean=6, noisy=6), "t2i": Sample(T2I, clean=4, image=(2, 3), noisy=4),
+                "it2t": Sample(IT2T, prompt=3, image=(2, 2), clean=4, noisy=4, start=3)}
+    pictures = []
+    for name, sample in examples.items():
+        layout = pack([sample], block_len=2)
+        mask = dense(layout, layout)
+        print(f"{name}: {len(layout)} positions in blocks of 2, {int(mask.sum())} of {mask.numel()} pairs allowed"
+              " (rows are queries, columns keys, # allowed)")
+        print("   " + "".join(SEGMENTS[s] for s in layout.segment))
+        for i, row in enumerate(mask):
+            print(f" {SEGMENTS[layout.segment[i]]} " + "".join("#" if m else "." for m in row))
+        pictures.append(draw(layout))
+    canvas = Image.new("RGB", (sum(p.width for p in pictures) + 40, max(p.height for p in pictures)), "white")
+    for i, p in enumerate(pictures):
+        canvas.paste(p, (sum(x.width for x in pictures[:i]) + 20 * i, 0))
+    canvas.save("masks.png")
+    both = pack(list(examples.values()), block_len=2)
+    cross = dense(both, both) & (both.sample[:, None] != both.sample[None, :])
+    print(f"packed together: {len(both)} positions, {int(cross.sum())} pairs cross a sample (expect 0); masks.png drawn")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""MMDiT: the shared block-causal prior over packed text and image latents.
+
+    v = MMDiT(z_t, t, layout)          predicts eps - z_0 at every position        (paper, Eq. 9.32; blog, section 3)
+
+A transformer with adaLN-Zero (Peebles & Xie 2212.09748): every position has its own flow time, clean context t = 0, and
+the time alone sets the shift, scale and gate of each sub-layer, so they are computed once per distinct time. Text and image
+latents enter through their own linear maps and share one attention; `streams` says whether they also share the weights
+around it (1) or each have their own (2, Esser et al. 2403.03206). What attends to what is the layout's business (masks.py).
+
+The text side has the parameter names and the arithmetic of the public Cola DLM release: `load_official` reads it, and text
+alone gives the same numbers. The image side (img_*) is its mirror image.
+
+    block:  x = x + gate * attention((1 + scale) * LN(x) + shift);   the same with the MLP;   [shift | scale], gate = ada(t)
+    rope:   pair i of a head turns by freq_i * (row if i is even else col); text has row = col
+
+Shapes: L packed positions, Lt text and Li image positions among them, U distinct times, D width, nh heads, hd head width,
+Dz text and Cz image latent channels.    Run: python mmdit.py   (CPU, 5 s)
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import masks
+from cuda_attention import Plan, attention, make_plan
+from masks import Layout
+
+
+@dataclass
+class MMDiTConfig:
+    text_channels: int = 16            # Dz
+    image_channels: int = 32           # Cz; 0 builds the text-only model of the release
+    width: int = 128                   # D
+    heads: int = 4
+    head_dim: int = 32
+    layers: int = 4
+    expand_ratio: int = 4              # MLP width / D
+    emb_dim: int = 128                 # width of the time embedding
+    rope_dim: int = 32                 # channels of a head that turn
+    streams: int = 1                   # 1 weights shared by text and image, 2 one set each
+    qk_bias: bool = False
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim:
+            raise ValueError(f"rope_dim {self.rope_dim}: expected an even number up to the head width {self.head_dim}")
+        if self.streams not in (1, 2):
+            raise ValueError(f"streams {self.streams}: 1 (shared weights) or 2 (weights per modality)")
+
+
+@dataclass
+class Cache:
+    """Keys and values of clean context, per layer, and the layout they belong to."""
+    layout: Layout | None = None
+    kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)       # per layer, each (Lc, nh, hd)
+
+
+def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
+    """[sin | cos] of 1000 t at frequencies exp(-ln(10000) i / (width/2)); t (U,) in [0, 1] -> (U, width) fp32."""
+    freqs = torch.exp(-math.log(10000.0) / (width // 2) * torch.arange(width // 2, device=t.device))
+    angle = 1000.0 * t.float()[:, None] * freqs
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def rope_angles(layout: Layout, freqs: Tensor) -> Tensor:
+    """exp(i angle) of every pair at every position, complex (L, 1, rope_dim / 2): even pairs turn with the row, odd ones
+    with the column."""
+    by_row = torch.arange(freqs.numel(), device=freqs.device) % 2 == 0
+    angle = torch.where(by_row, layout.row[:, None], layout.col[:, None]) * freqs.float()
+    return torch.polar(torch.ones_like(angle), angle)[:, None]
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn the interleaved pairs (0, 1), (2, 3), ... of the first rope_dim channels: one complex product, eight times
+    faster on a CPU than cosines and sines. x (L, nh, hd) fp32"""
+    turning, rest = x[..., :2 * rope.shape[-1]], x[..., 2 * rope.shape[-1]:]
+    turned = torch.view_as_real(torch.view_as_complex(turning.unflatten(-1, (-1, 2))) * rope).flatten(-2)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+class Ada(nn.Module):
+    """SiLU and one linear map from the time embedding; index 1 of the sequence carries the release's name."""
+    def __new__(cls, emb_dim: int, out: int) -> nn.Sequential:
+        return nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out))
+
+
+class RoPE(nn.Module):
+    """Holds the frequencies under the release's name, rope.rope.freqs."""
+    def __init__(self, rope_dim: int):
+        super().__init__()
+        self.rope = nn.Module()
+        self.rope.register_buffer("freqs", 10000.0 ** (-torch.arange(0, rope_dim, 2) / rope_dim))
+
+
+class Attention(nn.Module):
+    def __init__(self, c: MMDiTConfig):
+        super().__init__()
+        self.shape = (3, c.heads, c.head_dim)
+        inner = c.heads * c.head_dim
+        self.proj_qkv = nn.Linear(c.width, 3 * inner, bias=c.qk_bias)
+        self.norm_q = nn.LayerNorm(c.head_dim, eps=c.norm_eps)
+        self.norm_k = nn.LayerNorm(c.head_dim, eps=c.norm_eps)
+        self.proj_out = nn.Linear(inner, c.width, bias=c.qk_bias)
+        self.rope = RoPE(c.rope_dim)
+
+    def qkv(self, h: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h (L, D) -> q, k, v, each (L, nh, hd); norms and rotation in fp32."""
+        q, k, v = self.proj_qkv(h).unflatten(-1, self.shape).unbind(1)               # (L, nh, hd)
+        return apply_rope(self.norm_q(q.float()), rope).to(v.dtype), \
+            apply_rope(self.norm_k(k.float()), rope).to(v.dtype), v
+
+
+class MLP(nn.Module):
+    def __init__(self, c: MMDiTConfig):
+        super().__init__()
+        self.proj_in = nn.Linear(c.width, c.expand_ratio * c.width)
+        self.proj_out = nn.Linear(c.expand_ratio * c.width, c.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer of one stream, in two halves: attention itself lies between them and is shared by the streams."""
+    def __init__(self, c: MMDiTConfig):
+        super().__init__()
+        self.width, self.eps = c.width, c.norm_eps
+        self.ada = nn.ModuleDict(dict(msa_in=Ada(c.emb_dim, 2 * c.width), msa_out=Ada(c.emb_dim, c.width),
+                                      mlp_in=Ada(c.emb_dim, 2 * c.width), mlp_out=Ada(c.emb_dim, c.width)))
+        self.msa = Attention(c)
+        self.mlp = MLP(c)
+
+    def modulation(self, name: str, emb: Tensor, t_index: Tensor) -> list[Tensor]:
+        """The projection of the U distinct times, handed to the positions: [shift, scale] or [gate], each (L, D)."""
+        return [m.index_select(0, t_index) for m in self.ada[name](emb).float().split(self.width, -1)]
+
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return torch.addcmul(shift, F.layer_norm(x, (self.width,), eps=self.eps), 1 + scale)
+
+    def before(self, x: Tensor, emb: Tensor, t_index: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (L, D), emb (U, E) -> q, k, v (L, nh, hd)"""
+        return self.msa.qkv(self.modulate(x, *self.modulation("msa_in", emb, t_index)), rope)
+
+    def after(self, x: Tensor, o: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:
+        """x (L, D), o (L, nh, hd) what attention returned -> (L, D)"""
+        x = torch.addcmul(x, self.msa.proj_out(o.flatten(1)).to(x.dtype), *self.modulation("msa_out", emb, t_index))
+        h = self.modulate(x, *self.modulation("mlp_in", emb, t_index))
+        return torch.addcmul(x, self.mlp(h).to(x.dtype), *self.modulation("mlp_out", emb, t_index))
+
+
+class In(nn.Module):
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, width)
+
+
+class Out(nn.Module):
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.proj = nn.Linear(width, channels)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, emb_dim: int):
+        super().__init__()
+        self.proj_in = nn.Linear(256, emb_dim)
+        self.proj_hid = nn.Linear(emb_dim, emb_dim)
+        self.proj_out = nn.Linear(emb_dim, emb_dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.proj_out(F.silu(self.proj_hid(F.silu(self.proj_in(timestep_embedding(t))))))
+
+
+class MMDiT(nn.Module):
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        c = self.config = config
+        self.emb_in = TimeEmbedding(c.emb_dim)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.image_blocks = nn.ModuleList(Block(c) for _ in range(c.layers if c.streams == 2 else 0))
+        for side, channels in (("txt", c.text_channels), ("img", c.image_channels)):
+            if channels:
+                setattr(self, f"{side}_in", In(channels, c.width))
+                setattr(self, f"{side}_out_norm", nn.LayerNorm(c.width, eps=c.norm_eps))
+                setattr(self, f"{side}_out_ada", nn.ModuleDict(dict(out_in=Ada(c.emb_dim, 2 * c.width))))
+                setattr(self, f"{side}_out", Out(c.width, channels))
+        self.attention_backend = "auto"
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """adaLN-Zero: gates and outputs start at 0, so the model starts as the identity and predicts v = 0."""
+        for name, p in self.named_parameters():
+            if ".norm_" in name or "_norm." in name:
+                continue
+            if p.dim() < 2 or ".ada." in name or "_out_ada." in name or "_out.proj" in name:
+                nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=min(0.02, p.shape[1] ** -0.5) if "emb_in" in name else p.shape[1] ** -0.5)
+
+    def forward(self, text: Tensor, image: Tensor | None, t: Tensor, t_index: Tensor, layout: Layout, plan: Plan,
+                cache: Cache | None = None, commit: bool = False, tap: int = -1):
+        """The velocity at every position.
+
+        text (Lt, Dz) and image (Li, Cz): latents of the text and of the image positions, each in packed order;
+        t (U,) distinct flow times in [0, 1], t_index (L,) the time of each position.
+        With a cache, keys are those of the cache followed by these positions, and the plan is that of the two layouts;
+        commit=True appends these positions to it.
+        Returns v_text (Lt, Dz), v_image (Li, Cz) or None, and the hidden state (L, D) after layer `tap`, or None.
+        """
+        is_image = layout.segment == masks.I
+        i_text, i_image = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
+        emb = self.emb_in(t)                                                         # (U, E)
+        x = self.txt_in.proj(text)                                                   # (Lt, D)
+        if i_image.numel():
+            order = torch.argsort(torch.cat([i_text, i_image]))
+            x = torch.cat([x, self.img_in.proj(image)]).index_select(0, order)          # (L, D)
+        x = x.float()
+        rope = rope_angles(layout, self.blocks[0].msa.rope.rope.freqs)
+        hidden = None
+
+        def per_stream(layer: int, call, *args):
+            """call(block, *args) for all positions, or for each modality's by its own block, joined again."""
+            if not self.image_blocks or not i_image.numel():
+                return call(self.blocks[layer], *args)
+            sides = [call(b[layer], *[tuple(r[i] for r in a) if isinstance(a, tuple) else a[i] for a in args])
+                     for b, i in ((self.blocks, i_text), (self.image_blocks, i_image))]
+            if isinstance(sides[0], tuple):
+                return tuple(torch.cat(pair)[order] for pair in zip(*sides))
+            return torch.cat(sides)[order]
+
+        for layer in range(self.config.layers):
+            q, k, v = per_stream(layer, lambda b, x, i, r: b.before(x, emb, i, r), x, t_index, rope)
+            if cache is not None and layer < len(cache.kv):
+                k, v = torch.cat([cache.kv[layer][0], k]), torch.cat([cache.kv[layer][1], v])
+            if commit:
+                cache.kv[layer:layer + 1] = [(k, v)]
+            o = attention(q, k, v, plan, self.attention_backend)                     # (L, nh, hd)
+            x = per_stream(layer, lambda b, x, o, i: b.after(x, o, emb, i), x, o, t_index)
+            hidden = x if layer == tap else hidden
+        if commit:
+            cache.layout = layout if cache.layout is None else masks.concat(cache.layout, layout)
+        v_text = self.head("txt", x.index_select(0, i_text), emb, t_index[i_text])
+        v_image = self.head("img", x.index_select(0, i_image), emb, t_index[i_image]) if i_image.numel() else None
+        return v_text, v_image, hidden
+
+    def head(self, side: str, x: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:
+        """x (n, D) -> velocity (n, channels) fp32"""
+        shift, scale = (m.index_select(0, t_index) for m in getattr(self, f"{side}_out_ada")["out_in"](emb).chunk(2, -1))
+        h = torch.addcmul(shift, getattr(self, f"{side}_out_norm")(x), 1 + scale)
+        return getattr(self, f"{side}_out").proj(h).float()
