@@ -1,38 +1,40 @@
-"""Data: scenes drawn on the fly, folders and shards of captioned images, text files; and their tokenizer.
+"""Data: generated scenes, folders and shards of captioned pictures, text files, and the tokenizer.
 
     sample k of a run = f(seed, k)        rng(seed, k, purpose) is the only source of randomness
 
 Every dataset answers the same calls, so that resuming, or another number of workers, changes nothing:
-    t2t(k) -> text    t2i(k) -> (caption, image)    it2t(k) -> (prompt, image, answer)    images([image, ...]) -> pixels
-`image` is an index below num_images. Real data is read in epochs: sample k is item permutation(k // n)[k % n].
-Files are hostile until checked: nothing outside the given folder is opened, nothing is unpacked to a named file,
-sizes are compared with limits before memory is taken, and no format that can run a program is accepted.
-Captions and offsets stay in memory; pixels up to CACHE_BYTES; of texts only where the documents begin and end.
+    t2t(k) -> text                it2t(k) -> (prompt, image, answer)    image_hw(image) -> (H, W)
+    t2i(k) -> (caption, image)    images([image, ...]) -> pixels        corpus(n) -> texts for a tokenizer
+`image` is an index below num_images; `tasks` names what a dataset can serve. Real data is read in epochs:
+sample k is item permutation(k // n)[k % n]. Files are hostile until checked: nothing outside the given folder is
+opened, nothing is unpacked to a named file, sizes meet a limit before memory is taken, and no format that can run
+a program is accepted. Captions and offsets stay in memory, pixels up to CACHE_BYTES, texts not at all.
 
-Shapes: H, W pixels of a bucket, n items.    Run: python data.py   (CPU, 4 s)
+Shapes: H, W sides of a picture in pixels, n items.    Run: python data.py   (CPU, 2 s)
 """
 import codecs
 import functools
 import gzip
 import heapq
 import io
+import itertools
 import json
+import math
 import os
 import re
-import stat
 import sys
 import tarfile
 import tempfile
+import warnings
 import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import regex                                    # comes with tiktoken: the re module has no \p{L}
+import regex                                    # comes with tiktoken; the standard re has no \p{L}
 import tiktoken
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
@@ -41,13 +43,14 @@ import scenes
 
 # ---------------------------------------------------------------------------------------------- randomness
 # What a random number is for. Appending is safe; changing a number changes every run.
-TASK, ORDER, SCENE, PICK, CAPTION, WINDOW, CUT, DROP, TIME, NOISE, POSTERIOR, MASK, CORPUS, INIT, EVAL = range(15)
+(TASK, ORDER, SCENE, PICK, CAPTION, WINDOW, CORPUS, CUT, DROP, TIME, NOISE, POSTERIOR, MASK, INIT, EVAL,
+ SAMPLE) = range(16)
 
 
 def rng(seed: int, k: int, purpose: int) -> np.random.Generator:
     """Generator of (seed, k, purpose) alone: counter-based, so sample k needs none of those before it."""
     if seed < 0 or k < 0:
-        raise ValueError(f"got seed {seed} and sample number {k}, expected both to be >= 0")
+        raise ValueError(f"got seed {seed} and sample number {k}, expected both >= 0")
     return np.random.Generator(np.random.Philox(key=[seed * 64 + purpose, k]))
 
 
@@ -57,13 +60,13 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def order(seed: int, k: int, n: int) -> int:
-    """Which of n items sample k is: every item once per epoch of n samples."""
+    """Which of n items sample k is: every item once in an epoch of n samples."""
     return int(permutation(seed, k // n, n)[k % n])
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer
-# GPT-2's idea: a word takes the space before it, so " red" can be one token. Every run is bounded, which keeps
-# the time linear for any input. The last two lines leave one space to the word that follows.
+# GPT-2's idea: a word takes the space before it, so " red" can be one token; of more spaces the last is left
+# to the word. Every run is bounded, which keeps the time linear for any input.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,16}"
            r"|\s{1,16}(?!\S)|\s")
 
@@ -74,18 +77,16 @@ class Tokenizer:
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
         self.end = encoding.eot_token
-        self.n_vocab = encoding.n_vocab         # end included; named encodings leave a few numbers unused
+        self.n_vocab = encoding.n_vocab         # with the end; named encodings leave some ids unused
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without an end token."""
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text up to the first end token. Bytes that are not UTF-8, and unused ids, come out as U+FFFD."""
         out = b""
-        for i in map(int, ids):
-            if i == self.end:
-                break
+        for i in itertools.takewhile(lambda i: i != self.end, map(int, ids)):
             try:
                 out += self.encoding.decode_single_token_bytes(i)
             except KeyError:
@@ -94,16 +95,15 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Merge the most frequent pair of tokens again and again, up to vocab_size ids with the end token; fewer
-        when no pair occurs twice. Ties go to the older tokens, so equal texts give equal tokenizers."""
+        """Merge the most frequent pair of tokens again and again, up to vocab_size ids with the end token;
+        fewer when no pair occurs twice. Ties go to the older tokens: equal texts give equal tokenizers."""
         if vocab_size < 257:
-            raise ValueError(f"got a vocabulary of {vocab_size}, expected at least 257 (256 bytes and the end token)")
+            raise ValueError(f"got a vocabulary of {vocab_size}, expected >= 257: all bytes and the end")
         words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-        spelled = [list(word.encode("utf-8", "replace")) for word in words]
-        count = list(words.values())
+        spelled, count = [list(word.encode("utf-8", "replace")) for word in words], list(words.values())
         tokens = [bytes([i]) for i in range(256)]
         number = {token: i for i, token in enumerate(tokens)}
-        pairs, where = Counter(), defaultdict(set)          # how often a pair occurs, and in which words
+        pairs, where = Counter(), defaultdict(set)              # how often a pair occurs, and in which words
         for w, ids in enumerate(spelled):
             for pair in zip(ids, ids[1:]):
                 pairs[pair] += count[w]
@@ -112,95 +112,92 @@ class Tokenizer:
         heapq.heapify(heap)
         while heap and len(tokens) < vocab_size - 1:
             times, pair = heapq.heappop(heap)
-            if -times != pairs[pair]:                       # counts fall as neighbours merge: look again later
-                if pairs[pair] > 1:
-                    heapq.heappush(heap, (-pairs[pair], pair))
+            if pairs[pair] < 2:
                 continue
-            if -times < 2:
-                break
-            merged = tokens[pair[0]] + tokens[pair[1]]
-            new = number.setdefault(merged, len(tokens))    # a+bc and ab+c are one token
-            if new == len(tokens):
-                tokens.append(merged)
-            touched = set()
+            if pairs[pair] != -times:                           # it fell when a neighbour merged: queue again
+                heapq.heappush(heap, (-pairs[pair], pair))
+                continue
+            token = tokens[pair[0]] + tokens[pair[1]]
+            new = number.setdefault(token, len(tokens))         # a+bc and ab+c are one token
+            tokens += [token] * (new == len(tokens))
+            risen = set()
             for w in where.pop(pair):
-                old, ids, i = spelled[w], [], 0
-                while i < len(old):
-                    if old[i] == pair[0] and old[i + 1:i + 2] == [pair[1]]:
-                        ids.append(new)
-                        i += 2
-                    else:
-                        ids.append(old[i])
-                        i += 1
-                for neighbours in zip(old, old[1:]):
-                    pairs[neighbours] -= count[w]
-                for neighbours in zip(ids, ids[1:]):
-                    pairs[neighbours] += count[w]
-                    if new in neighbours:
-                        where[neighbours].add(w)
-                        touched.add(neighbours)
-                spelled[w] = ids
-            for neighbours in touched:
-                heapq.heappush(heap, (-pairs[neighbours], neighbours))
+                old, spelled[w] = spelled[w], _merge(spelled[w], pair, new)
+                for other in zip(old, old[1:]):
+                    pairs[other] -= count[w]
+                for other in zip(spelled[w], spelled[w][1:]):
+                    pairs[other] += count[w]
+                    if new in other:
+                        where[other].add(w)
+                        risen.add(other)
+            for other in risen:
+                heapq.heappush(heap, (-pairs[other], other))
         return cls._of_tokens(tokens)
 
     @classmethod
     def _of_tokens(cls, tokens: list[bytes]) -> "Tokenizer":
-        return cls(tiktoken.Encoding("bpe", pat_str=PATTERN, special_tokens={"<|endoftext|>": len(tokens)},
+        return cls(tiktoken.Encoding("bpe", pat_str=PATTERN, special_tokens={END_TEXT.decode(): len(tokens)},
                                      mergeable_ranks={token: i for i, token in enumerate(tokens)}))
 
     @classmethod
     def named(cls, name: str) -> "Tokenizer":
         """One of tiktoken's own encodings, such as cl100k_base; the first use downloads it."""
         if name not in tiktoken.list_encoding_names():
-            raise ValueError(f"got tokenizer {name!r}, expected one of {', '.join(tiktoken.list_encoding_names())}")
+            raise ValueError(f"got tokenizer {name!r}, expected one of {tiktoken.list_encoding_names()}")
         try:
             return cls(tiktoken.get_encoding(name))
-        except OSError as error:                # requests' errors are OSErrors, and many lines long
-            raise OSError(f"cannot fetch the encoding {name} ({type(error).__name__}): connect to the network once, "
-                          "set TIKTOKEN_CACHE_DIR to a folder that has it, or train a tokenizer") from None
+        except OSError as error:                # requests' errors are OSErrors with many lines
+            raise OSError(f"cannot fetch the encoding {name} ({type(error).__name__}); go online once, point "
+                          "TIKTOKEN_CACHE_DIR at a folder that has it, or train a tokenizer") from None
 
     def to_dict(self) -> dict:
-        """Plain types for a checkpoint; a byte is the character of its number."""
+        """Plain types for a checkpoint; in the strings each character is one byte."""
         if self.encoding.name != "bpe":
             return {"name": self.encoding.name}
-        tokens = [self.encoding.decode_single_token_bytes(i) for i in range(self.end)]
-        return {"name": "bpe", "tokens": [token.decode("latin-1") for token in tokens]}
+        return {"name": "bpe", "tokens": [self.encoding.decode_single_token_bytes(i).decode("latin-1")
+                                          for i in range(self.end)]}
 
     @classmethod
     def from_dict(cls, state: dict) -> "Tokenizer":
-        """Inverse of to_dict. ValueError for anything to_dict cannot have written."""
-        name = state.get("name") if isinstance(state, dict) else None
+        """Inverse of to_dict. ValueError for anything it cannot have written."""
+        name, tokens = (state.get("name"), state.get("tokens")) if isinstance(state, dict) else (None, None)
         if isinstance(name, str) and name != "bpe":
             return cls.named(name)
-        tokens = state.get("tokens") if name == "bpe" else None
-        if not isinstance(tokens, list) or not all(isinstance(token, str) and token.isascii() | (max(token) < "\u0100")
-                                                   for token in tokens if token != ""):
-            raise ValueError("the tokenizer's state is not one written by Tokenizer.to_dict; use another checkpoint")
-        tokens = [token.encode("latin-1") for token in tokens]
-        if tokens[:256] != [bytes([i]) for i in range(256)] or len(set(tokens)) < len(tokens) or b"" in tokens:
-            raise ValueError("the tokenizer's state lacks a byte or repeats a token; use another checkpoint")
+        try:
+            tokens = [token.encode("latin-1") for token in tokens]
+        except (TypeError, AttributeError, UnicodeError):
+            tokens = []
+        if tokens[:256] != [bytes([i]) for i in range(256)] or len({b"", *tokens}) != len(tokens) + 1:
+            raise ValueError("the tokenizer is not one that Tokenizer.to_dict wrote; use another checkpoint")
         return cls._of_tokens(tokens)
 
 
+def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    out, i = [], 0
+    while i < len(ids):
+        both = ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]
+        out.append(new if both else ids[i])
+        i += 1 + both
+    return out
+
+
 def pad_to_multiple(ids: Sequence[int], multiple: int, end: int, ended: bool = True) -> list[int]:
-    """ids, then end tokens up to a multiple. `ended` asks for at least one: a text that exactly fills its last
-    block would otherwise never learn to stop. A prompt (P) and a cut-off text take ended=False."""
-    length = len(ids) + ended
-    return list(ids) + [end] * (ended + -length % multiple)
+    """ids, then end tokens up to a multiple. `ended` asks for at least one: a text that exactly fills its
+    last block would otherwise never show where it stops. Prompts (P) and cut-off texts take ended=False."""
+    return [*ids, *[end] * (ended + -(len(ids) + ended) % multiple)]
 
 
 # ---------------------------------------------------------------------------------------- generated scenes
-DESCRIBE = ("describe the image.", "what does the image show?", "what is in the picture?", "describe the picture.")
+DESCRIBE = ("describe the image.", "describe the picture.", "what does the image show?", "what is pictured?")
 
 
 class GeneratedScenes:
-    """A pool of scenes; scene i is f(seed, i), its picture is rendered when first asked for and then kept.
+    """A pool of scenes; scene i is f(seed, i), drawn when it is first asked for and then kept.
 
     size        side in pixels, or (H, W)
-    heldout     every scene has a held-out composition, instead of none
-    any_order   share of T2I captions that name the objects in another than reading order
-    questions   share of IT2T samples that ask about one fact; the others ask for a caption
+    heldout     every scene has a held-out composition; otherwise none has
+    any_order   share of T2I captions that may name the objects in another than reading order
+    questions   share of IT2T samples that ask for one fact; the others ask for a caption
     """
     tasks = {"t2t", "t2i", "it2t"}
 
@@ -208,47 +205,37 @@ class GeneratedScenes:
                  any_order: float = 0.0, questions: float = 0.5):
         if pool < 1:
             raise ValueError(f"got a pool of {pool} scenes, expected at least 1")
-        self.seed, self.num_images, self.heldout = seed, pool, heldout
+        self.seed, self.num_images, self.hw = seed, pool, sides(size)
         self.any_order, self.questions = any_order, questions
-        self.hw = sides(size)
-        self._scenes: list[scenes.Scene | None] = [None] * pool
-        self._pixels = np.zeros((pool, *self.hw, 3), np.uint8)                              # (n, H, W, 3)
-        self._rendered = np.zeros(pool, bool)                                               # (n,)
-
-    def scene_of(self, index: int) -> scenes.Scene:
-        """The scene graph of a picture."""
-        if self._scenes[index] is None:
-            self._scenes[index] = scenes.sample_scene(rng(self.seed, index, SCENE), heldout=self.heldout)
-        return self._scenes[index]
+        # The scene graph of a picture, and its pixels, uint8 (H, W, 3).
+        self.scene_of = functools.cache(lambda i: scenes.sample_scene(rng(seed, i, SCENE), heldout=heldout))
+        self._pixels = functools.cache(lambda i: scenes.render(self.scene_of(i), self.hw))
 
     def image_hw(self, index: int) -> tuple[int, int]:
         return self.hw
 
     def images(self, indices: Iterable[int]) -> list[np.ndarray]:
         """uint8 (H, W, 3) each."""
-        indices = [int(i) for i in indices]
-        for i in indices:
-            if not self._rendered[i]:
-                self._pixels[i] = scenes.render(self.scene_of(i), self.hw)
-                self._rendered[i] = True
-        return [self._pixels[i] for i in indices]
+        return [self._pixels(int(index)) for index in indices]
 
-    def _pick(self, k: int) -> int:
-        return int(rng(self.seed, k, PICK).integers(self.num_images))
+    def _pick(self, k: int) -> tuple[int, scenes.Scene, np.random.Generator]:
+        index = int(rng(self.seed, k, PICK).integers(self.num_images))
+        return index, self.scene_of(index), rng(self.seed, k, CAPTION)
 
     def t2t(self, k: int) -> str:
-        return scenes.story(self.scene_of(self._pick(k)), rng(self.seed, k, CAPTION))
+        _, scene, words = self._pick(k)
+        return scenes.story(scene, words)
 
     def t2i(self, k: int) -> tuple[str, int]:
-        index, words = self._pick(k), rng(self.seed, k, CAPTION)
-        return scenes.caption(self.scene_of(index), words, any_order=words.random() < self.any_order), index
+        index, scene, words = self._pick(k)
+        return scenes.caption(scene, words, any_order=words.random() < self.any_order), index
 
     def it2t(self, k: int) -> tuple[str, int, str]:
-        index, words = self._pick(k), rng(self.seed, k, CAPTION)
+        index, scene, words = self._pick(k)
         if words.random() < self.questions:
-            prompt, answer = scenes.question(self.scene_of(index), words)
+            prompt, answer = scenes.question(scene, words)
         else:
-            prompt, answer = str(words.choice(DESCRIBE)), scenes.caption(self.scene_of(index), words)
+            prompt, answer = str(words.choice(DESCRIBE)), scenes.caption(scene, words)
         return prompt, index, answer
 
     def corpus(self, n: int) -> list[str]:
@@ -256,14 +243,12 @@ class GeneratedScenes:
 
 
 # ------------------------------------------------------------------------------------------ checked reading
-MAX_PIXELS = 50_000_000         # of one picture as stored: 200 MB as RGBA
-MAX_FILE = 1 << 28              # bytes of one picture as stored
+MAX_PIXELS = 50_000_000         # of one stored picture: 200 MB as RGBA
+MAX_FILE = 1 << 28              # bytes of one stored picture
 MAX_LINE = 1 << 24              # bytes of one caption, or of one line of a .jsonl
 MAX_UNPACKED = 1 << 34          # bytes of text out of .gz and .jsonl; they lie in an unnamed temporary file
 CACHE_BYTES = 1 << 28           # decoded pixels kept in memory
-# No EPS (Pillow hands it to Ghostscript, which runs programs) and nothing exotic.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-IMAGE_NAMES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+END_TEXT = b"<|endoftext|>"     # between documents of a text file; a file without it is one document
 
 
 def note(line: str) -> None:
@@ -272,17 +257,21 @@ def note(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def clean_text(raw: bytes | str | None, where: str) -> str:
-    """The stripped text. ValueError when it is not UTF-8, empty, or longer than MAX_LINE."""
+def as_list(paths: str | os.PathLike | Sequence) -> list[str]:
+    return [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+
+
+def clean_text(raw: object, where: str) -> str:
+    """The stripped text of bytes or a string. ValueError when it is not UTF-8, empty, or over MAX_LINE."""
     if not isinstance(raw, (bytes, str)):
         raise ValueError(f"{where}: got {type(raw).__name__}, expected a text; give the row a string")
     if len(raw) > MAX_LINE:
-        raise ValueError(f"{where}: a text of more than {MAX_LINE >> 20} MiB; split it, or check that it is one")
+        raise ValueError(f"{where}: a text of over {MAX_LINE >> 20} MiB; split it, or check that it is one")
     try:
         text = (raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw).strip()
         text.encode()                           # JSON can spell half a surrogate pair, which no file can hold
     except UnicodeError as error:
-        raise ValueError(f"{where}: not UTF-8 at byte {error.start}; convert it, e.g. with iconv -t utf-8") from None
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start}; convert it, as with iconv") from None
     if not text:
         raise ValueError(f"{where}: the text is empty; write one or take the row out")
     return text
@@ -291,23 +280,24 @@ def clean_text(raw: bytes | str | None, where: str) -> str:
 def parse_json(raw: bytes, where: str) -> dict:
     try:
         row = json.loads(raw)
-    except (ValueError, RecursionError) as error:           # UnicodeDecodeError is a ValueError
+    except (ValueError, RecursionError) as error:
         reason = f"not UTF-8 at byte {error.start}" if isinstance(error, UnicodeError) else "not valid JSON"
-        raise ValueError(f"{where}: {reason}; expected one JSON object in UTF-8") from None
+        raise ValueError(f"{where}: {reason}; expected one JSON object, in UTF-8") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: got a JSON {type(row).__name__}, expected an object like {{\"text\": \"...\"}}")
+        raise ValueError(f'{where}: got a JSON {type(row).__name__}, expected an object {{"text": "..."}}')
     return row
 
 
 def json_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, dict]]:
     """(where, row) of each line that is not blank; `where` is for messages."""
-    number = 0
-    while line := file.readline(MAX_LINE + 1):
-        number += 1
+    for number in itertools.count(1):
+        line, where = file.readline(MAX_LINE + 1), f"{name}:{number}"
+        if not line:
+            return
         if len(line) > MAX_LINE:
-            raise ValueError(f"{name}:{number}: a line of more than {MAX_LINE >> 20} MiB; expected one row a line")
+            raise ValueError(f"{where}: a line of over {MAX_LINE >> 20} MiB; expected one row a line")
         if line.strip():
-            yield f"{name}:{number}", parse_json(line, f"{name}:{number}")
+            yield where, parse_json(line, where)
 
 
 def caption_of(row: dict, where: str) -> str:
@@ -315,14 +305,20 @@ def caption_of(row: dict, where: str) -> str:
 
 
 def inside(root: str, name: str) -> str:
-    """Real path of `name` in the folder `root` (itself a real path). ValueError when it leads out of it."""
+    """Real path of `name` in the real folder `root`. ValueError when it leads out: .., absolute, or a link."""
     real = os.path.realpath(os.path.join(root, name))
-    if os.path.isabs(name) or not real.startswith(root.rstrip(os.sep) + os.sep):
-        raise ValueError(f"{name!r} leads out of the folder {root}; copy the file into it and name it relative to it")
+    if os.path.isabs(name) or not real.startswith(os.path.join(root, "")):
+        raise ValueError(f"{name!r} leads out of the folder {root}; copy the file into it, not a link")
     return real
 
 
 # -------------------------------------------------------------------------------------------------- pixels
+# No EPS, which Pillow hands to Ghostscript to run, and nothing exotic.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+IMAGE_NAMES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # MAX_PIXELS is lower
+
+
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) of a size given as one side or as both."""
     height, width = (size, size) if isinstance(size, int) else size
@@ -332,48 +328,46 @@ def sides(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def buckets(size: int, multiple: int, max_ratio: float = 2.0) -> list[tuple[int, int]]:
-    """(H, W) of the aspect ratios up to max_ratio, both sides multiples, H W as near size^2 as fits below it."""
-    if size % multiple:
-        raise ValueError(f"got image size {size}, expected a multiple of {multiple}; "
-                         f"nearest: {max(size // multiple, 1) * multiple} or {(size // multiple + 1) * multiple}")
-    low = range(size, 0, -multiple)
-    flat = [(side, size * size // side // multiple * multiple) for side in low if size**2 <= max_ratio * side**2]
-    return sorted({hw for height, width in flat for hw in ((height, width), (width, height))})
+    """(H, W) of the aspect ratios up to max_ratio: sides that are multiples, areas just below size^2."""
+    if size < 1 or size % multiple:
+        low = max(size // multiple, 1) * multiple
+        raise ValueError(f"got image size {size}, expected a multiple of {multiple}: {low} or {low + multiple}")
+    short = [side for side in range(size, 0, -multiple) if size**2 <= max_ratio * side**2]
+    flat = [(side, size**2 // side // multiple * multiple) for side in short]
+    return sorted({*flat, *(hw[::-1] for hw in flat)})
 
 
-def open_image(raw: bytes, shapes: list[tuple[int, int]]) -> tuple[Image.Image, tuple[int, int]]:
-    """The picture, header read and not yet decoded, and the (H, W) among `shapes` nearest to its aspect ratio."""
+def decode(raw: bytes, shapes: list[tuple[int, int]], header_only: bool = False
+           ) -> np.ndarray | tuple[int, int]:
+    """Stored picture -> uint8 (H, W, 3), scaled and centre-cropped to the one of `shapes` nearest in aspect.
+
+    The first frame, turned as EXIF says, in RGB over white. header_only: the (H, W) alone, without decoding.
+    ValueError when it is no picture, damaged, or larger than MAX_PIXELS."""
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)            # EXIF orientation: lying on its side
+        # Orientations 5 to 8 lie on their side. On a PNG getexif might decode all of it to find a late chunk.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        lying = exif.get(0x0112) in (5, 6, 7, 8)
+        aspect = image.height / image.width if lying else image.width / image.height
+        height, width = min(shapes, key=lambda hw: abs(math.log(hw[1] / hw[0] / aspect)))
+        if header_only:
+            return height, width
+        image.draft(None, (2 * max(height, width),) * 2)        # JPEG skips detail that scaling would drop
+        image = to_rgb(ImageOps.exif_transpose(image))
+        return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))   # (H, W, 3)
     except UnidentifiedImageError:
         raise ValueError("not an image of a known format") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"more than {MAX_PIXELS // 10**6} megapixels; scale it down") from None
-    except Exception as error:                  # Pillow's parsers raise nearly every type on a damaged file
-        raise ValueError(f"damaged ({type(error).__name__}: {error})") from None
-    ratio = image.height / image.width if turned else image.width / image.height
-    return image, min(shapes, key=lambda hw: abs(np.log(hw[1] / hw[0] / ratio)))
-
-
-def decode(raw: bytes, shapes: list[tuple[int, int]]) -> np.ndarray:
-    """Encoded picture -> uint8 (H, W, 3), scaled and centre-cropped to the nearest of `shapes`.
-
-    The first frame, turned as EXIF says, in RGB over white. ValueError when it is no picture, damaged or too large."""
-    image, (height, width) = open_image(raw, shapes)
-    try:
-        image.draft(None, (2 * max(height, width),) * 2)                # lets JPEG skip detail it would lose anyway
-        image = to_rgb(ImageOps.exif_transpose(image))
-        return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))   # (H, W, 3)
-    except Exception as error:                  # see open_image
-        raise ValueError(f"damaged ({type(error).__name__}: {error})") from None
+        raise ValueError(f"over {MAX_PIXELS // 10**6} megapixels, scale it down") from None
+    except Exception as error:                  # Pillow's decoders raise nearly every type on a damaged file
+        raise ValueError(f"damaged, {type(error).__name__}: {error}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB: alpha over white; 16-bit, 32-bit and float gray are scaled, where Pillow would clip."""
-    if image.mode[0] in "IF":                                           # I;16, I;16B, I, F
+    """Any mode -> RGB: alpha over white; 16-bit, 32-bit and float gray scaled, where Pillow would clip."""
+    if image.mode[0] in "IF":                                   # I;16, I;16B, I (16 bits in it), F
         gray = np.nan_to_num(np.asarray(image).astype(np.float32))
         white = 65535 if image.mode[0] == "I" else 1 if gray.max() <= 1 else 255
         gray = np.where(gray == image.info.get("transparency"), white, gray) * (255 / white)
@@ -384,7 +378,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------ image-text data
+# ------------------------------------------------------------------------------------- captioned pictures
 class Item(NamedTuple):
     """One captioned picture: bytes [offset, offset + size) of the file `path`."""
     name: str                   # for messages: the file, or shard:member
@@ -395,38 +389,35 @@ class Item(NamedTuple):
 
 
 def find_items(path: str, left_out: list[str]) -> Iterator[Item]:
-    """Items of a folder, a .jsonl or a .tar, in a fixed order; what has no caption or a bad name goes to left_out."""
+    """Items of a folder, a .jsonl or a .tar, in a fixed order; `left_out` receives what has no caption."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist; expected a folder of images, a .jsonl or a .tar")
+    root = os.path.realpath(path)
     if os.path.isfile(path) and path.endswith(".tar"):
         yield from tar_items(path, left_out)
     elif os.path.isfile(path) and path.endswith(".jsonl"):
-        yield from jsonl_items(path, os.path.realpath(os.path.dirname(path) or "."))
-    elif os.path.isdir(path):
-        root = os.path.realpath(path)
-        tables = [name for name in ("metadata.jsonl", "captions.jsonl") if os.path.lexists(os.path.join(root, name))]
-        shards = sorted(name for name in os.listdir(root) if name.endswith(".tar"))
-        if tables:
-            yield from jsonl_items(inside(root, tables[0]), root)
-        elif shards:
-            for name in shards:
-                yield from tar_items(inside(root, name), left_out)
-        else:
-            yield from pair_items(root, left_out)
+        yield from jsonl_items(path, os.path.realpath(os.path.dirname(path)))
+    elif not os.path.isdir(path):
+        raise ValueError(f"{path} is neither a folder nor a .jsonl nor an uncompressed .tar; give one")
+    elif tables := [name for name in ("metadata.jsonl", "captions.jsonl") if name in os.listdir(root)]:
+        yield from jsonl_items(inside(root, tables[0]), root)
+    elif shards := sorted(name for name in os.listdir(root) if name.endswith(".tar")):
+        for name in shards:
+            yield from tar_items(inside(root, name), left_out)
     else:
-        raise ValueError(f"{path} is neither a folder nor a .jsonl nor an uncompressed .tar; give one of these")
+        yield from pair_items(root, left_out)
 
 
 def jsonl_items(path: str, root: str) -> Iterator[Item]:
-    """Rows {"file_name" or "file": name relative to root, "text": caption}."""
+    """Rows {"file_name" or "file": name from root, "text": caption}."""
     with open(path, "rb") as file:
         for where, row in json_lines(file, path):
             name = row.get("file_name", row.get("file"))
             if not isinstance(name, str) or not name or "\0" in name:
-                raise ValueError(f'{where}: got no file name, expected {{"file_name": "a.png", "text": "..."}}')
+                raise ValueError(f'{where}: no file name, expected {{"file_name": "a.png", "text": "..."}}')
             real = inside(root, name)
             if not os.path.isfile(real):
-                raise FileNotFoundError(f"{where}: there is no file {name!r} in {root}; add it or take the row out")
+                raise FileNotFoundError(f"{where}: {root} has no file {name!r}; add it or take the row out")
             yield Item(name, real, 0, os.path.getsize(real), caption_of(row, where))
 
 
@@ -435,107 +426,98 @@ def pair_items(root: str, left_out: list[str]) -> Iterator[Item]:
     for folder, subfolders, names in os.walk(root):
         subfolders.sort()
         for name in sorted(names):
-            stem, ending = os.path.splitext(os.path.join(folder, name))
-            shown = os.path.relpath(stem + ending, root)
+            stem, ending = os.path.splitext(os.path.relpath(os.path.join(folder, name), root))
             if ending.lower() not in IMAGE_NAMES:
                 continue
-            if not os.path.isfile(stem + ".txt"):
-                left_out.append(f"{shown} (no .txt beside it)")
+            real, text = inside(root, stem + ending), inside(root, stem + ".txt")
+            if not os.path.isfile(real) or not os.path.isfile(text):
+                left_out.append(f"{stem}{ending} (no .txt beside it)")
                 continue
-            with open(inside(root, os.path.relpath(stem, root) + ".txt"), "rb") as file:
-                text = clean_text(file.read(MAX_LINE + 1), stem + ".txt")
-            real = inside(root, shown)
-            yield Item(shown, real, 0, os.path.getsize(real), text)
+            with open(text, "rb") as file:
+                caption = clean_text(file.read(MAX_LINE + 1), text)
+            yield Item(stem + ending, real, 0, os.path.getsize(real), caption)
 
 
 def tar_items(path: str, left_out: list[str]) -> Iterator[Item]:
-    """WebDataset: members of one name up to the first dot are one sample, 0007.jpg with 0007.txt or 0007.json."""
-    pictures, texts = {}, {}                    # key -> (name, offset, size), key -> caption
-    total = os.path.getsize(path)
+    """WebDataset: members of one name up to the first dot are one sample, 7.jpg with 7.txt or 7.json."""
+    pictures, texts = {}, {}                    # name without ending -> (name, offset, size); -> caption
     with open(path, "rb") as file:
         for member in tar_members(file, path):
             name = f"{path}:{member.name}"
-            folder, _, base = member.name.rpartition("/")
-            key, _, ending = base.partition(".")
-            key = f"{folder}/{key}"
+            stem, ending = re.fullmatch(r"((?:.*/)?[^./]*)(.*)", member.name, re.DOTALL).groups()
             if member.isdir():
                 continue
-            if not member.isreg() or member.issparse() or member.name.startswith("/") or ".." in member.name.split("/"):
+            if not member.isreg() or member.issparse() or ".." in stem.split("/") or stem.startswith("/"):
                 left_out.append(f"{name} (a link, a special file, or a name that leads out)")
-            elif member.offset_data + member.size > total:
-                raise ValueError(f"{path} is truncated: {member.name!r} should end at byte "
-                                 f"{member.offset_data + member.size} of {total}; copy the shard again")
-            elif f".{ending.lower()}" in IMAGE_NAMES:
-                pictures[key] = (name, member.offset_data, member.size)
-            elif ending in ("txt", "json"):
-                position = file.tell()
+            elif ending.lower() in IMAGE_NAMES:
+                pictures[stem] = name, member.offset_data, member.size
+            elif ending in (".txt", ".json"):
                 file.seek(member.offset_data)
                 raw = file.read(min(member.size, MAX_LINE + 1))
-                file.seek(position)
-                texts[key] = clean_text(raw, name) if ending == "txt" else caption_of(parse_json(raw, name), name)
-    for key, (name, offset, size) in pictures.items():
-        if key in texts:
-            yield Item(name, path, offset, size, texts[key])
+                texts[stem] = (clean_text(raw, name) if ending == ".txt" else
+                               caption_of(parse_json(raw, name), name))
+    for stem, (name, offset, size) in pictures.items():
+        if stem in texts:
+            yield Item(name, path, offset, size, texts[stem])
         else:
             left_out.append(f"{name} (no .txt or .json of that name)")
 
 
 def tar_members(file: BinaryIO, path: str) -> Iterator[tarfile.TarInfo]:
-    """Headers of an uncompressed tar. ValueError when it is damaged: tarfile alone would take that for its end."""
+    """Headers of an uncompressed tar. ValueError when it is damaged, which tarfile may take for its end."""
+    total = os.path.getsize(path)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                if member.size < 0:
-                    raise tarfile.TarError("a negative size")
+                if member.size < 0 or member.offset_data + member.size > total:
+                    raise tarfile.TarError(f"{member.name!r} does not end within its {total} bytes")
                 yield member
                 tar.members.clear()             # tarfile would keep 1 KB for each
             file.seek(tar.offset)
             if any(file.read(512)):
                 raise tarfile.TarError(f"no header at byte {tar.offset}")
-    except (tarfile.TarError, EOFError, OverflowError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{path} is not a complete uncompressed tar ({error}); copy or pack the shard again") from None
+    except (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole uncompressed tar ({error}); copy or pack it again") from None
 
 
 class ImageText:
-    """Captioned pictures on disk: imagefolder, captions.jsonl, same-named .txt, WebDataset shards, or lists of them.
+    """Captioned pictures on disk: imagefolder, captions.jsonl, same-named .txt, WebDataset .tar, or several.
 
     size        side in pixels, or (H, W)
     aspect      sort the pictures into buckets(size, multiple) instead of cropping all to one shape
-    strict      a picture that cannot be used is an error, not left out
-    Errors (ValueError, OSError): see find_items; no usable picture at all. Sets that fit CACHE_BYTES are decoded at
-    the start; of larger ones the headers are checked, and a picture found damaged later is replaced by the next of
-    its bucket, with its own caption.
+    strict      a picture that cannot be used is an error; otherwise it is left out, and `left_out` says why
+    ValueError or OSError in one line: see find_items, and when no picture can be used. A set that fits into
+    CACHE_BYTES is decoded at the start. Of a larger one only the headers are read, and a picture found
+    damaged later gives way to the next of its shape, with that one's caption.
     """
     tasks = {"t2t", "t2i", "it2t"}
 
-    def __init__(self, paths: str | Path | Sequence[str | Path], seed: int = 0, size: int | tuple[int, int] = 32,
+    def __init__(self, paths: str | os.PathLike | Sequence, seed: int = 0, size: int | tuple[int, int] = 32,
                  aspect: bool = False, multiple: int = 8, strict: bool = False):
-        paths = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-        self.seed, self.strict, self.shapes = seed, strict, [sides(size)]
-        if aspect:
-            if not isinstance(size, int):
-                raise ValueError(f"got image size {size} with aspect buckets, expected one side: the buckets vary it")
-            self.shapes = buckets(size, multiple)
-        self.left_out: list[str] = []
-        items = [item for path in paths for item in find_items(path, self.left_out)]
+        if aspect and not isinstance(size, int):
+            raise ValueError(f"got image size {size} with aspect buckets, expected one side")
+        self.shapes = buckets(size, multiple) if aspect else [sides(size)]
+        self.seed, self.strict, self.left_out = seed, strict, []
+        items = [item for path in as_list(paths) for item in find_items(path, self.left_out)]
         fits = CACHE_BYTES // max(3 * height * width for height, width in self.shapes)
         self._pixels = functools.lru_cache(max(fits, 64))(self._load)
-        check = self._pixels if len(items) <= fits else self._header
         with ThreadPoolExecutor(4) as threads:  # Pillow decodes outside the interpreter's lock
-            found = list(tqdm(threads.map(check, items), "checking images", len(items), leave=False, delay=2))
-        self.items = [item for item, got in zip(items, found) if not isinstance(got, str)]
-        self._hw = [got.shape[:2] if isinstance(got, np.ndarray) else got for got in found if not isinstance(got, str)]
-        self.num_images = len(self.items)
+            found = threads.map(self._pixels, items) if len(items) <= fits else map(self._header, items)
+            found = list(tqdm(found, "checking images", len(items), leave=False, delay=2))
         self.left_out += [f"{item.name} ({got})" for item, got in zip(items, found) if isinstance(got, str)]
+        good = [(item, got) for item, got in zip(items, found) if not isinstance(got, str)]
+        self.items = [item for item, _ in good]
+        self._hw = [got if isinstance(got, tuple) else got.shape[:2] for _, got in good]
+        self.num_images = len(good)
         if self.left_out:
-            some = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
-            line = f"{len(self.left_out)} of {len(self.left_out) + self.num_images} images cannot be used: {some}"
-            if strict or not self.items:
-                raise ValueError(f"{line}; repair or remove them" + (", or drop --strict_data" if self.items else ""))
+            line = f"{len(self.left_out)} of {len(self.left_out) + len(good)} images cannot be used: "
+            line += ", ".join(self.left_out[:3]) + ", ..." * (len(self.left_out) > 3)
+            if strict or not good:
+                raise ValueError(f"{line}; repair or remove them" + ", or drop --strict_data" * bool(good))
             note(f"left out: {line}")
-        if not self.items:
-            raise ValueError(f"no captioned image in {', '.join(paths)}; expected metadata.jsonl or captions.jsonl, "
-                             "same-named .txt files, or .tar shards")
+        if not good:
+            raise ValueError(f"no captioned image in {', '.join(as_list(paths))}; expected metadata.jsonl or "
+                             "captions.jsonl, same-named .txt files, or .tar shards")
 
     @staticmethod
     def _read(item: Item, limit: int) -> bytes:
@@ -544,49 +526,44 @@ class ImageText:
                 file.seek(item.offset)
                 raw = file.read(min(item.size, limit))
         except OSError as error:
-            raise OSError(f"{item.path} can no longer be read ({error.strerror}); restore it and resume") from None
+            raise OSError(f"{item.path} cannot be read now ({error.strerror}); restore it and resume") from None
         if len(raw) < min(item.size, limit):
             raise OSError(f"{item.path} is shorter than when it was indexed; restore it and resume")
         return raw
 
     def _load(self, item: Item) -> np.ndarray | str:
         """Pixels (H, W, 3), or why there are none."""
+        if item.size > MAX_FILE:
+            return f"a file of over {MAX_FILE >> 20} MiB"
         try:
-            if item.size > MAX_FILE:
-                raise ValueError(f"a file of more than {MAX_FILE >> 20} MiB")
             return decode(self._read(item, MAX_FILE), self.shapes)
         except ValueError as error:
             return str(error)
 
     def _header(self, item: Item) -> tuple[int, int] | str:
-        """The bucket (H, W), or why there is none. Most formats tell within the first 64 KiB."""
-        for limit in (1 << 16, MAX_FILE):
+        """Shape (H, W) of the pixels, or why there is none."""
+        for limit in (1 << 16, MAX_FILE):       # most formats tell within the first 64 KiB
             try:
-                return open_image(self._read(item, limit), self.shapes)[1]
+                return decode(self._read(item, limit), self.shapes, header_only=True)
             except ValueError as error:
                 reason = str(error)
-                if item.size <= limit:
-                    break
         return reason
 
     def _usable(self, index: int) -> int:
-        """index, or the next of the same bucket whose picture is whole."""
-        for step in range(self.num_images):
-            other = (index + step) % self.num_images
-            if self._hw[other] == self._hw[index]:
-                pixels = self._pixels(self.items[other])
-                if isinstance(pixels, np.ndarray) and pixels.shape[:2] == self._hw[index]:
-                    return other
-                self._damaged(self.items[other], pixels)
-        raise ValueError("no picture of this shape can be decoded any more; check the disk and the files")
-
-    def _damaged(self, item: Item, reason: np.ndarray | str) -> None:
-        line = f"{item.name} ({reason if isinstance(reason, str) else 'changed since it was indexed'})"
-        if self.strict:
-            raise ValueError(f"{line}; repair or remove it, or drop --strict_data")
-        if line not in self.left_out:
-            self.left_out.append(line)
-            note(f"left out from now on: {line}, {len(self.left_out)} in all")
+        """index, or the next of the same shape whose picture is whole."""
+        for other in itertools.chain(range(index, self.num_images), range(index)):
+            if self._hw[other] != self._hw[index]:
+                continue
+            reason = self._pixels(self.items[other])
+            if not isinstance(reason, str):
+                return other
+            line = f"{self.items[other].name} ({reason})"
+            if self.strict:
+                raise ValueError(f"{line}; repair or remove it, or drop --strict_data")
+            if line not in self.left_out:
+                self.left_out.append(line)
+                note(f"left out from now on: {line}, {len(self.left_out)} in all")
+        raise ValueError("no picture of this shape can be decoded any more; check the files and the disk")
 
     def image_hw(self, index: int) -> tuple[int, int]:
         return self._hw[index]
@@ -611,60 +588,51 @@ class ImageText:
 
 
 # --------------------------------------------------------------------------------------------------- texts
-END_TEXT = b"<|endoftext|>"     # between documents; a file without it is one document
-
-
 def find_documents(file: BinaryIO, name: str, begin: int = 0) -> Iterator[tuple[int, int]]:
-    """Byte ranges [start, end) of the documents from `begin` on, blank borders cut off; 1 MiB is held at a time.
+    """Byte ranges [start, end) of the documents from `begin` on, without blank borders; holds 1 MiB at a time.
 
     ValueError naming the byte when the text is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     file.seek(begin)
-    at, rest, start, end = begin, b"", None, None       # rest = bytes from position `at` on, not yet looked at
-    while True:
+    at, rest, start, end, chunk = begin, b"", None, None, b"-"     # rest: bytes from `at` on, unseen
+    while chunk:
         chunk = file.read(1 << 20)
-        pending = len(decoder.getstate()[0])
+        known = at + len(rest) - len(decoder.getstate()[0])     # a character may lie across two chunks ...
         try:
             decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: not UTF-8 at byte {at + len(rest) - pending + error.start - begin}; "
-                             "convert it, e.g. with iconv -t utf-8") from None
-        *closed, rest = (rest + chunk).split(END_TEXT)
-        keep = len(END_TEXT) - 1 if chunk else 0        # the separator may lie across two chunks
-        closed.append(rest[:len(rest) - keep] if keep else rest)
-        rest = rest[len(rest) - keep:] if keep else b""
-        for number, piece in enumerate(closed):
+            raise ValueError(f"{name}: not UTF-8 at byte {known - begin + error.start}; "
+                             "convert it, as with iconv") from None
+        *pieces, rest = (rest + chunk).split(END_TEXT)
+        cut = max(0, len(rest) - len(END_TEXT) + 1) if chunk else len(rest)     # ... and a separator, too
+        rest, pieces = rest[cut:], [*pieces, rest[:cut]]
+        for remaining, piece in zip(reversed(range(len(pieces))), pieces):
             if piece.strip():
                 start = at + len(piece) - len(piece.lstrip()) if start is None else start
                 end = at + len(piece.rstrip())
-            at += len(piece)
-            if number < len(closed) - 1:
-                at += len(END_TEXT)
-            if start is not None and (number < len(closed) - 1 or not chunk):
+            at += len(piece) + (len(END_TEXT) if remaining else 0)
+            if start is not None and (remaining or not chunk):
                 yield start, end
                 start = None
-        if not chunk:
-            return
 
 
 class TextFiles:
     """Texts on disk: .txt, or .jsonl with a field "text", each also as .gz.
 
-    Sample k is a window that begins at a paragraph, sentence or word and holds, where its document does, enough
-    for seq_len tokens (12 bytes a token; English takes 4 to 5). Windows move by half a stride at random; an epoch
-    covers the text once. .txt is read in place, the others are unpacked once to an unnamed temporary file (TMPDIR).
+    Sample k is a window that begins at a paragraph, sentence or word and holds, where its document does,
+    enough for seq_len tokens (12 bytes for each; English takes 4 to 5). The windows of an epoch cover the text,
+    at random offsets. .txt is read in place; the rest is unpacked once, to an unnamed temporary file in TMPDIR.
     """
     tasks, num_images = {"t2t"}, 0
 
-    def __init__(self, paths: str | Path | Sequence[str | Path], seed: int = 0, seq_len: int = 256):
-        self.paths = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-        self.seed, self.stride = seed, 4 * seq_len
+    def __init__(self, paths: str | os.PathLike | Sequence, seed: int = 0, seq_len: int = 256):
+        self.paths, self.seed, self.stride = as_list(paths), seed, 4 * seq_len
         self._unpacked = tempfile.TemporaryFile()
-        found = array("q")                              # file, start, end of each document; file -1: unpacked
+        found = array("q")                                      # file, start, end of each document, in turn
         for number, path in enumerate(self.paths):
             before = len(found)
             for start, end in self._documents(path):
-                found.extend((number if path.endswith(".txt") else -1, start, end))
+                found.extend((number, start, end))
             if len(found) == before:
                 raise ValueError(f"{path} holds no text; give another file")
         if not found:
@@ -675,54 +643,50 @@ class TextFiles:
         self.num_windows = int(self._first[-1])
 
     def _documents(self, path: str) -> Iterator[tuple[int, int]]:
-        plain = path.removesuffix(".gz")
-        if not plain.endswith((".txt", ".jsonl")):
+        kind, packed = path.removesuffix(".gz"), path.endswith(".gz")
+        if not kind.endswith((".txt", ".jsonl")):
             raise ValueError(f"got the text file {path}, expected .txt, .txt.gz, .jsonl or .jsonl.gz")
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"the text file {path} does not exist or is no regular file; check the path")
+            raise FileNotFoundError(f"the text file {path} does not exist or is no file; check the path")
         with open(path, "rb") as file:
             if path.endswith(".txt"):
                 yield from find_documents(file, path, 3 if file.read(3) == codecs.BOM_UTF8 else 0)
                 return
             begin = self._unpacked.seek(0, os.SEEK_END)
+            source = gzip.GzipFile(fileobj=file) if packed else file
+            pieces = (caption_of(row, where).encode() + END_TEXT for where, row in json_lines(source, path))
+            if kind.endswith(".txt"):
+                pieces = iter(lambda: source.read(1 << 20), b"")
             try:
-                source = gzip.GzipFile(fileobj=file) if plain != path else file
-                if plain.endswith(".txt"):
-                    pieces = iter(lambda: source.read(1 << 20), b"")
-                else:
-                    pieces = (caption_of(row, where).encode() + END_TEXT for where, row in json_lines(source, path))
                 for piece in pieces:
                     if self._unpacked.tell() + len(piece) > MAX_UNPACKED:
-                        raise ValueError(f"{path} unpacks to more than {MAX_UNPACKED >> 30} GiB; give plain .txt files")
+                        raise ValueError(f"{path} unpacks to over {MAX_UNPACKED >> 30} GiB; give .txt files")
                     self._unpacked.write(piece)
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{path} is not a complete gzip file ({error}); copy it again") from None
+                raise ValueError(f"{path} is not a whole gzip file ({error}); copy it again") from None
             self._unpacked.flush()
             yield from find_documents(self._unpacked, path, begin)
 
-    def _text(self, file: int, start: int, end: int) -> str:
-        if file < 0:
-            raw = os.pread(self._unpacked.fileno(), end - start, start)
-        else:
-            with open(self.paths[file], "rb") as source:
-                raw = os.pread(source.fileno(), end - start, start)
+    def _read(self, file: int, start: int, end: int) -> str:
+        path = self.paths[file]
+        with open(path if path.endswith(".txt") else os.dup(self._unpacked.fileno()), "rb") as source:
+            raw = os.pread(source.fileno(), end - start, start)
         if len(raw) < end - start:
-            raise OSError(f"{self.paths[file]} is shorter than when it was indexed; restore it and resume")
-        return raw.decode("utf-8", errors="ignore")     # only characters cut by the window's borders are lost
+            raise OSError(f"{path} is shorter than when it was indexed; restore it and resume")
+        return raw.decode("utf-8", errors="ignore")             # drops only characters that the borders cut
 
     def t2t(self, k: int) -> str:
         window = order(self.seed, k, self.num_windows)
         doc = int(np.searchsorted(self._first, window, side="right")) - 1
         file, start, end = map(int, self._docs[doc])
-        shift = window - int(self._first[doc]) + rng(self.seed, k, WINDOW).random() - 0.5
-        at = max(start, min(start + int(shift * self.stride), end - self.stride))
-        text = self._text(file, at, min(end, at + 4 * self.stride))
+        offset = window - int(self._first[doc]) + rng(self.seed, k, WINDOW).random() - 0.5     # in strides
+        at = max(start, min(start + int(offset * self.stride), end - self.stride))
+        text = self._read(file, at, min(end, at + 4 * self.stride))
         if at > start:
-            head = text[:self.stride]
             for border in (r"\n\s*", r"[.!?][\"')\]]*\s+", r"\s+"):
-                if (found := re.search(border, head)) and text[found.end():]:
-                    text = text[found.end():]
-                    break
+                found = re.search(border, text[:self.stride])
+                if found and found.end() < len(text):
+                    return text[found.end():]
         return text
 
     def corpus(self, n: int) -> list[str]:
@@ -731,13 +695,12 @@ class TextFiles:
 
 # ------------------------------------------------------------------------------------------------- mixture
 class Mixture:
-    """Pictures and captions from one dataset, texts (t2t) from another."""
+    """Pictures and captions from one dataset, texts from another."""
 
     def __init__(self, pictures: ImageText | GeneratedScenes, texts: TextFiles):
         self.pictures, self.texts = pictures, texts
         self.tasks, self.num_images = pictures.tasks | texts.tasks, pictures.num_images
-        self.t2t = texts.t2t
-        self.t2i, self.it2t = pictures.t2i, pictures.it2t
+        self.t2i, self.it2t, self.t2t = pictures.t2i, pictures.it2t, texts.t2t
         self.images, self.image_hw = pictures.images, pictures.image_hw
 
     def corpus(self, n: int) -> list[str]:
@@ -747,11 +710,37 @@ class Mixture:
 def open_data(seed: int, data: Sequence[str] = (), text: Sequence[str] = (), size: int | tuple[int, int] = 32,
               seq_len: int = 256, aspect: bool = False, multiple: int = 8, strict: bool = False, **generated
               ) -> GeneratedScenes | ImageText | TextFiles | Mixture:
-    """What --data and --text ask for; generated scenes when they ask for nothing (`generated`: their settings).
+    """What --data and --text ask for; generated scenes (`generated`: their settings) when they ask for nothing.
 
-    Captions serve as texts when there are no others; texts alone serve t2t alone."""
+    Captions are the texts of T2T when there are no others; texts alone serve T2T alone."""
     if not data and not text:
         return GeneratedScenes(seed, size, **generated)
     pictures = ImageText(data, seed, size, aspect, multiple, strict) if data else None
     texts = TextFiles(text, seed, seq_len) if text else None
     return Mixture(pictures, texts) if pictures and texts else pictures or texts
+
+
+if __name__ == "__main__":
+    world = GeneratedScenes(seed=0)
+    tokenizer = Tokenizer.train(world.corpus(2000), 512)
+    caption = "a large red circle above a small blue square on a gray background"
+    ids = tokenizer.encode(caption)
+    back = tokenizer.decode(pad_to_multiple(ids, 8, tokenizer.end))
+    print(f"{len(caption)} characters -> {len(ids)} tokens (expect 13, one a word); back: {back == caption}")
+    print("sample 7 of each task, the same in every run:")
+    for task in ("t2t", "t2i", "it2t"):
+        print(f"  {task:4s}", getattr(world, task)(7))
+    with tempfile.TemporaryDirectory() as folder:
+        for i, pixels in enumerate(world.images(range(5))):
+            Image.fromarray(pixels).save(f"{folder}/{i}.png")
+            with open(f"{folder}/{i}.txt", "w") as file:
+                file.write(f"picture {i}")
+        os.truncate(f"{folder}/3.png", 200)
+        pairs = ImageText(folder)
+        print(f"a folder of 5, one truncated: {pairs.num_images} are used (expect 4), an epoch shows",
+              [pairs.t2i(k)[0] for k in range(4)])
+        with open(f"{folder}/long.txt", "w") as file:
+            file.write(" ".join(map(world.t2t, range(300))))
+        print("a window of a text (expect it to begin with a sentence):",
+              TextFiles(file.name, seq_len=8).t2t(0)[:50])
+    print("shapes of the area of 64 x 64 (expect at most 4096 pixels each):", buckets(64, 16))

@@ -204,7 +204,7 @@ def log_prob(velocity_fn: Velocity, z0: Tensor, grid: Tensor, eps: Tensor | None
     grid: as for sampling, from 1 to 0; it is run backwards.
     eps: None for the exact divergence, D = z0[0].numel() backward passes a call, so small sizes only. A probe
     of z0's shape for Hutchinson's estimate (Eq. 10.25): one backward pass a call, one probe the whole solve.
-    Any law with E[eps eps^T] = I is unbiased; signs +-1 vary less than normals and are exact if dv/dz is diagonal.
+    Any law with E[eps eps^T] = I is unbiased; signs +-1 vary least, and not at all where dv/dz is diagonal.
     known: (B, ...) bool, positions held fixed and not counted: log p(unknown | known).
     Block-causal text: with the clean copy fixed inside velocity_fn the noisy blocks do not see each other, so
     one solve with the blocks along B gives every log p(z_b | z_<b); their sum is log p(z) (paper, Eq. 10.16).

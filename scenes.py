@@ -28,8 +28,8 @@ COLORS = {"red": (205, 0, 40), "green": (0, 160, 50), "blue": (0, 85, 255), "yel
           "orange": (255, 125, 0), "purple": (125, 0, 185), "cyan": (70, 225, 255), "pink": (255, 105, 195)}
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (10, 10, 25)}
 SIZES = {"small": 7.5, "large": 11.5}                  # diameter of the circle
-SHAPES = {"circle": (0.5, 0.5, 0.5), "square": (0.47, 0.47, 0.47), "triangle": (0.59, 0.68, 0.34),
-          "cross": (0.55, 0.55, 0.55), "star": (0.57, 0.6, 0.49)}    # extent sideways, up, down, in diameters
+SHAPES = {"circle": (0.5, 0.5, 0.5), "square": (0.5, 0.5, 0.5), "triangle": (0.59, 0.68, 0.34),
+          "cross": (0.58, 0.58, 0.58), "star": (0.57, 0.6, 0.49)}    # extent sideways, up, down, in diameters
 COUNTS = ("one", "two", "three")
 
 HELDOUT_PAIRS = (("green", "circle"), ("yellow", "square"), ("purple", "triangle"))
@@ -135,33 +135,35 @@ def _place(objects, rng):
 # Pictures
 
 def _inside(shape, u, v):
-    """Whether points lie in a shape of diameter 1 with its centre of area at the origin; u (1, n), v (m, 1) -> (m, n)."""
+    """Whether points lie in a shape of diameter 1 with its centre of area at the origin; u (1, n), v (n, 1) -> (n, n)."""
     if shape == "circle":
         return u * u + v * v <= 0.25
+    u, w = abs(u), abs(v)
     if shape == "square":
-        return (abs(u) <= 0.47) & (abs(v) <= 0.47)
+        return (u <= 0.5) & (w <= 0.5)
     if shape == "triangle":
-        return (3 ** 0.5 * abs(u) - v <= 0.68) & (v <= 0.34)
+        return (3 ** 0.5 * u - v <= 0.68) & (v <= 0.34)
     if shape == "cross":
-        return (abs(u) <= 0.17) & (abs(v) <= 0.55) | (abs(v) <= 0.17) & (abs(u) <= 0.55)
-    # A star of outer radius 0.6: fold the plane onto half a point, where one straight edge remains.
-    angle = np.abs((np.arctan2(u, -v) / (0.4 * np.pi) + 0.5) % 1 - 0.5) * (0.4 * np.pi)
-    return np.hypot(u, v) * (np.cos(angle) + 1.064 * np.sin(angle)) <= 0.6
+        return (u <= 0.16) & (w <= 0.58) | (w <= 0.16) & (u <= 0.58)
+    # A star: with c the projection on the nearest of its five points (three, with the left half folded over), every
+    # edge is the line c + 2.1 |distance from that axis| = 0.6.
+    c = np.maximum(np.maximum(-v, 0.9511 * u - 0.3090 * v), 0.5878 * u + 0.8090 * v)
+    return c + 2.1 * np.sqrt(np.maximum(u * u + v * v - c * c, 0)) <= 0.6
 
 
-def _coverage(shape, size, cx, cy, unit, H, W, sub=8):
-    """Share of each pixel that the shape covers, by sub x sub sampling -> (m, n) and the slices of its box.
+def _reach(size, unit):
+    """Pixels on either side of an object's central pixel that its drawing may touch; unit = picture side / 32."""
+    return int(0.68 * SIZES[size] * unit) + 1
 
-    cx, cy in pixels, unit in pixels of this picture per pixel of a 32 x 32 one.
-    """
-    d = SIZES[size] * unit
-    r = 0.62 * max(SHAPES[shape]) / 0.6 * d + 1
-    x0, x1 = max(int(cx - r), 0), min(int(cx + r) + 1, W)
-    y0, y1 = max(int(cy - r), 0), min(int(cy + r) + 1, H)
-    u = (np.arange(x0 * sub, x1 * sub) + 0.5) / sub - cx
-    v = (np.arange(y0 * sub, y1 * sub) + 0.5) / sub - cy
-    hit = _inside(shape, u[None] / d, v[:, None] / d)                                     # (m * sub, n * sub)
-    return hit.reshape(y1 - y0, sub, x1 - x0, sub).mean((1, 3)), (slice(y0, y1), slice(x0, x1))
+
+def _coverage(shape, size, fx, fy, unit, reach, sub=8):
+    """Share of each pixel that the shape covers, by sub x sub sampling, its centre at (fx, fy) in the central pixel
+    -> float32 (2 reach + 1, 2 reach + 1)."""
+    n = 2 * reach + 1
+    grid = (np.arange(n * sub, dtype=np.float32) + 0.5) / sub - reach
+    d = np.float32(SIZES[size] * unit)
+    hit = _inside(shape, (grid[None] - np.float32(fx)) / d, (grid[:, None] - np.float32(fy)) / d)
+    return hit.reshape(n, sub, n, sub).mean((1, 3), dtype=np.float32)
 
 
 def render(scene: Scene, size: int | tuple[int, int] = 32) -> np.ndarray:
@@ -169,12 +171,15 @@ def render(scene: Scene, size: int | tuple[int, int] = 32) -> np.ndarray:
     H, W = (size, size) if isinstance(size, int) else size
     if min(H, W) < 24:
         raise ValueError(f"a scene needs at least 24 x 24 pixels, got {H} x {W}; choose a larger image size")
-    background = np.array(BACKGROUNDS[scene.background], float)
-    image = np.tile(background, (H, W, 1))
+    unit, pad = min(H, W) / 32, _reach("large", min(H, W) / 32)
+    background = np.array(BACKGROUNDS[scene.background], np.float32)
+    image = np.tile(background, (H + 2 * pad, W + 2 * pad, 1))            # with a margin, so that no patch is cut
     for o in scene.objects:
-        m, box = _coverage(o.shape, o.size, o.x * W, o.y * H, min(H, W) / 32, H, W)
-        image[box] += m[..., None] * (COLORS[o.color] - background)
-    return (image + 0.5).astype(np.uint8)
+        (ix, fx), (iy, fy) = ((int(p), p % 1) for p in (o.x * W, o.y * H))
+        r = _reach(o.size, unit)
+        patch = image[iy + pad - r:iy + pad + r + 1, ix + pad - r:ix + pad + r + 1]
+        patch += _coverage(o.shape, o.size, fx, fy, unit, r)[..., None] * (COLORS[o.color] - background)
+    return (image[pad:pad + H, pad:pad + W] + 0.5).astype(np.uint8)
 
 
 # The reader's tolerances, in units of the colour range 0..1. They were fixed before any model was trained.
@@ -182,98 +187,110 @@ FOREGROUND = 0.27            # distance from the background that makes a pixel p
 BACKGROUND_ERROR = 0.1       # of the background's median colour
 COLOR_ERROR = 0.2            # of an object's mean colour; half the smallest distance of two colours is 0.237
 OBJECT_ERROR = 0.15          # squared residual of an object over its squared contrast
-LOCAL_ERROR = 0.2            # mean squared residual in any 3 x 3 window, over the largest squared contrast
+SPECK = 6.0                  # pixels; a smaller component is left to the residual
+LOCAL_ERROR = 0.15           # mean squared residual in any 3 x 3 window, over the largest squared contrast
+STRAY_ERROR = 0.04           # the same of the background beside the objects, absolute
+AMBIGUITY = 0.02             # by which the second best shape or size must explain an object worse
 
 
 def read_image(image: np.ndarray) -> Scene | None:
     """Read a picture back into its scene: uint8 (H, W, 3) -> Scene, or None if it is not a picture of this world.
 
-    Background by vote; connected components of what differs from it; for each the shape, size and colour whose
-    drawing at the measured centre leaves the smallest residual. What the whole drawing does not explain is refused.
+    Background by vote; connected components of what differs from it; for each the shape, size and colour whose drawing
+    leaves the smallest residual. What the drawing of the whole scene does not explain is refused.
     """
     H, W, _ = image.shape
-    unit = min(H, W) / 32
-    pixels = image.astype(np.float64) / 255
-    votes = [(((pixels - b) ** 2).sum(-1) < FOREGROUND ** 2).sum() for b in _rgb(BACKGROUNDS)]
-    background = list(BACKGROUNDS)[int(np.argmax(votes))]
-    b = _rgb(BACKGROUNDS)[int(np.argmax(votes))]
-    signal = pixels - b                                                                   # (H, W, 3)
-    foreground = (signal ** 2).sum(-1) > FOREGROUND ** 2                                  # (H, W)
-    if foreground.all() or np.linalg.norm(np.median(signal[~foreground], 0)) > BACKGROUND_ERROR:
+    unit, pad = min(H, W) / 32, _reach("large", min(H, W) / 32) + 1
+    pixels = image.astype(np.float32) / 255
+    near = [((pixels - b) ** 2).sum(-1) < FOREGROUND ** 2 for b in _rgb(BACKGROUNDS)]
+    k = int(np.argmax([n.sum() for n in near]))
+    background, signal = _rgb(BACKGROUNDS)[k], pixels - _rgb(BACKGROUNDS)[k]              # (H, W, 3)
+    if not near[k].any() or np.linalg.norm(np.median(signal[near[k]], 0)) > BACKGROUND_ERROR:
         return None
-    label = _components(foreground)
-    area = np.bincount(label.ravel())
-    found = [k for k in range(1, len(area)) if area[k] >= 6 * unit ** 2]                  # less is a speck of noise
-    if not 1 <= len(found) <= len(COUNTS):
+    components = [c for c in _components(~near[k]) if len(c) >= SPECK * unit ** 2]
+    if not 1 <= len(components) <= len(COUNTS):
         return None
-    objects, residual, contrast = [], signal.copy(), 0.0
-    for k in found:
-        fit = _fit(np.where(np.isin(label, [j for j in found if j != k])[..., None], 0, signal), label == k, b, unit)
+    owner = np.zeros((H + 2 * pad, W + 2 * pad), int)                                     # 0: nobody
+    for i, c in enumerate(components, 1):
+        y, x = np.array(c).T + pad
+        for dy, dx in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):                         # with its anti-aliased rim
+            owner[y + dy, x + dx] = i
+    residual = np.pad(signal, ((pad, pad), (pad, pad), (0, 0)))
+    objects, contrast = [], 0.0
+    for i in range(1, len(components) + 1):
+        fit = _fit(residual, owner == i, _rgb(COLORS) - background, unit, pad)
         if fit is None:
             return None
-        shape, size, color, cx, cy = fit
-        m, box = _coverage(shape, size, cx, cy, unit, H, W)
-        c = np.array(COLORS[color]) / 255 - b
-        residual[box] -= m[..., None] * c
-        contrast = max(contrast, c @ c)
-        objects.append(Object(shape, color, size, cx / W, cy / H))
-    window = max(3, round(3 * unit))
-    total = np.zeros((H + 1, W + 1))
-    total[1:, 1:] = (residual ** 2).sum(-1).cumsum(0).cumsum(1)
-    local = total[window:, window:] - total[:-window, window:] - total[window:, :-window] + total[:-window, :-window]
-    if local.max() / window ** 2 > LOCAL_ERROR * contrast:
+        objects.append(Object(*fit[:3], (fit[3] - pad) / W, (fit[4] - pad) / H))
+    explained = render(Scene(list(BACKGROUNDS)[k], tuple(objects)), (H, W)) / np.float32(255)
+    contrast = max(((_rgb(COLORS)[list(COLORS).index(o.color)] - background) ** 2).sum() for o in objects)
+    alone = owner[pad:-pad, pad:-pad] == 0
+    if (_worst_window((pixels - explained) ** 2, unit) > LOCAL_ERROR * contrast
+            or _worst_window(np.where(alone[..., None], signal, 0) ** 2, unit) > STRAY_ERROR):
         return None
-    return Scene(background, reading_order(objects))
+    return Scene(list(BACKGROUNDS)[k], reading_order(objects))
+
+
+def _worst_window(error, unit):
+    """Largest mean of a squared error (H, W, 3), summed over the channels, in any window of 3 x 3 pixels times unit."""
+    n = max(3, round(3 * unit))
+    total = np.pad(error.sum(-1, dtype=np.float64), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    return (total[n:, n:] - total[:-n, n:] - total[n:, :-n] + total[:-n, :-n]).max() / n ** 2
 
 
 def _rgb(table):
-    return np.array(list(table.values())) / 255
+    return np.array(list(table.values()), np.float32) / 255
 
 
 def _components(foreground):
-    """4-connected components by flood fill: bool (H, W) -> int (H, W), 0 outside."""
-    label = np.zeros(foreground.shape, int)
-    rest, k = set(zip(*(axis.tolist() for axis in np.nonzero(foreground)))), 0
+    """4-connected components by flood fill: bool (H, W) -> list of lists of (y, x)."""
+    rest, components = set(zip(*(axis.tolist() for axis in np.nonzero(foreground)))), []
     while rest:
-        k += 1
-        stack = [rest.pop()]
-        while stack:
-            y, x = stack.pop()
-            label[y, x] = k
+        component = [rest.pop()]
+        for y, x in component:                                                            # grows while it is walked
             for p in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
                 if p in rest:
                     rest.remove(p)
-                    stack.append(p)
-    return label
+                    component.append(p)
+        components.append(component)
+    return components
 
 
-def _fit(signal, member, b, unit):
-    """The (shape, size, color, cx, cy) that explains one component best, or None if none explains it."""
-    H, W = member.shape
-    ys, xs = np.nonzero(member)
-    box = slice(max(ys.min() - 2, 0), ys.max() + 3), slice(max(xs.min() - 2, 0), xs.max() + 3)
-    s = signal[box]                                                                       # (m, n, 3)
-    weight = (s ** 2).sum(-1) * member[box]
-    c = (weight[..., None] * s).sum((0, 1)) / weight.sum()                                # rough colour, less background
-    alpha = s @ c                                                                         # (m, n), noise averages out
-    y, x = np.mgrid[box[0].start:box[0].start + len(s), box[1].start:box[1].start + s.shape[1]] + 0.5
-    cx, cy = (alpha * x).sum() / alpha.sum(), (alpha * y).sum() / alpha.sum()
-    if not (0 < cx < W and 0 < cy < H):
+@functools.lru_cache(maxsize=128)
+def _templates(fx, fy, unit, reach):
+    """Drawings of every shape and size with the centre at (fx, fy) / 8 of a pixel -> (shapes * sizes, pixels), and
+    their squared sums."""
+    t = np.stack([_coverage(shape, size, fx / 8, fy / 8, unit, reach, sub=4).ravel()
+                  for shape in SHAPES for size in SIZES])
+    return t, (t ** 2).sum(1)
+
+
+def _fit(signal, mine, palette, unit, pad):
+    """The (shape, size, color, cx, cy) whose drawing explains the pixels `mine` best, or None if none does.
+
+    signal (H, W, 3) is the picture less its background, with a margin `pad`; palette (8, 3) the colours less it.
+    """
+    ys, xs = np.nonzero(mine)
+    s = signal[ys, xs]                                                                    # (n, 3)
+    c = ((s ** 2).sum(1) @ s) / (s ** 2).sum()                                            # rough colour
+    alpha = s @ c
+    cx, cy = alpha @ (xs + 0.5) / alpha.sum(), alpha @ (ys + 0.5) / alpha.sum()
+    reach, total, best = pad - 1, (s ** 2).sum(), (np.inf,)
+    masked = np.where(mine[..., None], signal, 0)
+    for dx, dy in itertools.product((-2, 0, 2), repeat=2):                                # eighths of a pixel
+        (ix, fx), (iy, fy) = divmod(round(8 * cx) + dx, 8), divmod(round(8 * cy) + dy, 8)
+        patch = masked[iy - reach:iy + reach + 1, ix - reach:ix + reach + 1].reshape(-1, 3)
+        t, mass = _templates(fx, fy, unit, reach)
+        seen, energy = t @ patch, mass[:, None] * (palette ** 2).sum(1)                   # (10, 3), (10, 8)
+        error = (total - 2 * seen @ palette.T + energy) / energy                          # (10, 8): |s - t c|^2 / |t c|^2
+        i, j = np.unravel_index(error.argmin(), error.shape)
+        if error[i, j] < best[0]:
+            second = np.delete(error, i, 0).min()
+            best = error[i, j], second, np.linalg.norm(seen[i] / mass[i] - palette[j]), i, j, ix + fx / 8, iy + fy / 8
+    error, second, color_error, i, j, cx, cy = best
+    if error > OBJECT_ERROR or second - error < AMBIGUITY or color_error > COLOR_ERROR:
         return None
-    palette, best = _rgb(COLORS) - b, (np.inf,)
-    for shape, size in itertools.product(SHAPES, SIZES):
-        m, where = _coverage(shape, size, cx, cy, unit, H, W, sub=4)
-        energy = (signal[where] ** 2).sum() + (s ** 2).sum() - 0
-        mass = (m ** 2).sum()
-        mean = (m[..., None] * signal[where]).sum((0, 1)) / mass                          # least-squares colour
-        # |signal - m color|^2 / (m^2 color^2) for every colour at once; signal outside the drawing counts too
-        error = ((s ** 2).sum() - 2 * mass * palette @ mean + mass * (palette ** 2).sum(1)) / (mass * (palette ** 2).sum(1))
-        k = int(error.argmin())
-        if error[k] < best[0]:
-            best = error[k], shape, size, list(COLORS)[k], np.linalg.norm(mean - palette[k])
-    if best[0] > OBJECT_ERROR or best[4] > COLOR_ERROR:
-        return None
-    return *best[1:4], cx, cy
+    return list(SHAPES)[i // 2], list(COLORS)[j], list(SIZES)[i % 2], cx, cy
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -176,6 +176,13 @@ def test_order_of_convergence(solver, order, shift):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
 
 
+def test_ab2_is_exact_on_uneven_steps_but_for_its_first():
+    """For dz/dt = 2 t only the opening Euler step errs, by its own h^2."""
+    grid = torch.tensor([1.0, 0.9, 0.5, 0.45, 0.1, 0.0], dtype=F64)
+    z0 = flow.solve(lambda z, t: torch.full_like(z, 2 * t), torch.ones(1, 1, dtype=F64), grid, "ab2")
+    assert z0.item() == pytest.approx(0.0 - 0.1 ** 2, abs=1e-12)
+
+
 @pytest.mark.parametrize("solver", flow.SOLVERS)
 def test_calls_per_step(solver):
     calls = []

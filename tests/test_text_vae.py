@@ -1,4 +1,5 @@
-"""Text VAE: the release's numbers, RoPE, causality, losses against closed forms, files.  pytest tests/test_text_vae.py"""
+"""Text VAE: the release's numbers, RoPE, causality, losses against closed forms, files.
+Run: pytest tests/test_text_vae.py"""
 import json
 import math
 import struct
@@ -17,10 +18,10 @@ OFFICIAL = Path(__file__).parent / "official_tiny"
 def make():
     def build(seed=0, **config):
         torch.manual_seed(seed)
-        config = dict(vocab_size=23, dim=24, ffn_dim=48, num_heads=3, encoder_num_blocks=1, decoder_num_blocks=1,
-                      latent_dim=8) | config
+        config = dict(vocab_size=23, dim=24, ffn_dim=48, num_heads=3, encoder_num_blocks=1,
+                      decoder_num_blocks=1, latent_dim=8) | config
         vae = tv.TextVAE(**config)
-        for p in vae.parameters():                           # no zero and no constant parameter can hide a mistake
+        for p in vae.parameters():                           # zeros and ones could hide a mistake
             torch.nn.init.normal_(p, std=0.3)
         return vae
     return build
@@ -48,8 +49,9 @@ def test_release_numbers(patch):
         means.append(mean), logvars.append(logvar)
     packed = vae.encode(torch.cat([want["ids_0"], want["ids_1"]]), lengths)
     torch.testing.assert_close(packed, (torch.cat(means), torch.cat(logvars)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(vae.latents(packed[0]), want["decode_latents"], atol=1e-4, rtol=0)   # the scaling
-    torch.testing.assert_close(vae.decode(want["decode_latents"], lengths), want["decode_logits"], atol=2e-4, rtol=0)
+    z = want["decode_latents"]
+    torch.testing.assert_close(vae.latents(packed[0]), z, atol=1e-4, rtol=0)         # the release's scaling
+    torch.testing.assert_close(vae.decode(z, lengths), want["decode_logits"], atol=2e-4, rtol=0)
 
 
 def test_rope_is_complex_rotation():
@@ -87,9 +89,10 @@ def test_patch_order(make):
     x = vae.encoder.patch_embedder(vae.encoder.wte(ids).T[None])[0].T                    # (L, D)
     mean, logvar = vae.encoder.final_layer(x).chunk(2, -1)
     torch.testing.assert_close(vae.encode(ids, [3, 2])[0], F.layer_norm(mean, (8,), eps=1e-6))
-    out = vae.decoder.unpatch_layer(vae.decoder.in_layer(z))                             # channel c * patch + p
+    out = vae.decoder.unpatch_layer(vae.decoder.in_layer(z))                         # channel c * patch + p
     by_hand = torch.stack([out[i // 2, i % 2::2] for i in range(10)])
-    torch.testing.assert_close(vae.decode(z, [3, 2]), vae.decoder.final_layer(vae.decoder.final_norm(by_hand)))
+    logits = vae.decoder.final_layer(vae.decoder.final_norm(by_hand))
+    torch.testing.assert_close(vae.decode(z, [3, 2]), logits)
 
 
 @pytest.mark.parametrize("fixed", [1.0, 2.0])
@@ -131,8 +134,8 @@ def test_loss_is_its_equation(make):
     torch.testing.assert_close(terms["recon"], recon.detach())
     torch.testing.assert_close(terms["mask"], masked.detach())
     torch.testing.assert_close(loss, recon + 0.3 * tv.kl(mean, logvar).sum() / 16 + 0.7 * masked)
-    stage2, _ = tv.text_vae_loss(vae, ids, lengths, noise, mask, beta=0.3, lambda_mask=0.7, learned_prior=True,
-                                 posterior=(mean, logvar))
+    stage2, _ = tv.text_vae_loss(vae, ids, lengths, noise, mask, beta=0.3, lambda_mask=0.7,
+                                 learned_prior=True, posterior=(mean, logvar))
     torch.testing.assert_close(stage2, recon + 0.3 * tv.expected_log_q(logvar).sum() / 16 + 0.7 * masked)
     common = dict(beta=0.3, lambda_mask=0.7, count=16, mask_count=int(mask.sum()))
     parts = [tv.text_vae_loss(vae, ids[a:b], [n], noise[a // 2:b // 2], mask[a:b], **common)[0]
@@ -141,7 +144,7 @@ def test_loss_is_its_equation(make):
 
 
 def test_gradients(make):
-    """The encoder learns through the sampled latent; the mask row learns from L_mask alone; an empty mask is no NaN."""
+    """The encoder learns through the latent, the mask row from L_mask alone; an empty mask is no NaN."""
     vae = make(vae_logsnr=None)
     ids, noise, mask = tokens(vae, [6, 6])
     tv.text_vae_loss(vae, ids, [6, 6], noise, beta=0.1)[0].backward()
@@ -156,7 +159,8 @@ def test_gradients(make):
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_overfits_one_batch(patch_size):
     torch.manual_seed(0)
-    vae = tv.TextVAE(40, dim=48, ffn_dim=96, encoder_num_blocks=1, decoder_num_blocks=1, patch_size=patch_size)
+    size = dict(dim=48, ffn_dim=96, encoder_num_blocks=1, decoder_num_blocks=1)
+    vae = tv.TextVAE(40, patch_size=patch_size, **size)
     lengths = [12, 8, 4]
     ids, _, mask = tokens(vae, lengths)
     optimizer, plan = torch.optim.AdamW(vae.parameters(), lr=1e-2), vae.make_plan(lengths)
@@ -180,7 +184,7 @@ def test_wrong_token_count(make):
 # ---- files ----
 
 def test_safetensors_round_trip(tmp_path):
-    tensors = {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "flag": torch.tensor([True, False, True]),
+    tensors = {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "flag": torch.tensor([True, False]),
                "half": torch.randn(3, 5).bfloat16(), "turned": torch.randn(4, 3).T, "i": torch.arange(5)}
     path = tmp_path / "a.safetensors"
     tv.write_safetensors(path, tensors)
@@ -231,7 +235,7 @@ def entry(shape, first, last, dtype="F32"):
 @pytest.mark.parametrize("header,message", [
     ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, "b F32"),                      # overlap
     ({"a": entry([2], 0, 8)}, "4 bytes after the last tensor"),
-    ({"a": entry([2], 0, 8), "b": entry([2], 8, 16)}, "truncated or damaged"),       # past the end of the file
+    ({"a": entry([2], 0, 8), "b": entry([2], 8, 16)}, "truncated or damaged"),       # past the end
     ({"a": entry([3], 4, 16)}, "truncated or damaged"),                              # gap
     ({"a": entry([4], 0, 12)}, "expected 16 bytes"),
     ({"a": entry([3], 0, 12, "F8")}, "dtype F8"),
@@ -250,7 +254,7 @@ def test_damaged_safetensors(tmp_path, header, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content,message", [(b"", "too short"), (b"\xff" * 64, "header would end"),
+@pytest.mark.parametrize("content,message", [(b"", "too short"), (b"\xff" * 64, "header ends"),
                                              (struct.pack("<Q", 4) + b"\xff{}}", "not a table")])
 def test_not_safetensors(tmp_path, content, message):
     path = tmp_path / "model.safetensors"
@@ -280,8 +284,9 @@ def test_save_official(tmp_path, make, fixed):
     assert torch.equal(vae.decode(noise, [4, 5]), again.decode(noise, [4, 5]))
 
 
-@pytest.mark.parametrize("change,message", [({"act": "gelu"}, "act is 'gelu'"), ({"post_norm": False}, "post_norm"),
-                                            ({"latent_dim": 9}, "the config asks for"), ({"dim": None}, "no dim")])
+@pytest.mark.parametrize("change,message", [
+    ({"act": "gelu"}, "act is 'gelu'"), ({"post_norm": False}, "post_norm is False"),
+    ({"latent_dim": 9}, "its config.json asks for"), ({"dim": None}, "no dim")])
 def test_official_config_is_checked(tmp_path, change, message):
     source = OFFICIAL / "p1" / "cola_vae"
     config = json.loads((source / "config.json").read_text()) | change

@@ -1,0 +1,361 @@
+"""Sample: text, images, captions and answers from a checkpoint.
+
+    z_1 ~ N(0, I);   dz/dt = v(z, t | context), t from 1 to 0;   x ~ p(x | z_0)            (paper, Sec. 3.2.3, Eq. 10.2)
+
+Clean context (instruction, input image, caption, text so far) is encoded by its posterior mean and passes through the prior
+once; its keys and values stay in the cache. An image is one block; text is transported block by block, each finished block
+joining the context at t = 0. Guidance mixes in the velocity of a shorter layout, the block or the image without its context:
+v = v_u + w (v_c - v_u). A block that begins inside the prompt keeps the known latents at every step ("clean repaint", Sec. 5.2).
+
+    python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
+    python sample.py it2t a.png "describe the image."
+    python sample.py t2t  "there is a red circle."
+
+Shapes: B samples, Dz and Cz text and image latent channels, bl latents in a text block.
+"""
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+import data
+import flow
+import masks
+from cuda_attention import Plan, make_plan
+from image_vae import ImageVAE
+from masks import IT2T, T2I, T2T, Layout, pack
+from mmdit import Cache, MMDiT, MMDiTConfig
+from text_vae import TextVAE
+
+FORMAT = "unified-cola-1"                  # what a checkpoint of ours says of itself
+
+
+@dataclass
+class Cola:
+    """The whole system: two VAEs, the prior between them, and the tokenizer."""
+    text_vae: TextVAE
+    image_vae: ImageVAE
+    mmdit: MMDiT
+    tokenizer: data.Tokenizer
+    block_len: int
+    image_hw: tuple[int, int]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.mmdit.parameters()).device
+
+    def ids(self, text: str, end: bool) -> list[int]:
+        """Tokens of a text; end=True appends the end token and fills the last block with it."""
+        multiple = self.text_vae.patch_size * (self.block_len if end else 1)
+        return data.pad_to_multiple(self.tokenizer.encode(text), multiple, self.tokenizer.end, ended=end)
+
+    def encode_text(self, ids: list[list[int]]) -> tuple[Tensor, list[int]]:
+        """Posterior means of texts, packed (L, Dz), and the number of latents of each."""
+        lengths = [len(i) // self.text_vae.patch_size for i in ids]
+        if not sum(lengths):
+            return torch.zeros(0, self.text_vae.latent_dim, device=self.device), lengths
+        flat = torch.tensor([t for i in ids for t in i], device=self.device)
+        return self.text_vae.latents(self.text_vae.encode(flat, lengths)[0]), lengths
+
+    def encode_images(self, images: list[np.ndarray]) -> Tensor:
+        """Images uint8 (H, W, 3) of one size -> normalised mean latents, packed (B h w, Cz)."""
+        x = to_float(np.stack(images)).to(self.device)                               # (B, 3, H, W)
+        z = self.image_vae.normalize(self.image_vae.encode(x)[0])                    # (B, Cz, h, w)
+        return z.flatten(2).transpose(1, 2).flatten(0, 1)
+
+    def decode_images(self, z: Tensor, hw: tuple[int, int]) -> list[np.ndarray]:
+        """Packed latents (B h w, Cz) -> images uint8 (H, W, 3)."""
+        z = z.view(-1, *hw, z.shape[-1]).permute(0, 3, 1, 2)                         # (B, Cz, h, w)
+        return list(to_uint8(self.image_vae.decode(self.image_vae.denormalize(z))))
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> (B, 3, H, W) in [-1, 1]"""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)"""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+class Context:
+    """Clean positions that later queries may attend to. cached=False recomputes them at every call: the oracle of the
+    cache, and what it saves."""
+    def __init__(self, model: Cola, cached: bool = True):
+        self.model, self.cached = model, cached
+        self.cache, self.past = Cache(), None                                        # past: (text, image, layout)
+
+    def plan(self, layout: Layout) -> Plan:
+        """The plan of queries of this layout, for all the steps they take."""
+        if self.past is None:
+            return make_plan(layout)
+        both = masks.concat(self.past[2], layout)
+        return make_plan(layout, both) if self.cached else make_plan(both)
+
+    def velocity(self, text: Tensor, image: Tensor, t: list[float], t_index: Tensor, layout: Layout, plan: Plan,
+                 commit: bool = False) -> tuple[Tensor, Tensor | None]:
+        n = 0
+        if self.past is not None and not self.cached:
+            n = len(self.past[2])
+            text, image = torch.cat([self.past[0], text]), torch.cat([self.past[1], image])
+            layout = masks.concat(self.past[2], layout)
+            t, t_index = [0.0, *t], torch.cat([t_index.new_zeros(n), t_index + 1])
+        times = torch.tensor(t, device=text.device, dtype=torch.float32)
+        v_text, v_image, _ = self.model.mmdit(text, image, times, t_index, layout, plan,
+                                              self.cache if self.cached else None, commit)
+        if n:
+            old_image = self.past[1].shape[0]
+            return v_text[n - old_image:], v_image[old_image:] if v_image is not None else None
+        return v_text, v_image
+
+    def add(self, text: Tensor, image: Tensor, layout: Layout) -> None:
+        """Let clean latents join the context at t = 0."""
+        if self.cached:
+            zeros = torch.zeros(len(layout), dtype=torch.long, device=text.device)
+            self.velocity(text, image, [0.0], zeros, layout, self.plan(layout), commit=True)
+        past = self.past or (text[:0], image[:0], layout.select(slice(0)))
+        self.past = (torch.cat([past[0], text]), torch.cat([past[1], image]), masks.concat(past[2], layout))
+
+
+@dataclass
+class Settings:
+    """How to integrate. Text and images differ in the shift of the time grid and in guidance."""
+    steps: int = 16
+    guidance: float = 2.5
+    interval: tuple[float, float] = (0.0, 1.0)
+    solver: str = "euler"
+    shift: float = 1.0
+    seed: int = 0
+    cached: bool = True
+
+
+IMAGE = Settings()
+TEXT = Settings(guidance=1.0, shift=3.0)
+
+
+def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: Tensor | None = None) -> Tensor:
+    """Integrate noise z of one modality, laid out as given, to clean latents, with guidance.
+
+    z (L, channels); known (L,) bool: positions that are clean already and stay."""
+    model, alone = context.model, Context(context.model)
+    is_image = bool((layout.segment == masks.I).any())
+    t_index = torch.ones(len(layout), dtype=torch.long, device=z.device) if known is None else (~known).long()
+    empty = z.new_zeros(0, model.text_vae.latent_dim if is_image else model.image_vae.channels)
+    plan, plan_alone = context.plan(layout), alone.plan(layout)
+
+    def velocity(where: Context, z: Tensor, t: float, plan: Plan) -> Tensor:
+        text, image = (empty, z) if is_image else (z, empty)
+        return where.velocity(text, image, [0.0, t], t_index, layout, plan)[int(is_image)]
+
+    def guided(z: Tensor, t: float) -> Tensor:
+        v = velocity(context, z, t, plan)
+        w = flow.guidance_at(t, s.guidance, *s.interval) if context.past is not None else 1.0
+        return v if w == 1.0 else flow.guided(v, velocity(alone, z, t, plan_alone), w)
+
+    return flow.solve(guided, z, flow.time_grid(s.steps, s.shift), s.solver, known)
+
+
+def noise(seed: int, numbers: list[int], purpose: int) -> list[np.random.Generator]:
+    """One generator per sample number: a sample is the same alone and in any batch."""
+    return [data.rng(seed, k, purpose) for k in numbers]
+
+
+@torch.no_grad()
+def generate_images(model: Cola, captions: list[str], s: Settings = IMAGE, hw: tuple[int, int] | None = None,
+                    first: int = 0) -> list[np.ndarray]:
+    """Text to image. captions of B samples, numbered from `first`; hw in pixels (default: the size trained last).
+    Returns uint8 (H, W, 3) images. ValueError for a size the image VAE cannot take."""
+    height, width = hw or model.image_hw
+    model.image_vae.check_size(height, width)
+    h, w = height // model.image_vae.downsample, width // model.image_vae.downsample
+    context = Context(model, s.cached)
+    z_text, lengths = model.encode_text([model.ids(c, end=True) for c in captions])
+    empty = z_text.new_zeros(0, model.image_vae.channels)
+    context.add(z_text, empty, pack([masks.Sample(T2I, clean=n) for n in lengths], model.block_len, model.device))
+    layout = pack([masks.Sample(T2I, image=(h, w)) for _ in captions], model.block_len, model.device)
+    z = np.concatenate([g.standard_normal((h * w, model.image_vae.channels), np.float32)
+                        for g in noise(s.seed, range(first, first + len(captions)), data.NOISE)])
+    z = transport(context, layout, torch.from_numpy(z).to(model.device), s)
+    return model.decode_images(z, (h, w))
+
+
+@torch.no_grad()
+def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = None,
+                  images: list[np.ndarray] | None = None, s: Settings = TEXT, max_tokens: int = 64,
+                  first: int = 0) -> list[str]:
+    """Text to text, or image and text to text where prompts and images (uint8, of one size) are given.
+
+    Continues each prefix until an end token or max_tokens new tokens; returns the continuations alone."""
+    task, p, bl = (T2T if images is None else IT2T), model.text_vae.patch_size, model.block_len
+    dz, device, B = model.text_vae.latent_dim, model.device, len(prefixes)
+    context, starts = Context(model, s.cached), [0] * B
+    if task == IT2T:
+        z_prompt, starts = model.encode_text([model.ids(x, end=False) for x in prompts])
+        z_image = model.encode_images(images)
+        grid = (images[0].shape[0] // model.image_vae.downsample, images[0].shape[1] // model.image_vae.downsample)
+        context.add(z_prompt, z_image, pack([masks.Sample(IT2T, prompt=n, image=grid) for n in starts], bl, device))
+    ids = [model.tokenizer.encode(x) for x in prefixes]
+    # A patch that the prompt fills only in part is generated whole; its known tokens are put back after decoding.
+    z_known, known = model.encode_text([i[:len(i) // p * p] for i in ids])
+    z = list(z_known.split(known))                                                   # per sample (n, Dz)
+    block = [n // bl for n in known]                                                 # the block each sample fills next
+    empty = z_known.new_zeros(0, model.image_vae.channels)
+    if any(block):
+        layout = pack([masks.Sample(task, clean=b * bl, start=n) for b, n in zip(block, starts)], bl, device)
+        context.add(torch.cat([x[:b * bl] for x, b in zip(z, block)]), empty, layout)
+    generators = noise(s.seed, range(first, first + B), data.NOISE)
+    texts = [""] * B
+    while True:
+        fresh = np.stack([g.standard_normal((bl, dz), np.float32) for g in generators])
+        z_block = torch.from_numpy(fresh).to(device)                                 # (B, bl, Dz)
+        is_known = torch.zeros(B, bl, dtype=torch.bool, device=device)
+        for i in range(B):
+            rest = z[i][block[i] * bl:]
+            z_block[i, :len(rest)], is_known[i, :len(rest)] = rest, True
+        spots = dict(B=[(b * bl, n) for b, n in zip(block, starts)])["B"]
+        noisy = pack([masks.Sample(task, noisy=bl, start=n, first=f) for f, n in spots], bl, device)
+        clean = pack([masks.Sample(task, clean=bl, start=n, first=f) for f, n in spots], bl, device)
+        z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten())
+        context.add(z0, empty, clean)
+        z = [torch.cat([x[:b * bl], y]) for x, b, y in zip(z, block, z0.view(B, bl, dz))]
+        block = [b + 1 for b in block]
+        tokens = model.text_vae.decode(torch.cat(z), [len(x) for x in z]).argmax(-1).split([len(x) * p for x in z])
+        new = [t[len(i):].tolist() for t, i in zip(tokens, ids)]
+        texts = [model.tokenizer.decode(n[:max_tokens]) for n in new]
+        if all(model.tokenizer.end in n or len(n) >= max_tokens for n in new):
+            return texts
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The dict of a checkpoint of ours; nothing in the file can run code. FileNotFoundError or ValueError, one line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; train one with `python train.py`, or name it by --checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:             # torch.load has no error class of its own: zip, pickle and runtime errors
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); it may be truncated, "
+                         f"take an earlier copy or train anew") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of this program (no format {FORMAT!r}); make one with train.py")
+    return checkpoint
+
+
+def build(checkpoint: dict, weights: str = "ema") -> Cola:
+    """The system of a checkpoint. weights: "ema" (what is sampled) or "model" (what is trained)."""
+    c = checkpoint["config"]
+    try:
+        model = Cola(TextVAE(**c["text_vae"]), ImageVAE(**c["image_vae"]), MMDiT(MMDiTConfig(**c["mmdit"])),
+                     data.Tokenizer.from_dict(checkpoint["tokenizer"]), c["block_len"], tuple(c["image_hw"]))
+        for name in ("text_vae", "image_vae", "mmdit"):
+            getattr(model, name).load_state_dict(checkpoint[weights][name])
+            getattr(model, name).eval()
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint is of another architecture: {str(error).splitlines()[0]}") from None
+    return model
+
+
+def load(path: str | Path, device: str = "cpu") -> Cola:
+    """The system in a checkpoint file, ready to sample."""
+    model = build(read_checkpoint(path))
+    for module in (model.text_vae, model.image_vae, model.mmdit):
+        module.to(device)
+    return model
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the nearest flag and says everything in one line."""
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        known = [o for a in self._actions for o in a.option_strings]
+        for word in re.findall(r"--[\w-]+", message if "unrecognized" in message else ""):
+            near = difflib.get_close_matches(word, known, 1)
+            message = f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+            break
+        self.exit(2, f"{self.prog.split()[0]}: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    common = Parser(add_help=False)
+    common.add_argument("--checkpoint", default="out/ckpt.pt", help="what train.py wrote")
+    common.add_argument("--steps", type=int, default=16, help="solver steps; fewer is faster and coarser")
+    common.add_argument("--guidance", type=float, help="guidance scale w; 1 is conditional, more follows the prompt more"
+                        f" (default {IMAGE.guidance} for images, {TEXT.guidance} for text)")
+    common.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+                        help="flow times between which guidance acts; narrower is cheaper")
+    common.add_argument("--solver", choices=flow.SOLVERS, default="euler", help="heun and rk4 call the model 2 and 4 times"
+                        " a step, ab2 once")
+    common.add_argument("--shift", type=float, help="shift of the time grid; larger spends more steps near noise "
+                        f"(default: by size for images, {TEXT.shift} for text)")
+    common.add_argument("--n", type=int, default=1, help="samples to draw")
+    common.add_argument("--seed", type=int, default=0, help="same seed, same samples")
+    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    common.add_argument("--kv_cache", action=argparse.BooleanOptionalAction, default=True,
+                        help="off recomputes the context at every step: slower, the same result")
+    parser = Parser(prog="sample.py", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="task", required=True, parser_class=Parser)
+    p = commands.add_parser("t2i", parents=[common], help="text to image")
+    p.add_argument("prompt")
+    p.add_argument("--out", default="sample.png", help="PNG to write; with --n above 1 a number is added to its name")
+    p.add_argument("--size", type=int, nargs="+", help="pixels: one number, or height and width")
+    p = commands.add_parser("it2t", parents=[common], help="image and text to text")
+    p.add_argument("image")
+    p.add_argument("prompt", nargs="?", default="describe the image.")
+    p.add_argument("--max_tokens", type=int, default=64, help="longest answer")
+    p = commands.add_parser("t2t", parents=[common], help="continue a text")
+    p.add_argument("prompt")
+    p.add_argument("--max_tokens", type=int, default=64, help="longest continuation")
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.n < 1:
+        raise ValueError(f"--n {args.n}: draw at least 1 sample")
+    if not args.prompt.strip() and args.task != "t2t":
+        raise ValueError("the prompt is empty; say what to draw or to ask")
+    model = load(args.checkpoint, args.device)
+    default = IMAGE if args.task == "t2i" else TEXT
+    s = Settings(args.steps, default.guidance if args.guidance is None else args.guidance, tuple(args.interval),
+                 args.solver, args.shift or default.shift, args.seed, args.kv_cache)
+    if args.task == "t2i":
+        hw = None if args.size is None else (args.size[0], args.size[-1])
+        images = generate_images(model, [args.prompt] * args.n, s, hw)
+        for i, image in enumerate(images):
+            path = Path(args.out) if args.n == 1 else Path(args.out).with_stem(f"{Path(args.out).stem}_{i}")
+            info = PngImagePlugin.PngInfo()
+            info.add_text("caption", args.prompt)
+            Image.fromarray(image).save(path, pnginfo=info)
+            print(f"{path}  {image.shape[1]} x {image.shape[0]}  {args.prompt}")
+    elif args.task == "it2t":
+        image = data.load_image(args.image, model.image_hw)
+        for answer in generate_text(model, [""] * args.n, [args.prompt] * args.n, [image] * args.n, s, args.max_tokens):
+            print(answer)
+    else:
+        for text in generate_text(model, [args.prompt] * args.n, s=s, max_tokens=args.max_tokens):
+            print(args.prompt + text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
