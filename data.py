@@ -6,9 +6,9 @@ Every dataset answers the same calls, so that resuming, or another number of wor
     t2t(k) -> text                it2t(k) -> (prompt, image, answer)    image_hw(image) -> (H, W)
     t2i(k) -> (caption, image)    images([image, ...]) -> pixels        corpus(n) -> texts for a tokenizer
 `image` is an index below num_images; `tasks` names what a dataset can serve. Real data is read in epochs:
-sample k is item permutation(k // n)[k % n]. Files are hostile until checked: nothing outside the given folder is
-opened, nothing is unpacked to a named file, sizes meet a limit before memory is taken, and no format that can run
-a program is accepted. Captions and offsets stay in memory, pixels up to CACHE_BYTES, texts not at all.
+sample k is item permutation(k // n)[k % n]. Files are hostile until checked: nothing outside the given folder
+is opened, nothing is unpacked to a named file, sizes meet a limit before memory is taken, and no format that
+can run a program is accepted. Captions and offsets stay in memory, pixels up to CACHE_BYTES, texts not at all.
 
 Shapes: H, W sides of a picture in pixels, n items.    Run: python data.py   (CPU, 2 s)
 """
@@ -30,7 +30,6 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -305,7 +304,7 @@ def caption_of(row: dict, where: str) -> str:
 
 
 def inside(root: str, name: str) -> str:
-    """Real path of `name` in the real folder `root`. ValueError when it leads out: .., absolute, or a link."""
+    """Real path of `name` in the real folder `root`. ValueError when it leads out (.., absolute, a link)."""
     real = os.path.realpath(os.path.join(root, name))
     if os.path.isabs(name) or not real.startswith(os.path.join(root, "")):
         raise ValueError(f"{name!r} leads out of the folder {root}; copy the file into it, not a link")
@@ -331,7 +330,8 @@ def buckets(size: int, multiple: int, max_ratio: float = 2.0) -> list[tuple[int,
     """(H, W) of the aspect ratios up to max_ratio: sides that are multiples, areas just below size^2."""
     if size < 1 or size % multiple:
         low = max(size // multiple, 1) * multiple
-        raise ValueError(f"got image size {size}, expected a multiple of {multiple}: {low} or {low + multiple}")
+        raise ValueError(f"got image size {size}, expected a multiple of {multiple}; use {low} "
+                         f"or {low + multiple}")
     short = [side for side in range(size, 0, -multiple) if size**2 <= max_ratio * side**2]
     flat = [(side, size**2 // side // multiple * multiple) for side in short]
     return sorted({*flat, *(hw[::-1] for hw in flat)})
@@ -501,9 +501,8 @@ class ImageText:
         items = [item for path in as_list(paths) for item in find_items(path, self.left_out)]
         fits = CACHE_BYTES // max(3 * height * width for height, width in self.shapes)
         self._pixels = functools.lru_cache(max(fits, 64))(self._load)
-        with ThreadPoolExecutor(4) as threads:  # Pillow decodes outside the interpreter's lock
-            found = threads.map(self._pixels, items) if len(items) <= fits else map(self._header, items)
-            found = list(tqdm(found, "checking images", len(items), leave=False, delay=2))
+        check = self._pixels if len(items) <= fits else self._header
+        found = [check(item) for item in tqdm(items, "checking images", leave=False, delay=2)]
         self.left_out += [f"{item.name} ({got})" for item, got in zip(items, found) if isinstance(got, str)]
         good = [(item, got) for item, got in zip(items, found) if not isinstance(got, str)]
         self.items = [item for item, _ in good]
@@ -526,7 +525,7 @@ class ImageText:
                 file.seek(item.offset)
                 raw = file.read(min(item.size, limit))
         except OSError as error:
-            raise OSError(f"{item.path} cannot be read now ({error.strerror}); restore it and resume") from None
+            raise OSError(f"{item.path} is unreadable now ({error.strerror}); restore it and resume") from None
         if len(raw) < min(item.size, limit):
             raise OSError(f"{item.path} is shorter than when it was indexed; restore it and resume")
         return raw
@@ -589,7 +588,7 @@ class ImageText:
 
 # --------------------------------------------------------------------------------------------------- texts
 def find_documents(file: BinaryIO, name: str, begin: int = 0) -> Iterator[tuple[int, int]]:
-    """Byte ranges [start, end) of the documents from `begin` on, without blank borders; holds 1 MiB at a time.
+    """Byte ranges [start, end) of the documents from `begin` on, blank borders cut off; 1 MiB in memory.
 
     ValueError naming the byte when the text is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -620,8 +619,8 @@ class TextFiles:
     """Texts on disk: .txt, or .jsonl with a field "text", each also as .gz.
 
     Sample k is a window that begins at a paragraph, sentence or word and holds, where its document does,
-    enough for seq_len tokens (12 bytes for each; English takes 4 to 5). The windows of an epoch cover the text,
-    at random offsets. .txt is read in place; the rest is unpacked once, to an unnamed temporary file in TMPDIR.
+    enough for seq_len tokens (12 bytes for each; English takes 4 to 5). The windows of an epoch cover the
+    text, at random offsets. .txt is read in place, the rest unpacked once, to an unnamed file in TMPDIR.
     """
     tasks, num_images = {"t2t"}, 0
 
@@ -710,7 +709,7 @@ class Mixture:
 def open_data(seed: int, data: Sequence[str] = (), text: Sequence[str] = (), size: int | tuple[int, int] = 32,
               seq_len: int = 256, aspect: bool = False, multiple: int = 8, strict: bool = False, **generated
               ) -> GeneratedScenes | ImageText | TextFiles | Mixture:
-    """What --data and --text ask for; generated scenes (`generated`: their settings) when they ask for nothing.
+    """What --data and --text ask for; generated scenes, with the settings `generated`, when that is nothing.
 
     Captions are the texts of T2T when there are no others; texts alone serve T2T alone."""
     if not data and not text:

@@ -19,7 +19,7 @@ Dz text and Cz image latent channels.    Run: python mmdit.py   (CPU, 5 s)
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -83,10 +83,9 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-class Ada(nn.Module):
-    """SiLU and one linear map from the time embedding; index 1 of the sequence carries the release's name."""
-    def __new__(cls, emb_dim: int, out: int) -> nn.Sequential:
-        return nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out))
+def Ada(emb_dim: int, out: int) -> nn.Sequential:
+    """The adaLN projection of the time embedding; index 1 of the sequence is the release's name for it."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out))
 
 
 class RoPE(nn.Module):
@@ -253,3 +252,70 @@ class MMDiT(nn.Module):
         shift, scale = (m.index_select(0, t_index) for m in getattr(self, f"{side}_out_ada")["out_in"](emb).chunk(2, -1))
         h = torch.addcmul(shift, getattr(self, f"{side}_out_norm")(x), 1 + scale)
         return getattr(self, f"{side}_out").proj(h).float()
+
+
+# ---- the public release's files -------------------------------------------------------------------------------------
+
+RELEASE_KEYS = {"txt_in_channels": "text_channels", "txt_dim": "width", "heads": "heads", "head_dim": "head_dim",
+                "num_layers": "layers", "expand_ratio": "expand_ratio", "emb_dim": "emb_dim", "rope_dim": "rope_dim",
+                "qk_bias": "qk_bias", "norm_eps": "norm_eps"}
+
+
+def load_official(config: dict, tensors: dict[str, Tensor]) -> tuple[MMDiT, int]:
+    """The released text-only DiT, from its config.json as a dict and its tensors (text_vae.read_safetensors).
+
+    Returns the model and its block_len. The weights are the given tensors themselves, never a copy.
+    ValueError, one line, where config and tensors do not fit.
+    """
+    missing = [key for key in (*RELEASE_KEYS, "block_size") if key not in config]
+    if missing:
+        raise ValueError(f"cola_dit config: no {', '.join(missing)}; expected the config.json of a cola_dit")
+    if config.get("patch_size", 1) != 1 or config.get("txt_out_channels", config["txt_in_channels"]) != config["txt_in_channels"]:
+        raise ValueError("cola_dit config: only patch_size 1 and as many channels out as in are built here")
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig(image_channels=0, **{ours: config[name] for name, ours in RELEASE_KEYS.items()}))
+    want, have = model.state_dict(), dict(tensors)
+    for name in sorted(want.keys() | have.keys()):
+        shapes = [tuple(d[name].shape) if name in d else "missing" for d in (have, want)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"cola_dit: {name} is {shapes[0]}, the config asks for {shapes[1]}; both must be of one release")
+    model.load_state_dict(have, assign=True)
+    return model, config["block_size"]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    model = MMDiT(MMDiTConfig())
+    caption, bl = "a large red circle above a small blue square on a gray background", 16
+    layout = masks.pack([masks.Sample(masks.T2I, clean=16, image=(4, 4), noisy=16)], bl)
+    plan = make_plan(layout)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; one T2I sample: {len(layout)} positions for {caption!r}")
+    text, image = torch.randn(32, 16), torch.randn(16, 32)
+    t = torch.tensor([0.0, 0.3, 0.8])                                    # clean, caption, image
+    t_index = torch.tensor([0, 0, 2, 1])[layout.segment]
+    v_text, v_image, _ = model(text, image, t, t_index, layout, plan)
+    print(f"velocities: text {tuple(v_text.shape)}, image {tuple(v_image.shape)}; at adaLN-Zero's start both are "
+          f"{v_text.abs().max():.1f} and {v_image.abs().max():.1f} (expect 0)")
+    for p in model.parameters():
+        p.data.normal_(std=0.05)
+    before = model(text, image, t, t_index, layout, plan)
+    text[16:] += 1.0                                                     # the noisy caption, which the image may not see
+    after = model(text, image, t, t_index, layout, plan)
+    print(f"change the noisy caption: image velocity moves by {(after[1] - before[1]).abs().max():.1e} (expect 0), "
+          f"its own by {(after[0] - before[0])[16:].abs().max():.1e} (expect more)")
+    text[0] += 1.0                                                       # a clean token, which all but earlier blocks see
+    later = model(text, image, t, t_index, layout, plan)
+    print(f"change a clean token: image velocity moves by {(later[1] - after[1]).abs().max():.1e} (expect more than 0)")
+
+    cache, c = Cache(), layout.segment == masks.C
+    clean, picture = layout.select(c), layout.select(layout.segment == masks.I)
+    zero = torch.zeros(1)
+    with torch.no_grad():
+        model(text[:16], image[:0], zero, torch.zeros(16, dtype=torch.long), clean, make_plan(clean), cache, commit=True)
+        plan = make_plan(picture, masks.concat(cache.layout, picture))
+        cached = model(text[:0], image, t[2:], torch.zeros(16, dtype=torch.long), picture, plan, cache)[1]
+    print(f"image from the cached caption: {(cached - later[1]).abs().max():.1e} from the whole pass (expect < 1e-5)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,17 +1,17 @@
 """Scenes: a small generated world of pictures and texts, with exact readers that turn both back into facts.
 
-    scene --render--> image --read_image--> scene          scene --caption--> text --read_caption--> description
-    scene --question--> (question, answer)                 scene --story--> sentences, each prefix a valid prompt
+    scene --render--> image --read_image--> scene       scene --caption--> text --read_caption--> description
+    scene --question--> question, answer                scene --story--> sentences, any prefix a prompt
 
-A scene is one to three objects (shape, colour, size, place) on a plain background. Positions are continuous; x runs
-right and y down, both as fractions of the picture's width and height, so a scene can be drawn at any size and aspect
-ratio. All lengths below are pixels of a 32 x 32 picture and grow with its shorter side. Objects are named in reading
-order (rows top to bottom, in a row left to right), a rule the picture shows: with an arbitrary order a caption is half
-noise, and a model that must guess it mixes up the attributes of the objects.
+A scene is one to three objects (shape, colour, size, place) on a plain background. Places are continuous, as
+fractions of the picture's width and height; so a scene can be drawn at any size and aspect ratio. All lengths
+below are pixels of a 32 x 32 picture and grow with its shorter side. Objects are named in reading order (rows
+from top to bottom, in a row from left to right): with a rule that the picture shows, a caption tells which
+object is meant; with an arbitrary order a model mixes up the attributes of the objects.
 
-The readers judge generated pictures and texts, so they refuse what is not of this world: read_image draws what it has
-read and compares (analysis by synthesis), read_caption accepts exactly the grammar. Some compositions never occur
-unless they are asked for (HELDOUT_PAIRS, HELDOUT_COUNT), so that generalisation can be measured.
+The readers judge generated pictures and texts, so they refuse what is not of this world: read_image draws
+what it has read and compares (analysis by synthesis); read_caption and check_answer accept the grammar alone.
+Held-out compositions occur only where they are asked for, to measure generalisation.
 
 Shapes: H, W picture height and width.    Run: python scenes.py   (CPU, 1 s)
 """
@@ -23,21 +23,21 @@ import re
 
 import numpy as np
 
-# Any two of these colours (objects and backgrounds together) are at least 120 / 255 apart in RGB.
+# Any two of these, backgrounds included, lie at least 121 / 255 apart in RGB.
 COLORS = {"red": (205, 0, 40), "green": (0, 160, 50), "blue": (0, 85, 255), "yellow": (250, 235, 50),
           "orange": (255, 125, 0), "purple": (125, 0, 185), "cyan": (70, 225, 255), "pink": (255, 105, 195)}
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (10, 10, 25)}
-SIZES = {"small": 7.5, "large": 11.5}                  # diameter of the circle
+SIZES = {"small": 7.5, "large": 11.5}                     # diameter of the circle, side of the square
 SHAPES = {"circle": (0.5, 0.5, 0.5), "square": (0.5, 0.5, 0.5), "triangle": (0.59, 0.68, 0.34),
-          "cross": (0.58, 0.58, 0.58), "star": (0.57, 0.6, 0.49)}    # extent sideways, up, down, in diameters
+          "cross": (0.58, 0.58, 0.58), "star": (0.57, 0.6, 0.49)}    # reach sideways, up, down, in diameters
 COUNTS = ("one", "two", "three")
 
 HELDOUT_PAIRS = (("green", "circle"), ("yellow", "square"), ("purple", "triangle"))
 HELDOUT_COUNT = (3, "star")
 
-MARGIN, GAP = 1.0, 2.0                                 # to the border, between bounding boxes
-SAME_ROW, OTHER_ROW = 3.0, 6.0                         # vertical centre distances lie outside this interval ...
-ROW = 4.5                                              # ... so this threshold tells rows apart
+MARGIN, GAP = 1.0, 2.0                                    # to the border; between bounding boxes
+SAME_ROW, OTHER_ROW = 3.0, 6.0                            # heights of two centres differ by less or by more,
+ROW = 4.5                                                 # so that this threshold tells rows apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,30 +45,45 @@ class Object:
     shape: str
     color: str
     size: str
-    x: float                                           # centre of area, fraction of the width
-    y: float                                           # and of the height, downwards
+    x: float                                              # centre of its area, fraction of the width
+    y: float                                              # and of its height, downwards
 
     @property
-    def attributes(self):
-        return self.size, self.color, self.shape       # in the order in which English names them
+    def attributes(self) -> tuple[str, str, str]:
+        return self.size, self.color, self.shape          # in the order in which English names them
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
     background: str
-    objects: tuple[Object, ...]                        # in reading order
+    objects: tuple[Object, ...]                           # in reading order
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Geometry
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a caption states: `objects` as (size, color, shape), `relations` as (i, "left of", j)."""
+    objects: tuple[tuple[str, str, str], ...]
+    relations: tuple[tuple[int, str, int], ...]
+    background: str
 
-HOLDS = {"left of": lambda a, b: b.x - a.x >= ROW / 32, "right of": lambda a, b: a.x - b.x >= ROW / 32,
-         "above": lambda a, b: b.y - a.y >= ROW / 32, "below": lambda a, b: a.y - b.y >= ROW / 32}
+
+# ---- Places
+
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
-def relation(a, b) -> str:
-    """The relation that captions state: "left of" or "right of" in one row, "above" or "below" otherwise."""
+def offset(a: Object, r: str, b: Object) -> float:
+    """How far a lies from b in the direction r, as a fraction of the picture's side."""
+    return {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[r]
+
+
+def holds(a: Object, r: str, b: Object) -> bool:
+    """Whether `a r b` is true; both "left of" and "above" are of two objects on a diagonal."""
+    return offset(a, r, b) >= ROW / 32
+
+
+def relation(a: Object, b: Object) -> str:
+    """The relation that texts state: left of or right of in one row, above or below otherwise."""
     if abs(a.y - b.y) < ROW / 32:
         return "left of" if a.x < b.x else "right of"
     return "above" if a.y < b.y else "below"
@@ -85,57 +100,60 @@ def reading_order(objects) -> tuple[Object, ...]:
 
 
 def is_heldout(objects) -> bool:
-    """Whether the objects contain a held-out composition: one of the pairs, or the count of one shape."""
+    """Whether objects contain a held-out composition: one of the pairs, or the count of one shape."""
     count, shape = HELDOUT_COUNT
     return (any((o.color, o.shape) in HELDOUT_PAIRS for o in objects)
             or sum(o.shape == shape for o in objects) >= count)
 
 
+def _picker(rng):
+    return lambda items: items[int(rng.integers(len(items)))]
+
+
 def sample_scene(rng: np.random.Generator, heldout: bool = False, count: int | None = None) -> Scene:
     """Draw a scene of `count` objects (None: 1, 2 or 3, equally often).
 
-    heldout=False never contains a held-out composition; heldout=True always contains at least one: a held-out pair,
-    or in a quarter of the scenes of three objects the held-out count.
+    heldout=False never contains a held-out composition, heldout=True always at least one: a held-out pair,
+    or, in a quarter of the scenes of three objects, the held-out count.
     """
-    pick = lambda names: names[rng.integers(len(names))]
-    count = int(rng.integers(1, 4)) if count is None else count
+    if count not in (None, 1, 2, 3):
+        raise ValueError(f"count is {count}, expected 1, 2, 3 or None")
+    pick = _picker(rng)
+    count = count or int(rng.integers(1, 4))
     while True:
-        objects = [Object(pick(list(SHAPES)), pick(list(COLORS)), pick(list(SIZES)), 0, 0) for _ in range(count)]
+        objects = [Object(pick([*SHAPES]), pick([*COLORS]), pick([*SIZES]), 0, 0) for _ in range(count)]
         if not is_heldout(objects):
             break
     if heldout and count == HELDOUT_COUNT[0] and rng.random() < 0.25:
         objects = [dataclasses.replace(o, shape=HELDOUT_COUNT[1]) for o in objects]
     elif heldout:
-        color, shape = pick(HELDOUT_PAIRS)
-        i = rng.integers(count)
+        i, (color, shape) = int(rng.integers(count)), pick(HELDOUT_PAIRS)
         objects[i] = dataclasses.replace(objects[i], color=color, shape=shape)
-    x, y = _place(objects, rng)
-    objects = [dataclasses.replace(o, x=float(a), y=float(b)) for o, a, b in zip(objects, x, y)]
+    places = zip(objects, *_place(objects, rng))
+    objects = [dataclasses.replace(o, x=float(x) / 32, y=float(y) / 32) for o, x, y in places]
     return Scene(pick(list(BACKGROUNDS)), reading_order(objects))
 
 
 def _place(objects, rng):
-    """Rejection sampling, 256 proposals at a time: boxes GAP apart, rows either clearly equal or clearly different."""
-    extent = np.array([SHAPES[o.shape] for o in objects]) * [[SIZES[o.size]] for o in objects]       # (n, 3)
-    side, up, down = extent.T
+    """Rejection sampling of centres, 256 proposals at a time -> x (n,), y (n,) in pixels."""
+    side, up, down = (np.array([SHAPES[o.shape] for o in objects]) * [[SIZES[o.size]] for o in objects]).T
     i, j = np.triu_indices(len(objects), 1)
     while True:
-        u = rng.random((2, 256, len(objects)))
-        x = side + MARGIN + u[0] * (32 - 2 * (side + MARGIN))                                        # (256, n)
-        y = up + MARGIN + u[1] * (32 - up - down - 2 * MARGIN)
-        dx, dy = x[:, i] - x[:, j], y[:, i] - y[:, j]                                                # (256, pairs)
-        apart = (np.abs(dx) >= side[i] + side[j] + GAP) | (dy >= up[i] + down[j] + GAP) | (-dy >= up[j] + down[i] + GAP)
-        rows = (np.abs(dy) <= SAME_ROW) | (np.abs(dy) >= OTHER_ROW)
-        valid = np.flatnonzero((apart & rows).all(1))
-        if len(valid):
-            return x[valid[0]] / 32, y[valid[0]] / 32
+        u, v = rng.random((2, 256, len(objects)))
+        x = MARGIN + side + u * (32 - 2 * MARGIN - 2 * side)                                 # (256, n)
+        y = MARGIN + up + v * (32 - 2 * MARGIN - up - down)
+        dx, dy = abs(x[:, i] - x[:, j]), y[:, i] - y[:, j]                                   # (256, pairs)
+        below, above = dy >= up[i] + down[j] + GAP, -dy >= up[j] + down[i] + GAP
+        rows = (abs(dy) <= SAME_ROW) | (abs(dy) >= OTHER_ROW)
+        valid = (rows & (below | above | (dx >= side[i] + side[j] + GAP))).all(1)
+        if valid.any():
+            return x[valid.argmax()], y[valid.argmax()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures: drawing
 
 def _inside(shape, u, v):
-    """Whether points lie in a shape of diameter 1 with its centre of area at the origin; u (1, n), v (n, 1) -> (n, n)."""
+    """Whether points lie in a shape of diameter 1, its centre of area at 0; u (1, n), v (n, 1) -> (n, n)."""
     if shape == "circle":
         return u * u + v * v <= 0.25
     u, w = abs(u), abs(v)
@@ -145,23 +163,22 @@ def _inside(shape, u, v):
         return (3 ** 0.5 * u - v <= 0.68) & (v <= 0.34)
     if shape == "cross":
         return (u <= 0.16) & (w <= 0.58) | (w <= 0.16) & (u <= 0.58)
-    # A star: with c the projection on the nearest of its five points (three, with the left half folded over), every
-    # edge is the line c + 2.1 |distance from that axis| = 0.6.
+    # A star: with c the projection on the nearest of its points (three, as the left half is folded over), all
+    # its edges lie on c + 2.1 |distance from that point's axis| = 0.6.
     c = np.maximum(np.maximum(-v, 0.9511 * u - 0.3090 * v), 0.5878 * u + 0.8090 * v)
     return c + 2.1 * np.sqrt(np.maximum(u * u + v * v - c * c, 0)) <= 0.6
 
 
 def _reach(size, unit):
-    """Pixels on either side of an object's central pixel that its drawing may touch; unit = picture side / 32."""
+    """Pixels to each side of its central pixel that a drawing may touch; unit is the picture's side / 32."""
     return int(0.68 * SIZES[size] * unit) + 1
 
 
 def _coverage(shape, size, fx, fy, unit, reach, sub=8):
-    """Share of each pixel that the shape covers, by sub x sub sampling, its centre at (fx, fy) in the central pixel
-    -> float32 (2 reach + 1, 2 reach + 1)."""
-    n = 2 * reach + 1
+    """Share of each pixel that a shape covers, by sub x sub samples, its centre at (fx, fy) within the
+    central pixel -> float32 (2 reach + 1, 2 reach + 1)."""
+    n, d = 2 * reach + 1, np.float32(SIZES[size] * unit)
     grid = (np.arange(n * sub, dtype=np.float32) + 0.5) / sub - reach
-    d = np.float32(SIZES[size] * unit)
     hit = _inside(shape, (grid[None] - np.float32(fx)) / d, (grid[:, None] - np.float32(fy)) / d)
     return hit.reshape(n, sub, n, sub).mean((1, 3), dtype=np.float32)
 
@@ -173,69 +190,65 @@ def render(scene: Scene, size: int | tuple[int, int] = 32) -> np.ndarray:
         raise ValueError(f"a scene needs at least 24 x 24 pixels, got {H} x {W}; choose a larger image size")
     unit, pad = min(H, W) / 32, _reach("large", min(H, W) / 32)
     background = np.array(BACKGROUNDS[scene.background], np.float32)
-    image = np.tile(background, (H + 2 * pad, W + 2 * pad, 1))            # with a margin, so that no patch is cut
+    image = np.tile(background, (H + 2 * pad, W + 2 * pad, 1))         # with a frame, so that no patch is cut
     for o in scene.objects:
-        (ix, fx), (iy, fy) = ((int(p), p % 1) for p in (o.x * W, o.y * H))
+        (ix, fx), (iy, fy) = divmod(o.x * W, 1), divmod(o.y * H, 1)
         r = _reach(o.size, unit)
-        patch = image[iy + pad - r:iy + pad + r + 1, ix + pad - r:ix + pad + r + 1]
+        top, left = int(iy) + pad - r, int(ix) + pad - r
+        patch = image[top:top + 2 * r + 1, left:left + 2 * r + 1]
         patch += _coverage(o.shape, o.size, fx, fy, unit, r)[..., None] * (COLORS[o.color] - background)
     return (image[pad:pad + H, pad:pad + W] + 0.5).astype(np.uint8)
 
 
-# The reader's tolerances, in units of the colour range 0..1. They were fixed before any model was trained.
+# ---- Pictures: reading. The tolerances, for colours in 0..1; they were fixed before any model was trained.
+
 FOREGROUND = 0.27            # distance from the background that makes a pixel part of an object
+SPECK = 6                    # pixels; a smaller component is left to the residuals
 BACKGROUND_ERROR = 0.1       # of the background's median colour
-COLOR_ERROR = 0.2            # of an object's mean colour; half the smallest distance of two colours is 0.237
-OBJECT_ERROR = 0.15          # squared residual of an object over its squared contrast
-SPECK = 6.0                  # pixels; a smaller component is left to the residual
+COLOR_ERROR = 0.2            # of an object's mean colour; two colours lie at least 0.474 apart
+OBJECT_ERROR = 0.15          # squared residual of an object over its squared signal, the picture less background
+AMBIGUITY = 0.02             # by which the best other shape or size must be worse
 LOCAL_ERROR = 0.15           # mean squared residual in any 3 x 3 window, over the largest squared contrast
 STRAY_ERROR = 0.04           # the same of the background beside the objects, absolute
-AMBIGUITY = 0.02             # by which the second best shape or size must explain an object worse
 
 
 def read_image(image: np.ndarray) -> Scene | None:
-    """Read a picture back into its scene: uint8 (H, W, 3) -> Scene, or None if it is not a picture of this world.
+    """Read a picture back: uint8 (H, W, 3) -> Scene, or None if it is not a picture of this world.
 
-    Background by vote; connected components of what differs from it; for each the shape, size and colour whose drawing
-    leaves the smallest residual. What the drawing of the whole scene does not explain is refused.
+    Background by vote; connected components of what differs from it; for each the shape, size and colour
+    whose drawing leaves the smallest residual. What the drawing of all does not explain is refused.
     """
-    H, W, _ = image.shape
-    unit, pad = min(H, W) / 32, _reach("large", min(H, W) / 32) + 1
-    pixels = image.astype(np.float32) / 255
-    near = [((pixels - b) ** 2).sum(-1) < FOREGROUND ** 2 for b in _rgb(BACKGROUNDS)]
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected a uint8 image (H, W, 3), got {image.dtype} {image.shape}")
+    (H, W), unit = image.shape[:2], min(image.shape[:2]) / 32
+    pixels, colors, backgrounds = image / np.float32(255), _rgb(COLORS), _rgb(BACKGROUNDS)
+    near = [((pixels - b) ** 2).sum(-1) < FOREGROUND ** 2 for b in backgrounds]
     k = int(np.argmax([n.sum() for n in near]))
-    background, signal = _rgb(BACKGROUNDS)[k], pixels - _rgb(BACKGROUNDS)[k]              # (H, W, 3)
+    signal = pixels - backgrounds[k]                                              # (H, W, 3)
     if not near[k].any() or np.linalg.norm(np.median(signal[near[k]], 0)) > BACKGROUND_ERROR:
         return None
     components = [c for c in _components(~near[k]) if len(c) >= SPECK * unit ** 2]
     if not 1 <= len(components) <= len(COUNTS):
         return None
-    owner = np.zeros((H + 2 * pad, W + 2 * pad), int)                                     # 0: nobody
-    for i, c in enumerate(components, 1):
-        y, x = np.array(c).T + pad
-        for dy, dx in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):                         # with its anti-aliased rim
+
+    pad = _reach("large", unit) + 1
+    signal = np.pad(signal, ((pad, pad), (pad, pad), (0, 0)))
+    owner = np.zeros(signal.shape[:2], int)                                       # 0: nobody
+    for i, component in enumerate(components, 1):
+        y, x = np.array(component).T + pad
+        for dy, dx in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):                 # and its faint rim
             owner[y + dy, x + dx] = i
-    residual = np.pad(signal, ((pad, pad), (pad, pad), (0, 0)))
-    objects, contrast = [], 0.0
-    for i in range(1, len(components) + 1):
-        fit = _fit(residual, owner == i, _rgb(COLORS) - background, unit, pad)
-        if fit is None:
-            return None
-        objects.append(Object(*fit[:3], (fit[3] - pad) / W, (fit[4] - pad) / H))
-    explained = render(Scene(list(BACKGROUNDS)[k], tuple(objects)), (H, W)) / np.float32(255)
-    contrast = max(((_rgb(COLORS)[list(COLORS).index(o.color)] - background) ** 2).sum() for o in objects)
-    alone = owner[pad:-pad, pad:-pad] == 0
-    if (_worst_window((pixels - explained) ** 2, unit) > LOCAL_ERROR * contrast
-            or _worst_window(np.where(alone[..., None], signal, 0) ** 2, unit) > STRAY_ERROR):
+    objects = [_fit(signal, owner == i, colors - backgrounds[k], unit) for i in range(1, owner.max() + 1)]
+    if None in objects:
         return None
-    return Scene(list(BACKGROUNDS)[k], reading_order(objects))
+    objects = [dataclasses.replace(o, x=(o.x - pad) / W, y=(o.y - pad) / H) for o in objects]
+    scene = Scene(list(BACKGROUNDS)[k], reading_order(objects))
 
-
-def _worst_window(error, unit):
-    """Largest mean of a squared error (H, W, 3), summed over the channels, in any window of 3 x 3 pixels times unit."""
-    n = max(3, round(3 * unit))
-    total = np.pad(error.sum(-1, dtype=np.float64), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-    return (total[n:, n:] - total[:-n, n:] - total[n:, :-n] + total[:-n, :-n]).max() / n ** 2
+    residual = pixels - render(scene, (H, W)) / np.float32(255)
+    contrast = max(((np.array(COLORS[o.color]) / 255 - backgrounds[k]) ** 2).sum() for o in objects)
+    if _worst_window(residual, unit) > LOCAL_ERROR * contrast:
+        return None
+    return scene if _worst_window(signal * (owner == 0)[..., None], unit) <= STRAY_ERROR else None
 
 
 def _rgb(table):
@@ -247,7 +260,7 @@ def _components(foreground):
     rest, components = set(zip(*(axis.tolist() for axis in np.nonzero(foreground)))), []
     while rest:
         component = [rest.pop()]
-        for y, x in component:                                                            # grows while it is walked
+        for y, x in component:                                                    # grows while walked
             for p in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
                 if p in rest:
                     rest.remove(p)
@@ -257,49 +270,56 @@ def _components(foreground):
 
 
 @functools.lru_cache(maxsize=128)
-def _templates(fx, fy, unit, reach):
-    """Drawings of every shape and size with the centre at (fx, fy) / 8 of a pixel -> (shapes * sizes, pixels), and
-    their squared sums."""
-    t = np.stack([_coverage(shape, size, fx / 8, fy / 8, unit, reach, sub=4).ravel()
-                  for shape in SHAPES for size in SIZES])
-    return t, (t ** 2).sum(1)
+def _templates(fx, fy, unit):
+    """Every shape and size with its centre at (fx, fy) eighths of the central pixel -> (10, pixels)."""
+    reach = _reach("large", unit)
+    return np.stack([_coverage(shape, size, fx / 8, fy / 8, unit, reach, sub=4).ravel()
+                     for shape in SHAPES for size in SIZES])
 
 
-def _fit(signal, mine, palette, unit, pad):
-    """The (shape, size, color, cx, cy) whose drawing explains the pixels `mine` best, or None if none does.
+def _fit(signal, mine, palette, unit):
+    """The object, in pixels of `signal`, whose drawing explains best what lies in the mask `mine`, or None.
 
-    signal (H, W, 3) is the picture less its background, with a margin `pad`; palette (8, 3) the colours less it.
+    signal (H, W, 3) is the picture less its background, framed; palette (8, 3) the colours less it.
     """
-    ys, xs = np.nonzero(mine)
-    s = signal[ys, xs]                                                                    # (n, 3)
-    c = ((s ** 2).sum(1) @ s) / (s ** 2).sum()                                            # rough colour
-    alpha = s @ c
-    cx, cy = alpha @ (xs + 0.5) / alpha.sum(), alpha @ (ys + 0.5) / alpha.sum()
-    reach, total, best = pad - 1, (s ** 2).sum(), (np.inf,)
-    masked = np.where(mine[..., None], signal, 0)
-    for dx, dy in itertools.product((-2, 0, 2), repeat=2):                                # eighths of a pixel
+    y, x = np.nonzero(mine)
+    s, reach = signal[y, x], _reach("large", unit)                                # (n, 3)
+    alpha = s @ (s.T @ (s ** 2).sum(1))              # projected on its mean colour: noise averages out
+    cx, cy = alpha @ (x + 0.5) / alpha.sum(), alpha @ (y + 0.5) / alpha.sum()
+    signal, energy, best = signal * mine[..., None], (s ** 2).sum(), (np.inf,)
+    for dx, dy in itertools.product((-2, 0, 2), repeat=2):                        # eighths of a pixel
         (ix, fx), (iy, fy) = divmod(round(8 * cx) + dx, 8), divmod(round(8 * cy) + dy, 8)
-        patch = masked[iy - reach:iy + reach + 1, ix - reach:ix + reach + 1].reshape(-1, 3)
-        t, mass = _templates(fx, fy, unit, reach)
-        seen, energy = t @ patch, mass[:, None] * (palette ** 2).sum(1)                   # (10, 3), (10, 8)
-        error = (total - 2 * seen @ palette.T + energy) / energy                          # (10, 8): |s - t c|^2 / |t c|^2
+        t = _templates(fx, fy, unit)
+        patch = signal[iy - reach:iy + reach + 1, ix - reach:ix + reach + 1].reshape(-1, 3)
+        mass, seen = (t ** 2).sum(1, keepdims=True), t @ patch                    # (10, 1), (10, 3)
+        drawn = mass * (palette ** 2).sum(1)                                      # (10, 8)
+        error = (energy - 2 * seen @ palette.T + drawn) / energy                  # |s - t c|^2 / |s|^2
         i, j = np.unravel_index(error.argmin(), error.shape)
         if error[i, j] < best[0]:
-            second = np.delete(error, i, 0).min()
-            best = error[i, j], second, np.linalg.norm(seen[i] / mass[i] - palette[j]), i, j, ix + fx / 8, iy + fy / 8
-    error, second, color_error, i, j, cx, cy = best
-    if error > OBJECT_ERROR or second - error < AMBIGUITY or color_error > COLOR_ERROR:
+            rival, color_error = np.delete(error, i, 0).min(), np.linalg.norm(seen[i] / mass[i] - palette[j])
+            best = error[i, j], rival, color_error, i, j, ix + fx / 8, iy + fy / 8
+    error, rival, color_error, i, j, cx, cy = best
+    if error > OBJECT_ERROR or rival - error < AMBIGUITY or color_error > COLOR_ERROR:
         return None
-    return list(SHAPES)[i // 2], list(COLORS)[j], list(SIZES)[i % 2], cx, cy
+    shape, size = list(itertools.product(SHAPES, SIZES))[i]
+    return Object(shape, list(COLORS)[j], size, cx, cy)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Captions. One list of templates both writes and reads them. a, b, c are objects as named; a relation between a and b
-# comes as infix (a left of b), as suffix (a with b to its right) or as prefix (right of a is b).
+def _worst_window(difference, unit):
+    """Largest mean of a squared difference (H, W, 3), summed over channels, in any window of 3 x 3 units."""
+    n = max(3, round(3 * unit))
+    total = np.pad((difference ** 2).sum(-1, dtype=np.float64), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    return (total[n:, n:] - total[:-n, n:] - total[n:, :-n] + total[:-n, :-n]).max() / n ** 2
+
+
+# ---- Captions. One list of templates writes and reads them. a, b, c are the objects as named; their relation
+# comes infix (a left of b), as a suffix (a with b to its right) or as a prefix (right of a is b).
 
 SUFFIX = {"left of": "to its left", "right of": "to its right", "above": "above it", "below": "below it"}
 CAPTIONS = {
-    1: ("{a} on a {bg} background", "on a {bg} background, {a}", "there is {a}. the background is {bg}."),
+    1: ("{a} on a {bg} background",
+        "on a {bg} background, {a}",
+        "there is {a}. the background is {bg}."),
     2: ("{a} {ab} {b} on a {bg} background",
         "on a {bg} background, {a} {ab} {b}",
         "{a} is {ab} {b}. the background is {bg}.",
@@ -313,87 +333,74 @@ CAPTIONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What a caption states: objects as (size, color, shape), relations as (i, relation, j), the background."""
-    objects: tuple[tuple[str, str, str], ...]
-    relations: tuple[tuple[int, str, int], ...]
-    background: str
-
-
-def _any(names):
-    return "(?:" + "|".join(names) + ")"
-
-
-def _noun(attributes):
-    return " ".join(("a",) + attributes)
-
-
 def caption(scene: Scene, rng: np.random.Generator, any_order: bool = False) -> str:
     """Describe a scene in full, in one of several wordings.
 
-    The first-named object comes first in reading order; any_order=True draws another order, the relations stay true.
+    Objects are named in reading order; any_order=True draws another order, and the relations stay true.
     """
-    objects = list(scene.objects)
-    if any_order:
-        objects = [objects[i] for i in rng.permutation(len(objects))]
-    words = {"bg": scene.background}
-    for name, o in zip("abc", objects):
-        words[name] = _noun(o.attributes)
-    for (p, q), (o1, o2) in zip(("ab", "bc"), zip(objects, objects[1:])):
+    objects = [scene.objects[i] for i in (rng.permutation if any_order else np.arange)(len(scene.objects))]
+    words = {"bg": scene.background} | {name: _a(o.attributes) for name, o in zip("abc", objects)}
+    for p, q, o1, o2 in zip("ab", "bc", objects, objects[1:]):
         words[p + q], words[q + p] = relation(o1, o2), relation(o2, o1)
         words[q + p + "_suffix"] = SUFFIX[relation(o2, o1)]
-    templates = CAPTIONS[len(objects)]
-    return templates[rng.integers(len(templates))].format(**words)
+    return _picker(rng)(CAPTIONS[len(objects)]).format(**words)
+
+
+def read_caption(text: str) -> Description | None:
+    """What a caption states, or None if it is not in the grammar (any wording, any order of the objects)."""
+    found = next(filter(None, (pattern.fullmatch(text) for pattern in _caption_patterns())), None)
+    if found is None:
+        return None
+    words = found.groupdict()
+    if "ba_suffix" in words:
+        words["ba"] = next(r for r, suffix in SUFFIX.items() if suffix == words["ba_suffix"])
+    pairs = [p for p in ("ab", "ba", "bc", "cb") if p in words]
+    return Description(objects=tuple(tuple(words[n].split()[1:]) for n in "abc" if n in words),
+                       relations=tuple(("abc".index(p[0]), words[p], "abc".index(p[1])) for p in pairs),
+                       background=words["bg"])
 
 
 @functools.cache
 def _caption_patterns():
     noun = f"a {_any(SIZES)} {_any(COLORS)} {_any(SHAPES)}"
-    groups = {name: f"(?P<{name}>{noun})" for name in "abc"}
-    groups |= {pair: f"(?P<{pair}>{_any(HOLDS)})" for pair in ("ab", "ba", "bc", "cb")}
-    groups |= {"ba_suffix": f"(?P<ba_suffix>{_any(SUFFIX.values())})", "bg": f"(?P<bg>{_any(BACKGROUNDS)})"}
+    kinds = dict.fromkeys("abc", noun) | dict.fromkeys(("ab", "ba", "bc", "cb"), _any(INVERSE))
+    kinds |= {"ba_suffix": _any(SUFFIX.values()), "bg": _any(BACKGROUNDS)}
+    groups = {name: f"(?P<{name}>{pattern})" for name, pattern in kinds.items()}
     return [re.compile(t.replace(".", r"\.").format(**groups)) for ts in CAPTIONS.values() for t in ts]
 
 
-def read_caption(text: str) -> Description | None:
-    """What a caption states, or None if it is not in the grammar (any wording, any order of the objects)."""
-    for pattern in _caption_patterns():
-        if found := pattern.fullmatch(text):
-            words = found.groupdict()
-            objects = tuple(tuple(words[n].split()[1:]) for n in "abc" if n in words)
-            relations = []
-            for key, phrase in words.items():
-                if key == "ba_suffix":
-                    key, phrase = "ba", next(r for r, s in SUFFIX.items() if s == phrase)
-                if len(key) == 2 and key != "bg":
-                    relations.append(("abc".index(key[0]), phrase, "abc".index(key[1])))
-            return Description(objects, tuple(relations), words["bg"])
-    return None
+def _any(words):
+    return "(?:" + "|".join(words) + ")"
+
+
+def _a(words):
+    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
 def _relations_hold(description, objects):
-    return all(HOLDS[r](objects[i], objects[j]) for i, r, j in description.relations)
+    return all(holds(objects[i], r, objects[j]) for i, r, j in description.relations)
 
 
 def matches(scene: Scene | None, description: Description) -> dict[str, bool]:
-    """Judge a generated picture: its scene as read (None: refused, nothing matches) against its prompt.
+    """Judge a drawn picture, as read (None: refused, nothing matches), against its prompt.
 
-    Each attribute compares multisets; "relation" asks for all stated relations, under the best assignment of described
-    to drawn objects (true of one object); "scene" for every attribute of every object, the background and relations.
+    The attributes are compared as multisets; "relation" asks that all stated relations hold when the
+    described objects are assigned to the drawn ones as well as possible (true of one object, which has none);
+    "scene" asks for every attribute of every object, the background, and all relations.
     """
     names = ("count", "color", "shape", "size", "relation", "background", "scene")
     if scene is None:
         return dict.fromkeys(names, False)
-    drawn, told = scene.objects, description.objects
-    same = {name: sorted(o.attributes[k] for o in drawn) == sorted(t[k] for t in told)
+    told, drawn = description.objects, [o.attributes for o in scene.objects]
+    same = {name: sorted(d[k] for d in drawn) == sorted(t[k] for t in told)
             for k, name in enumerate(("size", "color", "shape"))}
     same["count"] = len(drawn) == len(told)
     same["background"] = scene.background == description.background
     same["relation"] = same["scene"] = False
     if same["count"]:
-        orders = list(itertools.permutations(drawn))
-        agree = [sum(x == y for o, t in zip(order, told) for x, y in zip(o.attributes, t)) for order in orders]
+        orders = list(itertools.permutations(scene.objects))
+        agree = [sum(d == t for o, ts in zip(order, told) for d, t in zip(o.attributes, ts))
+                 for order in orders]
         same["relation"] = any(_relations_hold(description, order)
                                for order, n in zip(orders, agree) if n == max(agree))
         same["scene"] = max(agree) == 3 * len(told) and same["relation"] and same["background"]
@@ -401,226 +408,196 @@ def matches(scene: Scene | None, description: Description) -> dict[str, bool]:
 
 
 def is_exact(description: Description | None, scene: Scene) -> bool:
-    """Whether a caption as read (None: it does not parse) describes the same scene."""
+    """Whether a caption as read (None: it does not parse) describes the same scene, as matches defines it."""
     return description is not None and matches(scene, description)["scene"]
 
 
 def is_true(description: Description | None, scene: Scene) -> bool:
-    """Whether a caption as read states no false fact about the scene; it may leave objects out."""
+    """Whether a caption as read states no false fact; it may leave objects out."""
     if description is None or description.background != scene.background:
         return False
-    return any(all(o.attributes == t for o, t in zip(chosen, description.objects)) and
-               _relations_hold(description, chosen)
-               for chosen in itertools.permutations(scene.objects, len(description.objects)))
+    some = itertools.permutations(scene.objects, len(description.objects))
+    return any(tuple(o.attributes for o in objects) == description.objects
+               and _relations_hold(description, objects) for objects in some)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions
+# ---- Questions
 
-PLURAL = {s: s + ("es" if s == "cross" else "s") for s in SHAPES} | {"object": "objects"}
-_REF = rf"(?:{_any(SIZES)} )?(?:{_any(COLORS)} )?{_any([*SHAPES, 'object'])}"
-
-
-def _fits(o, reference):
-    """Whether an object is what "large red circle", "red object", ... refers to."""
-    return all(word in o.attributes for word in reference.split() if word != "object")
+PLURAL = {s: s + ("es" if s.endswith("s") else "s") for s in (*SHAPES, "object")}
+THING = f"(?:{_any(SIZES)} )?(?:{_any(COLORS)} )?{_any(SHAPES)}"
+THING_OR_OBJECT = f"(?:{_any(SIZES)} )?(?:{_any(COLORS)} )?{_any((*SHAPES, 'object'))}"
 
 
-def _references(scene, o, hide=None):
-    """Every phrase that singles out one object of the scene without telling the attribute `hide`."""
+def _fits(o, phrase):
+    return all(word in o.attributes for word in phrase.split() if word != "object")
+
+
+def _phrases(scene, o):
+    """Every phrase, such as "large circle" or "red object", that fits this object of the scene alone."""
     size, color, shape = o.attributes
-    phrases = (" ".join(filter(None, words))
-               for words in itertools.product((size, None), (color, None), (shape, "object")))
-    return [p for p in phrases if (hide is None or getattr(o, hide) not in p.split())
-            and sum(_fits(other, p) for other in scene.objects) == 1]
+    subsets = itertools.product(("", size + " "), ("", color + " "), (shape, "object"))
+    return [p for p in map("".join, subsets) if sum(_fits(other, p) for other in scene.objects) == 1]
 
 
 def question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """Ask about a scene: -> (question, answer). Kinds colour, shape, count, relation, equally often where possible;
-    the answer is unique and can be seen in the picture."""
-    pick = lambda items: items[rng.integers(len(items))]
-    kinds = list(rng.permutation(["color", "shape", "count", "relation"]))
-    while True:
-        kind, asked = kinds.pop(0), None
-        o = pick(scene.objects)
+    """Ask about a scene -> (question, answer). Colour, shape, count and relation are asked for equally often
+    where the scene allows; the answer is unique and can be seen in the picture."""
+    pick = _picker(rng)
+    for kind in rng.permutation(["color", "shape", "count", "relation"]):   # a count can always be asked for
+        o, asked = pick(scene.objects), None
+        phrases = _phrases(scene, o)
         if kind == "count":
-            noun = pick(["objects", o.color + " objects", o.size + " objects", PLURAL[o.shape]])
-            asked = f"how many {noun} are there?"
-        elif kind == "relation" and len(scene.objects) > 1:
-            other = pick([p for p in scene.objects if p is not o])
-            mine, its = _references(scene, o), _references(scene, other)
-            r = relation(o, other)
-            lenient = [p for p in scene.objects if _towards(r, p, other) > SAME_ROW / 32]
-            if rng.random() < 0.5 and mine and its:
-                asked = f"is the {pick(mine)} {pick([r, INVERSE[r]])} the {pick(its)}?"
-            elif its and lenient == [o]:
-                asked = f"what is {r} the {pick(its)}?"
+            things = pick(["objects", f"{o.color} objects", f"{o.size} objects", PLURAL[o.shape]])
+            asked = f"how many {things} are there?"
+        elif kind == "color" and rng.random() < 0.2:
+            asked = "what color is the background?"
         elif kind in ("color", "shape"):
-            if kind == "color" and rng.random() < 0.2:
-                asked = "what color is the background?"
-            elif phrases := _references(scene, o, hide=kind):
-                asked = f"what {kind} is the {pick(phrases)}?"
+            if hiding := [p for p in phrases if getattr(o, kind) not in p.split()]:
+                asked = f"what {kind} is the {pick(hiding)}?"
+        elif others := [(p, its) for p in scene.objects if p is not o and (its := _phrases(scene, p))]:
+            other, its = pick(others)
+            r = relation(o, other)
+            alone = [p for p in scene.objects if offset(p, r, other) > SAME_ROW / 32] == [o]
+            if alone and rng.random() < 0.5:
+                asked = f"what is {r} the {pick(its)}?"
+            elif phrases:
+                asked = f"is the {pick(phrases)} {pick([r, INVERSE[r]])} the {pick(its)}?"
         if asked:
-            return asked, sorted(answers(scene, asked))[0]
-
-
-def _towards(r, a, b):
-    """How far a lies from b in the direction of a relation, as a fraction of the side."""
-    return {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[r]
+            (answer,) = answers(scene, asked)
+            return asked, answer
 
 
 def answers(scene: Scene, asked: str) -> set[str]:
-    """Every true answer to a question; empty if it is not in the grammar or names nothing, or too much."""
-    def only(reference):
-        found = [o for o in scene.objects if _fits(o, reference)]
-        return found[0] if len(found) == 1 else None
-
+    """Every true answer; none if the question does not parse, or if "the ..." fits no or several objects."""
     if asked == "what color is the background?":
         return {scene.background + "."}
-    if m := re.fullmatch(rf"what (color|shape) is the ({_REF})\?", asked):
-        o = only(m[2])
-        return {getattr(o, m[1]) + "."} if o else set()
-    if m := re.fullmatch(rf"how many ((?:{_any(SIZES)} )?(?:{_any(COLORS)} )?)({_any(PLURAL.values())}) are there\?", asked):
-        noun = m[1] + next(s for s, p in PLURAL.items() if p == m[2])
-        n = sum(_fits(o, noun) for o in scene.objects)
-        return {("no", *COUNTS)[n] + "."}
-    if m := re.fullmatch(rf"what is ({_any(HOLDS)}) the ({_REF})\?", asked):
-        o = only(m[2])
-        return {_noun(p.attributes) + "." for p in scene.objects if o and p is not o and HOLDS[m[1]](p, o)}
-    if m := re.fullmatch(rf"is the ({_REF}) ({_any(HOLDS)}) the ({_REF})\?", asked):
-        a, b = only(m[1]), only(m[3])
-        return {"yes." if HOLDS[m[2]](a, b) else "no."} if a and b else set()
-    return set()
+    some = rf"((?:{_any(SIZES)} )?(?:{_any(COLORS)} )?)({_any(PLURAL.values())})"
+    if m := re.fullmatch(rf"how many {some} are there\?", asked):
+        noun = m[1] + next(s for s, plural in PLURAL.items() if plural == m[2])
+        return {("no", *COUNTS)[sum(_fits(o, noun) for o in scene.objects)] + "."}
+    the = rf"the ({THING_OR_OBJECT})"
+    if not (m := re.fullmatch(rf"what (color|shape) is {the}\?|what is ({_any(INVERSE)}) {the}\?|"
+                              rf"is {the} ({_any(INVERSE)}) {the}\?", asked)):
+        return set()
+    attribute, a, r, b, c, s, d = m.groups()
+    found = [[o for o in scene.objects if _fits(o, phrase)] for phrase in (a, b, c, d) if phrase]
+    if any(len(objects) != 1 for objects in found):
+        return set()
+    first, last = found[0][0], found[-1][0]
+    if attribute:
+        return {getattr(first, attribute) + "."}
+    if r:
+        return {_a(o.attributes) + "." for o in scene.objects if holds(o, r, first)}
+    return {"yes." if holds(first, s, last) else "no."}
 
 
-def check_answer(scene: Scene, question: str, answer_text: str) -> bool:
-    """Whether a text is a true answer, in exactly the wording of question()."""
-    return answer_text in answers(scene, question)
+def check_answer(scene: Scene, asked: str, answer_text: str) -> bool:
+    """Whether a text is a true answer to a question, in exactly the wording of question()."""
+    return answer_text in answers(scene, asked)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stories
-
-_THING = rf"(?:{_any(SIZES)} )?(?:{_any(COLORS)} )?{_any(SHAPES)}"
-
+# ---- Stories
 
 class _Discourse:
-    """What the sentences so far state. Objects keep only the attributes that were told."""
+    """The facts that a row of sentences states. An object keeps only the attributes that were told of it."""
 
     def __init__(self):
-        self.objects, self.background, self.count = [], None, None     # objects: list of dict attribute -> word
-        self.order = {"left of": set(), "above": set()}                # pairs (i, j), transitively closed
+        self.objects, self.background, self.count = [], None, None   # objects: dicts such as {"color": "red"}
+        self.order = {"left of": set(), "above": set()}              # pairs of indices, transitively closed
 
     def tell(self, sentence: str) -> bool:
-        """Add a sentence -> whether it states a new fact. ValueError if it does not parse or contradicts one."""
-        if m := re.fullmatch(rf"the background is ({_any(BACKGROUNDS)})", sentence):
-            return self._set("background", m[1])
-        if m := re.fullmatch(r"there (?:is (one) object|are (two|three) objects)", sentence):
-            if COUNTS.index(m[1] or m[2]) + 1 < len(self.objects):
-                raise ValueError("fewer objects than were named")
-            return self._set("count", m[1] or m[2])
-        if m := re.fullmatch(rf"there is a ({_THING})", sentence):
-            return self._introduce(m[1]) is not None
-        if m := re.fullmatch(rf"({_any(HOLDS)}) the ({_THING}) is a ({_THING})", sentence):
-            i = self.find(m[2])
-            return self._relate(self._introduce(m[3]), m[1], i)
-        if m := re.fullmatch(rf"the ({_THING}) is ({_any([*SIZES, *COLORS])})", sentence):
-            o, key = self.objects[self.find(m[1])], "size" if m[2] in SIZES else "color"
-            if o.get(key, m[2]) != m[2]:
-                raise ValueError(f"the {m[1]} is {o[key]}")
-            new = key not in o
-            o[key] = m[2]
-            return new
-        if m := re.fullmatch(rf"the ({_THING}) is ({_any(HOLDS)}) the ({_THING})", sentence):
-            return self._relate(self.find(m[1]), m[2], self.find(m[3]))
+        """Add a sentence -> whether it states a new fact. ValueError (and nothing is added) if it does not
+        parse or contradicts a fact."""
+        a, r = rf"(?:a(?! o)|an(?= o)) ({THING})", f"({_any(INVERSE)})"
+        if m := re.fullmatch(f"the background is ({_any(BACKGROUNDS)})", sentence):
+            return self._set(vars(self), "background", m[1])
+        if m := re.fullmatch("there (?:is (one) object|are (two|three) objects)", sentence):
+            if len(self.objects) > COUNTS.index(m[1] or m[2]) + 1:
+                raise ValueError("more objects were named")
+            return self._set(vars(self), "count", m[1] or m[2])
+        if m := re.fullmatch(f"there is {a}", sentence):
+            return self._introduce(m[1]) >= 0
+        if m := re.fullmatch(f"{r} the ({THING}) is {a}", sentence):
+            j = self._find(m[2])                                       # before the new object can be meant
+            return self._relate(self._introduce(m[3]), m[1], j)
+        if m := re.fullmatch(f"the ({THING}) is {r} the ({THING})", sentence):
+            return self._relate(self._find(m[1]), m[2], self._find(m[3]))
+        if m := re.fullmatch(f"the ({THING}) is ({_any((*SIZES, *COLORS))})", sentence):
+            return self._set(self.objects[self._find(m[1])], "size" if m[2] in SIZES else "color", m[2])
         raise ValueError("not in the grammar")
 
-    def find(self, words):
-        """Index of the only object that was told to be all of this."""
-        found = [i for i, o in enumerate(self.objects) if set(words.split()) <= set(o.values())]
+    def _set(self, facts, key, value):
+        old = facts.get(key)
+        if old not in (None, value):
+            raise ValueError(f"the {key} was {old}")
+        facts[key] = value
+        return old is None
+
+    def _find(self, phrase):
+        """The only object of which all of "large red circle", "circle", ... was told -> its index."""
+        found = [i for i, told in enumerate(self.objects) if set(phrase.split()) <= set(told.values())]
         if len(found) != 1:
-            raise ValueError(f"{len(found)} objects were told to be a {words}")
+            raise ValueError(f"{len(found)} objects are the {phrase}")
         return found[0]
 
-    def _set(self, key, value):
-        if getattr(self, key) not in (None, value):
-            raise ValueError(f"another {key} was told")
-        new = getattr(self, key) is None
-        setattr(self, key, value)
-        return new
-
-    def _introduce(self, words):
-        told = {("size" if w in SIZES else "color" if w in COLORS else "shape"): w for w in words.split()}
-        # What could be an object named before is not known to be a new one: it must differ in an attribute.
-        if any(all(o.get(key, w) == w for key, w in told.items()) for o in self.objects):
-            raise ValueError("may have been named before")
+    def _introduce(self, phrase):
+        """Add an object -> its index. To be a new one it must differ from every other in a told attribute."""
+        new = {"size" if w in SIZES else "color" if w in COLORS else "shape": w for w in phrase.split()}
+        if any(all(told.get(key, w) == w for key, w in new.items()) for told in self.objects):
+            raise ValueError(f"a {phrase} may have been named before")
         if len(self.objects) == (COUNTS.index(self.count) + 1 if self.count else len(COUNTS)):
-            raise ValueError("more objects than there are")
-        self.objects.append(told)
+            raise ValueError("no more objects are there")
+        self.objects.append(new)
         return len(self.objects) - 1
 
     def _relate(self, i, r, j):
-        if r in ("right of", "below"):
-            i, r, j = j, INVERSE[r], i
-        if i == j or (j, i) in self.order[r]:
-            raise ValueError("contradicts an order")
-        new = (i, j) not in self.order[r]
-        pairs = self.order[r] | {(i, j)}
+        i, r, j = (i, r, j) if r in self.order else (j, INVERSE[r], i)
+        old = self.order[r]
+        if i == j or (j, i) in old:
+            raise ValueError(f"{r} itself")
+        pairs = old | {(i, j)}
         self.order[r] = pairs | {(a, d) for a, b in pairs for c, d in pairs if b == c}
-        return new
+        return (i, j) not in old
 
 
 def story(scene: Scene, rng: np.random.Generator) -> str:
-    """Three to six sentences about a scene, each a new fact; what is left unsaid early may come later."""
-    pick = lambda items: items[rng.integers(len(items))]
-    told, named, sentences = _Discourse(), [], []
-    target = rng.integers(3, 7)
-    for _ in range(60):
-        if len(sentences) == target:
-            break
-        kind, o = pick(["exists", "next", "is", "relation", "background", "count"]), pick(scene.objects)
-        size, color, shape = o.attributes
-        words = [w for w in (pick([size, None]), pick([color, color, None]), shape) if w]
-        if not named and kind in ("next", "is", "relation"):
-            kind = "exists"
-        if kind == "background":
-            sentence = f"the background is {scene.background}"
-        elif kind == "count":
-            n = len(scene.objects)
-            sentence = "there is one object" if n == 1 else f"there are {COUNTS[n - 1]} objects"
-        elif kind == "exists":
-            sentence = f"there is a {' '.join(words)}"
-        else:
-            known = pick(range(len(named)))
-            other = named[known]
-            phrases = [p for p in _references(scene, other) if set(p.split()) <= set(told.objects[known].values())]
-            if not phrases or kind != "is" and other is o:
-                continue
-            if kind == "next":
-                sentence = f"{relation(o, other)} the {pick(phrases)} is a {' '.join(words)}"
-            elif kind == "is":
-                sentence = f"the {pick(phrases)} is {pick([other.size, other.color])}"
-            else:
-                mine = [p for i, n in enumerate(named) if n is o
-                        for p in _references(scene, o) if set(p.split()) <= set(told.objects[i].values())]
-                if not mine:
-                    continue
-                sentence = f"the {pick(mine)} is {relation(o, other)} the {pick(phrases)}"
-        if any(o is n for n in named) and kind in ("exists", "next"):
-            continue
+    """Three to six sentences about a scene, of which each states something new. What one leaves unsaid, a
+    later one may tell; objects are called by what was told of them."""
+    pick, told, sentences = _picker(rng), _Discourse(), []
+    named = []                                                           # named[i] is told.objects[i]
+    count, length = COUNTS[len(scene.objects) - 1], int(rng.integers(3, 7))
+
+    def phrase(o):
+        """Some words that were told of an object and that single it out, or None."""
+        known = told.objects[named.index(o)].values() if o in named else ()
+        found = [p for p in _phrases(scene, o) if set(p.split()) <= set(known)]
+        return pick(found) if found else None
+
+    for _ in range(60):                                                  # a poor scene has few facts to tell
+        kind = pick(["exists", "exists", "next to", "attribute", "relation", "background", "count"])
+        o, other = pick(scene.objects), pick(scene.objects)
+        mine, its, r = phrase(o), phrase(other), relation(o, other)
+        thing = _a([word for word in (pick([o.size, None]), pick([o.color, o.color, None]), o.shape) if word])
+        sentence = {"exists": f"there is {thing}",
+                    "next to": f"{r} the {its} is {thing}",
+                    "attribute": f"the {mine} is {pick([o.size, o.color])}",
+                    "relation": f"the {mine} is {r} the {its}",
+                    "background": f"the background is {scene.background}",
+                    "count": "there is one object" if count == "one" else f"there are {count} objects"}[kind]
         try:
             new = told.tell(sentence)
-        except ValueError:
+        except ValueError:                                               # "the None", or a repeated object
             continue
         if new:
             sentences.append(sentence + ".")
-            if kind in ("exists", "next"):
-                named.append(o)
+            named += [o] if kind in ("exists", "next to") else []
+        if len(sentences) == length:
+            break
     return " ".join(sentences)
 
 
 def consistent(prefix: str, continuation: str) -> bool:
-    """Whether a continuation parses, contradicts no fact of the prefix or its own, and states at least one new one."""
+    """Whether a continuation parses, contradicts no fact of the prefix or its own, and states a new one."""
     told = _Discourse()
     try:
         for sentence in _sentences(prefix):
@@ -638,7 +615,7 @@ def _sentences(text):
 
 
 def corpus(rng: np.random.Generator, n: int) -> list[str]:
-    """n texts of seen scenes (captions, questions, answers, stories, in turn) for training a tokenizer."""
+    """n texts of scenes that are not held out (captions, questions, answers, stories), for a tokenizer."""
     texts = []
     while len(texts) < n:
         scene = sample_scene(rng)
@@ -647,7 +624,18 @@ def corpus(rng: np.random.Generator, n: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    scene = Scene("gray", (Object("circle", "red", "large", 0.4, 0.3), Object("square", "blue", "small", 0.6, 0.75)))
+    rng = np.random.default_rng(0)
+    circle, square = Object("circle", "red", "large", 0.4, 0.3), Object("square", "blue", "small", 0.6, 0.75)
+    scene = Scene("gray", (circle, square))
     text = "a large red circle above a small blue square on a gray background"
-    print("read the picture back:", read_image(render(scene)))
-    print("the caption is exact: ", is_exact(read_caption(text), scene), "(expect True)")
+    read = read_image(render(scene))
+    print("drawn and read back (expect large red circle 0.40 0.30, small blue square 0.60 0.75, gray):",
+          *(f"{' '.join(o.attributes)} {o.x:.2f} {o.y:.2f}," for o in read.objects), read.background)
+    wide = read_image(render(scene, (48, 80)))
+    print("drawn at 48 x 80 it is the same scene (expect True):", matches(wide, read_caption(text))["scene"])
+    print(f"{text!r} is exact (expect True):", is_exact(read_caption(text), scene))
+    print("the same with left of in place of above (expect True, then False):",
+          *(is_exact(read_caption(text.replace("above", r)), scene) for r in ("left of", "right of")))
+    print("in other words:", caption(scene, rng, any_order=True))
+    print("a question and its answer:", *question(scene, rng))
+    print("a story:", story(scene, rng))

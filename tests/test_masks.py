@@ -1,0 +1,183 @@
+"""pytest tests/test_masks.py: the rules against the blog's cases, written out as a triple loop."""
+import numpy as np
+import pytest
+import torch
+
+import cuda_attention
+import masks
+from cuda_attention import attention, make_plan
+from masks import C, I, IT2T, N, P, T2I, T2T, Sample, pack
+
+
+def allowed(task, s_i, s_j, b_i, b_j):
+    """The blog's cases, literally."""
+    if task in (T2T, T2I):
+        if s_i == C:
+            return s_j == C and b_j <= b_i
+        if s_i == I:
+            return s_j in (C, I) if task == T2I else False
+        return s_i == N and ((s_j == C and b_j < b_i) or (s_j == N and b_j == b_i))
+    if s_i in (P, I):
+        return s_j in (P, I)
+    if s_i == C:
+        return (s_j == C and b_j <= b_i) or s_j in (P, I)
+    return (s_j == C and b_j < b_i) or (s_j == N and b_j == b_i) or s_j in (P, I)
+
+
+def random_samples(seed, count=5, tasks=(T2T, T2I, IT2T)):
+    g, samples = np.random.default_rng(seed), []
+    for _ in range(count):
+        task, n = int(g.choice(tasks)), int(g.integers(0, 8))
+        samples.append(Sample(task, int(g.integers(0, 4)) if task == IT2T else 0,
+                              tuple(int(x) for x in g.integers(1, 4, 2)) if task != T2T else (0, 0),
+                              n * int(g.random() < 0.8), n, start=int(g.integers(0, 3))))
+    return samples
+
+
+def brute_force(q, k):
+    want = torch.zeros(len(q), len(k), dtype=torch.bool)
+    for i in range(len(q)):
+        for j in range(len(k)):
+            if q.sample[i] == k.sample[j]:
+                task = int(q.task[q.sample[i]])
+                want[i, j] = allowed(task, *(int(x) for x in (q.segment[i], k.segment[j], q.block[i], k.block[j])))
+    return want
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("block_len", [1, 2, 3])
+def test_dense_against_loops(seed, block_len):
+    layout = pack(random_samples(seed), block_len)
+    assert torch.equal(masks.dense(layout, layout), brute_force(layout, layout))
+
+
+@pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
+def test_each_task_alone_against_loops(task):
+    layout = pack(random_samples(3, 4, (task,)) + [Sample(task, 2 * (task == IT2T), (2, 2) if task else (0, 0), 5, 5)], 2)
+    assert torch.equal(masks.dense(layout, layout), brute_force(layout, layout))
+
+
+def test_blog_example_by_hand():
+    layout = pack([Sample(T2I, clean=2, image=(1, 1), noisy=2)], 1)
+    want = ["#....",        # c0
+            "##...",        # c1
+            "###..",        # image: the caption and itself
+            "...#.",        # n0: itself, as nothing lies before block 0
+            "#...#"]        # n1: c0 and itself
+    assert ["".join(".#"[int(m)] for m in row) for row in masks.dense(layout, layout)] == want
+
+
+def test_pack_lays_out_segments_blocks_and_coordinates():
+    layout = pack([Sample(IT2T, prompt=2, image=(2, 2), clean=3, noisy=3, start=2), Sample(T2I, image=(1, 3))], 2)
+    assert "".join(masks.SEGMENTS[s] for s in layout.segment) == "PPIIIICCCNNNIII"
+    assert layout.block.tolist() == [0] * 6 + [0, 0, 1] * 2 + [0] * 3
+    assert layout.row.tolist() == [0, 1, 0, 0, 1, 1, 2, 3, 4, 2, 3, 4, 0, 0, 0]
+    assert layout.col.tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 4, 2, 3, 4, 0, 1, 2]
+    assert layout.sample.tolist() == [0] * 12 + [1] * 3 and layout.task.tolist() == [IT2T, T2I]
+    one_block = pack([Sample(T2T, noisy=2, first=4, start=1)], 2)
+    assert one_block.block.tolist() == [2, 2] and one_block.row.tolist() == [5, 6]
+    assert len(pack([], 4)) == 0
+
+
+def test_text_layout_is_strictly_causal_at_block_len_1():
+    layout = masks.text_layout([3, 2], 1)
+    want = torch.block_diag(torch.ones(3, 3).tril(), torch.ones(2, 2).tril()).bool()
+    assert torch.equal(masks.dense(layout, layout), want)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_padded_view_is_the_dense_mask(seed):
+    layout = pack(random_samples(seed), 2)
+    shuffled = layout.select(torch.from_numpy(np.random.default_rng(seed).permutation(len(layout))))
+    for q, k in ((layout, layout), (layout, shuffled), (shuffled, layout)):
+        q_pad, k_pad = masks.pad(q), masks.pad(k)
+        small = masks.padded_mask(q, k, q_pad, k_pad)
+        dense = torch.zeros(len(q), len(k), dtype=torch.bool)
+        for s, i, j in small.nonzero().tolist():
+            dense[q_pad.index[s, i], k_pad.index[s, j]] = True
+        assert torch.equal(dense, masks.dense(q, k))
+        slots = torch.zeros(q_pad.valid.numel(), dtype=torch.bool)
+        slots[q_pad.inverse] = True
+        assert torch.equal(slots, q_pad.valid.flatten())
+
+
+@pytest.mark.parametrize("backend", ["reference", "padded", "auto"])
+@pytest.mark.parametrize("seed", range(4))
+def test_attention_against_fp64(backend, seed):
+    layout = pack(random_samples(seed), 2)
+    chosen = torch.arange(len(layout)) % 3 != 0
+    for q_layout, k_layout in ((layout, None), (layout.select(chosen), layout)):
+        plan = make_plan(q_layout, k_layout)
+        g = torch.Generator().manual_seed(seed)
+        q, k, v = (torch.randn(n, 2, 8, generator=g, dtype=torch.float64, requires_grad=True)
+                   for n in (len(plan.q), len(plan.k), len(plan.k)))
+        mask = brute_force(plan.q, plan.k)
+        want = torch.zeros_like(q)
+        rows = []
+        for i in range(len(plan.q)):
+            keys = mask[i].nonzero()[:, 0]
+            s = torch.einsum("hd,jhd->hj", q[i], k[keys]) / 8 ** 0.5
+            rows.append(torch.einsum("hj,jhd->hd", s.softmax(-1), v[keys]) if len(keys) else torch.zeros(2, 8).double())
+        want = torch.stack(rows)
+        got = attention(q, k, v, plan, backend)
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+        upstream = torch.randn(want.shape, generator=g, dtype=torch.float64)
+        for a, b in zip(torch.autograd.grad(got, (q, k, v), upstream), torch.autograd.grad(want, (q, k, v), upstream)):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+        single = attention(*(x.detach().float() for x in (q, k, v)), plan, backend)
+        torch.testing.assert_close(single.double(), want, atol=1e-5, rtol=0)
+
+
+def test_long_rows_take_the_fused_kernel_and_agree(monkeypatch):
+    layout = pack(random_samples(1), 2)
+    plan = make_plan(layout)
+    q, k, v = (torch.randn(len(layout), 2, 8) for _ in range(3))
+    short = attention(q, k, v, plan, "padded")
+    monkeypatch.setattr(cuda_attention, "SHORT", 0)
+    torch.testing.assert_close(attention(q, k, v, plan, "padded"), short, atol=1e-5, rtol=0)
+
+
+def test_a_made_up_task_needs_only_a_table():
+    """Image editing, say: the new image N sees the old image I and the instruction P, and nothing sees N."""
+    table = torch.tensor([[masks.ALWAYS, 0, masks.ALWAYS, 0], [0] * 4, [masks.ALWAYS, 0, masks.ALWAYS, 0],
+                          [masks.ALWAYS, 0, masks.ALWAYS, masks.EQ]])
+    rules = torch.cat([masks.RULES, table[None]])
+    layout = pack([Sample(3, prompt=2, image=(2, 2), noisy=4), Sample(T2I, clean=2, image=(1, 2), noisy=2)], 4)
+    mask = masks.dense(layout, layout, rules)
+    mine = layout.sample == 0
+    noisy = mine & (layout.segment == N)
+    assert mask[noisy][:, mine].all() and not mask[mine & ~noisy][:, noisy].any() and not mask[mine][:, ~mine].any()
+    q, k, v = (torch.randn(len(layout), 1, 8, dtype=torch.float64) for _ in range(3))
+    plan = make_plan(layout, rules=rules)
+    torch.testing.assert_close(attention(q, k, v, plan, "padded"), attention(q, k, v, plan, "reference"))
+
+
+def test_no_square_array_on_the_fast_path():
+    """Memory of a plan is linear in the number of samples."""
+    def numbers(count):
+        plan = make_plan(pack([Sample(T2I, clean=8, image=(4, 4), noisy=8)] * count, 8))
+        return plan.mask.numel() + plan.bias.numel() + plan.q_pad.index.numel()
+    assert numbers(64) == 4 * numbers(16)
+
+
+def test_bad_input_is_named():
+    layout = pack([Sample(T2T, clean=4)], 2)
+    plan, x = make_plan(layout), torch.zeros(4, 2, 8)
+    with pytest.raises(ValueError, match="backend 'fast'"):
+        attention(x, x, x, plan, "fast")
+    with pytest.raises(ValueError, match="3 and k 4 positions"):
+        attention(x[:3], x, x, plan)
+    with pytest.raises(ValueError, match="expected"):
+        attention(x, x[:, :1], x, plan)
+    with pytest.raises(ValueError, match="share their samples"):
+        make_plan(layout, pack([Sample(T2T, clean=4)] * 2, 2))
+
+
+def test_picture():
+    layout = pack([Sample(T2I, clean=2, image=(1, 1), noisy=2)], 1)
+    picture = np.asarray(masks.draw(layout, cell=10))
+    mask = masks.dense(layout, layout)
+    for i in range(5):
+        for j in range(5):
+            r, g, _ = picture[(i + 2) * 10 + 5, (j + 2) * 10 + 5].astype(int)
+            assert (r > g + 50) == bool(mask[i, j])
