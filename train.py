@@ -98,7 +98,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--lambda_mask", type=float, default=0.1, help="weight of the masking loss; 0 saves a pass")
     g.add_argument("--text_vae_steps", type=int, default=400, help="steps of stage 1")
     g.add_argument("--text_vae_batch", type=int, default=64, help="texts a step")
-    g.add_argument("--text_vae_lr", type=float, default=3e-3, help="peak learning rate of AdamW")
+    g.add_argument("--text_vae_lr", type=float, default=4e-3, help="peak learning rate of AdamW")
 
     g = parser.add_argument_group("image VAE (stage 1b)")
     g.add_argument("--image_latent_dim", type=int, default=32, help="channels of an image latent; 64 at 256 pixels")
@@ -453,8 +453,10 @@ class TextStage(nn.Module):
         self.vae, self.args = vae, args
 
     def forward(self, b: TextBatch, counts: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
-        return text_vae_loss(self.vae, b.ids, b.lengths, b.noise, b.hidden if self.args.lambda_mask else None,
-                             beta=self.args.beta, lambda_mask=self.args.lambda_mask, count=counts[0], mask_count=counts[1])
+        loss, terms = text_vae_loss(self.vae, b.ids, b.lengths, b.noise, b.hidden if self.args.lambda_mask else None,
+                                    beta=self.args.beta, lambda_mask=self.args.lambda_mask, count=counts[0],
+                                    mask_count=counts[1])
+        return loss, terms | {"logsnr": terms["logsnr"] * b.ids.numel() / counts[0]}
 
 
 class ImageStage(nn.Module):
@@ -492,7 +494,7 @@ class PriorStage(nn.Module):
             loss, terms = text_vae_loss(vae, b.ids, b.lengths, b.posterior, b.hidden if a.lambda_mask else None, beta=a.beta,
                                         lambda_mask=a.lambda_mask, learned_prior=True, posterior=(mean, logvar),
                                         count=counts[2], mask_count=counts[3], plan=plan)
-            loss = a.lambda_vae * loss
+            loss, terms["logsnr"] = a.lambda_vae * loss, terms["logsnr"] * b.ids.numel() / counts[2]
         if a.lambda_ref:
             with torch.no_grad():
                 mean_ref, logvar_ref = self.ref.encode(b.ids, b.lengths, plan)
@@ -974,9 +976,9 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         checkpoint, args = prepare(args)
         if "RANK" not in os.environ and args.device == "cpu":
-            args.procs = args.procs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            if args.procs > 1:
-                return launch(sys.argv[1:] if argv is None else argv, args.procs)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            if (args.procs or cores) > 1:
+                return launch(sys.argv[1:] if argv is None else argv, args.procs or cores)
         worker = Worker()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -1,0 +1,373 @@
+"""pytest tests/test_train.py"""
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import masks
+import sample
+import train
+from conftest import TINY
+from masks import IT2T, T2I, T2T
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def args_for(*flags):
+    args = train.parse([*TINY, *flags])
+    args.bf16 = "off"
+    return args
+
+
+@pytest.fixture(scope="module")
+def system():
+    args = args_for()
+    dataset = data.GeneratedScenes(0, 32, 64)
+    return args, dataset, train.new_model(args, dataset)
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+# ---- the run and what it leaves -------------------------------------------------------------------------------------
+
+def test_files_of_a_run(tiny):
+    assert {p.name for p in tiny.iterdir()} == {"ckpt.pt", "log.jsonl", "metrics.json", "samples.png", "loss.png"}
+    steps = [(e["stage"], e["step"]) for e in log_of(tiny)]
+    assert steps == [(s, i) for s, n in (("text_vae", 3), ("image_vae", 3), ("mmdit", 4)) for i in range(1, n + 1)]
+    metrics = json.loads((tiny / "metrics.json").read_text())
+    assert set(metrics) == {"n", "seen", "heldout", "ceiling", "seconds", "config"} and metrics["n"] == 2
+    for split in ("seen", "heldout"):
+        assert set(metrics[split]["t2i"]) == {"scene", "by_count", "count", "color", "shape", "size", "relation", "background"}
+        assert set(metrics[split]["t2i"]["by_count"]) == {"1", "2", "3"}
+        assert set(metrics[split]["it2t"]) == {"exact", "true", "vqa"} and set(metrics[split]["t2t"]) == {"consistent"}
+    assert set(metrics["ceiling"]) == {"image", "text"}
+    for name in ("samples.png", "loss.png"):
+        assert np.asarray(Image.open(tiny / name)).std() > 5
+    assert "interval" in train.table(metrics)
+
+
+def test_eval_only_rewrites_the_metrics(tiny, tmp_path):
+    out = tmp_path / "copy"
+    out.mkdir()
+    for name in ("ckpt.pt", "log.jsonl"):
+        (out / name).write_bytes((tiny / name).read_bytes())
+    before = (out / "ckpt.pt").read_bytes()
+    assert train.main([*TINY, "--eval_only", "--out_dir", str(out)]) == 0
+    again, first = (json.loads((d / "metrics.json").read_text()) for d in (out, tiny))
+    for part in ("seen", "heldout", "ceiling", "n"):
+        assert again[part] == first[part]
+    assert (out / "ckpt.pt").read_bytes() == before
+
+
+def test_resume_equals_the_uninterrupted_run(tiny, tmp_path, monkeypatch):
+    """Stopped in the middle of stage 2 and continued: weights, average and losses bit for bit."""
+    out, whole = tmp_path / "out", sample.read_checkpoint(tiny / "ckpt.pt")
+    make, calls = train.Batches.make, []
+
+    def interrupted(self, task, numbers):
+        calls.append(task)
+        if len(calls) == 7:                # two steps of three micro-steps are done
+            raise KeyboardInterrupt
+        return make(self, task, numbers)
+    monkeypatch.setattr(train.Batches, "make", interrupted)
+    assert train.main([*TINY, "--save_every", "1", "--out_dir", str(out)]) == 130
+    monkeypatch.setattr(train.Batches, "make", make)
+    assert sample.read_checkpoint(out / "ckpt.pt")["progress"]["mmdit"] == 2
+    assert train.main([*TINY, "--resume", "auto", "--out_dir", str(out)]) == 0
+    again = sample.read_checkpoint(out / "ckpt.pt")
+    for weights in ("model", "ema"):
+        for part, state in whole[weights].items():
+            for name, value in state.items():
+                assert torch.equal(value, again[weights][part][name]), (weights, part, name)
+    drop = {"seconds", "data_seconds"}
+    strip = lambda entries: [{k: v for k, v in e.items() if k not in drop} for e in entries]
+    assert strip(log_of(out)) == strip(log_of(tiny))
+
+
+def test_resuming_keeps_the_flags_of_the_checkpoint(tiny, capsys):
+    args = train.parse(["--out_dir", str(tiny), "--resume", "auto", "--lr", "0.5"])
+    _, args = train.prepare(args)
+    assert args.width == 32 and args.batch_size == 4 and args.lr == 0.5
+    assert train.main(["--out_dir", str(tiny), "--resume", "auto", "--width", "64"]) == 2
+    assert "--width 64" in capsys.readouterr().err
+
+
+def test_two_workers_equal_one(tiny, tmp_path):
+    out = tmp_path / "out"
+    flags = [*TINY, "--out_dir", str(out), "--eval_samples", "0"]
+    flags[flags.index("--procs") + 1] = "2"
+    assert subprocess.run([sys.executable, ROOT / "train.py", *flags], timeout=120).returncode == 0
+    for a, b in zip(log_of(tiny), log_of(out), strict=True):
+        for name in set(a) - {"seconds", "data_seconds", "norm", "positions"}:
+            assert a[name] == b[name] or abs(a[name] - b[name]) < 1e-5 * max(1, abs(a[name])), (a, b, name)
+
+
+def test_init_from_at_another_size(tiny, tmp_path):
+    out = tmp_path / "out"
+    assert train.main([*TINY, "--init_from", str(tiny / "ckpt.pt"), "--image_size", "32", "48", "--stage", "mmdit",
+                       "--eval_samples", "0", "--out_dir", str(out)]) == 0
+    model = sample.load(out / "ckpt.pt")
+    assert model.image_hw == (32, 48) and sample.generate_images(model, ["a"])[0].shape == (32, 48, 3)
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
+def test_batch_against_its_samples(system, task):
+    """Every position of a batch, one by one, from the sample's own tokens, picture, cut and times."""
+    args, dataset, model = system
+    b = train.Batches(args, dataset, model).make(task, range(40))
+    starts, place = np.cumsum([0, *b.lengths]), {"text": 0, "image": 0}
+    texts = [b.ids[s:e].tolist() for s, e in zip(starts, starts[1:])]
+    owner = lambda source: int(np.searchsorted(starts, source, side="right")) - 1
+    seen_drop = seen_cut = False
+    for s, k in enumerate(range(40)):
+        item = getattr(dataset, masks.TASKS[task])(k)
+        mine = (b.layout.sample == s).nonzero()[:, 0]
+        segments = "".join(masks.SEGMENTS[x] for x in b.layout.segment[mine])
+        text = model.ids(item if task == T2T else item[0] if task == T2I else item[2], end=True)
+        prompt = model.ids(item[0], end=False) if task == IT2T else []
+        drop = data.rng(0, k, data.DROP).random() < args.cfg_drop
+        seen_drop |= drop
+        n, i = len(text), 16
+        whole = {T2T: "C" * n + "N" * n, T2I: "C" * n + "I" * i + "N" * n, IT2T: "P" * len(prompt) + "I" * i + "C" * n + "N" * n}
+        short = {T2T: "N" * n, T2I: "I" * i, IT2T: "N" * n}
+        assert segments == (short if drop else whole)[task]
+        cut = int(data.rng(0, k, data.CUT).integers(text.index(model.tokenizer.end))) if task == T2T else 0
+        for pos in mine.tolist():
+            segment, t = int(b.layout.segment[pos]), float(b.t[b.t_index[pos]])
+            if segment == masks.I:
+                j = place["image"]
+                place["image"] += 1
+                assert bool(b.loss_image[j]) == (task == T2I) and (t > 0) == (task == T2I)
+                continue
+            j = place["text"]
+            place["text"] += 1
+            source, index = int(b.source[j]), int(b.layout.row[pos])
+            where = owner(source)
+            if segment == masks.P:
+                assert texts[where] == prompt and source - starts[where] == index and t == 0
+                continue
+            index -= len(prompt)
+            assert texts[where] == text and source - starts[where] == index
+            if segment == masks.C:
+                assert t == 0 and not b.noisy[j] and not b.loss_text[j] and not b.eps_text[j].any()
+                continue
+            known = index < cut and index // 16 == cut // 16
+            seen_cut |= known
+            assert bool(b.noisy[j]) == (not known) == (t > 0)
+            if known or index >= cut:
+                assert bool(b.loss_text[j]) == (not known)
+    assert seen_drop and (seen_cut or task != T2T)
+    assert b.counts()[:2] == [int(b.loss_text.sum()) * 16, int(b.loss_image.sum()) * 32]
+
+
+def test_sample_k_does_not_depend_on_its_batch(system):
+    args, dataset, model = system
+    batches = train.Batches(args, dataset, model)
+    for task in (T2T, T2I, IT2T):
+        all_, tail = batches.make(task, range(6)), batches.make(task, range(4, 6))
+        mine = all_.layout.sample >= 4
+        text, tail_text = mine[all_.layout.segment != masks.I], tail.layout.segment != masks.I
+        assert torch.equal(all_.eps_text[text], tail.eps_text)
+        assert torch.equal(all_.t[all_.t_index[mine]], tail.t[tail.t_index])
+        assert torch.equal(all_.eps_image[mine[all_.layout.segment == masks.I]], tail.eps_image)
+        torch.testing.assert_close(all_.z_image[mine[all_.layout.segment == masks.I]], tail.z_image)
+
+
+def test_tasks_of_a_step_follow_the_ratios():
+    args = args_for("--tasks", "t2t:1,t2i:2,it2t:0")
+    picked = [train.pick_task(args, (m + 0.37) / 300) for m in range(300)]
+    assert picked.count(T2T) == 100 and picked.count(T2I) == 200
+    assert train.pick_task(args, 0.9999999) == T2I
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+def stage_and_batch(system, task, *flags):
+    args, dataset, model = system
+    args = args_for("--vae_lr_ratio", "1", "--lambda_vae", "0", *flags)
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    for p in model.mmdit.parameters():
+        p.data.normal_(std=0.1)
+    return train.PriorStage(model, args), train.Batches(args, dataset, model).make(task, range(4))
+
+
+def test_image_loss_reaches_what_processes_the_caption_but_not_its_latents(system):
+    """L_image alone: hidden states of C pass its gradient on; the clean latents are detached where they enter."""
+    stage, b = stage_and_batch(system, T2I, "--w_text", "0", "--cfg_drop", "0")
+    loss, _ = stage(b, b.counts())
+    loss.backward()
+    assert stage.mmdit.txt_in.proj.weight.grad.abs().sum() > 0
+    assert all(p.grad is None or not p.grad.any() for p in stage.text_vae.parameters())
+
+
+def test_text_loss_reaches_the_encoder_through_the_noisy_copy(system):
+    stage, b = stage_and_batch(system, T2T)
+    loss, _ = stage(b, b.counts())
+    loss.backward()
+    assert stage.text_vae.encoder.final_layer.weight.grad.abs().sum() > 0
+    stage, b = stage_and_batch(system, T2T)
+    b.loss_text[:] = False
+    loss, _ = stage(b, [1, 1, 1, 1])
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in stage.text_vae.parameters())
+
+
+def test_it2t_has_no_image_loss_and_frozen_vae_no_gradient(system):
+    stage, b = stage_and_batch(system, IT2T, "--vae_lr_ratio", "0")
+    loss, terms = stage(b, b.counts())
+    loss.backward()
+    assert terms["image"] == 0 and terms["text"] > 0
+    assert all(not p.requires_grad for p in stage.text_vae.parameters())
+    assert all(p.grad is not None for p in stage.mmdit.parameters()), "DDP waits for every parameter, every task"
+
+
+def test_repa_and_reference_terms(system):
+    stage, b = stage_and_batch(system, T2I, "--w_repa", "0.5", "--repa_layer", "1", "--lambda_ref", "1")
+    loss, terms = stage(b, b.counts())
+    assert 0 < terms["repa"] < 2 and abs(float(terms["ref"])) < 1e-6
+    assert "repa" not in stage(b, b.counts(), progress=0.9)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
+def test_one_batch_overfits(system, task):
+    args, dataset, model = system
+    args = args_for("--cfg_drop", "0")
+    model = copy.deepcopy(model)
+    stage = train.PriorStage(model, args)
+    b = train.Batches(args, dataset, model).make(task, range(4))
+    optimizers = train.muon_and_adamw(args, stage)
+    name, losses = "image" if task == T2I else "text", []
+    for _ in range(200):
+        loss, terms = stage(b, b.counts())
+        loss.backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        losses.append(float(terms[name]))
+    assert losses[-1] < 0.25 * losses[0], (losses[0], losses[-1])
+
+
+# ---- bad input: one line, status 2, nothing touched -----------------------------------------------------------------
+
+def fails(argv, capsys, *words):
+    assert train.main(argv) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("train.py: ") and "\n" not in err, err
+    for word in words:
+        assert word in err, err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--tasks", "t2t:-1,t2i:2"], ["--tasks", "at least 0"]),
+    (["--tasks", "t2t:0,t2i:0,it2t:0"], ["not all 0"]),
+    (["--tasks", "t2v:1"], ["t2v", "t2t, t2i, it2t"]),
+    (["--tasks", "often"], ["--tasks 'often'"]),
+    (["--steps", "0"], ["--steps 0", "at least 1"]),
+    (["--batch_size", "-3"], ["--batch_size -3"]),
+    (["--scale", "0"], ["--scale"]),
+    (["--vae_logsnr", "loud"], ["--vae_logsnr loud", "learned"]),
+    (["--image_size", "33"], ["33"]),
+    (["--image_size", "32", "32", "32"], ["--image_size"]),
+    (["--data", "/no/such/folder"], ["/no/such/folder"]),
+    (["--text", "/no/such/file.txt"], ["/no/such/file.txt"]),
+    (["--init_from", "/no/such/ckpt.pt"], ["/no/such/ckpt.pt", "train.py"]),
+    (["--width", "30", "--heads", "4"], ["--width 30"]),
+    (["--eval_only"], ["ckpt.pt"]),
+])
+def test_bad_flags(flags, words, tmp_path, capsys):
+    out = tmp_path / "out"
+    fails([*TINY, *flags, "--out_dir", str(out)], capsys, *words)
+    assert not out.exists()
+
+
+def test_unknown_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--batch_sise", "3"])
+    assert exit_.value.code == 2 and "did you mean --batch_size" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--batch", "3"])           # no abbreviations
+
+
+def test_an_existing_run_is_not_overwritten(tiny, capsys):
+    before = {p.name: p.read_bytes() for p in tiny.iterdir()}
+    fails([*TINY, "--out_dir", str(tiny)], capsys, "--resume auto")
+    assert {p.name: p.read_bytes() for p in tiny.iterdir()} == before
+
+
+def test_bad_checkpoints(tiny, tmp_path, capsys):
+    whole, out = (tiny / "ckpt.pt").read_bytes(), tmp_path / "out"
+    bad = tmp_path / "bad.pt"
+    for content in (whole[:len(whole) // 2], b"", b"hello"):
+        bad.write_bytes(content)
+        fails([*TINY, "--init_from", str(bad), "--out_dir", str(out)], capsys, str(bad))
+    torch.save({"weights": torch.zeros(3)}, bad)
+    fails([*TINY, "--init_from", str(bad), "--out_dir", str(out)], capsys, "not a checkpoint of this program")
+    torch.save(Path("x"), bad)
+    fails([*TINY, "--init_from", str(bad), "--out_dir", str(out)], capsys, str(bad))
+    checkpoint = sample.read_checkpoint(tiny / "ckpt.pt")
+    checkpoint["config"]["mmdit"]["width"] = 64
+    torch.save(checkpoint, bad)
+    fails([*TINY, "--init_from", str(bad), "--out_dir", str(out)], capsys, "another architecture")
+    assert not out.exists()
+
+
+def picture_folder(path, texts):
+    path.mkdir()
+    rows = []
+    for i, text in enumerate(texts):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": text}))
+    (path / "metadata.jsonl").write_text("\n".join(rows))
+    return path
+
+
+def test_bad_data(tmp_path, capsys):
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    fails([*TINY, "--data", str(empty), "--out_dir", str(out)], capsys, "empty")
+    folder = picture_folder(tmp_path / "pictures", ["a cat", "a dog"])
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "../x.png", "text": "a cat"}))
+    fails([*TINY, "--data", str(folder), "--out_dir", str(out)], capsys, "../x.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "9.png", "text": "a cat"}))
+    fails([*TINY, "--data", str(folder), "--out_dir", str(out)], capsys, "9.png")
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"\xff\xfe\xff")
+    fails([*TINY, "--text", str(text), "--tasks", "t2t:1", "--out_dir", str(out)], capsys, "a.txt")
+    text.write_text("words " * 50)
+    fails([*TINY, "--text", str(text), "--out_dir", str(out)], capsys, "t2i")
+    assert not out.exists()
+
+
+def test_a_caption_longer_than_the_context_is_refused(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "pictures", ["short", "a word and " * 30])
+    fails([*TINY, "--data", str(folder), "--seq_len", "32", "--out_dir", str(tmp_path / "out")], capsys, "--seq_len 32", "1.png")
+
+
+def test_a_folder_with_some_bad_images_trains_on(tmp_path, capsys):
+    folder, out = picture_folder(tmp_path / "pictures", ["a cat", "a dog", "a cow", "a hen"]), tmp_path / "out"
+    (folder / "2.png").write_bytes(b"not a picture")
+    flags = [*TINY, "--data", str(folder), "--image_size", "32", "--out_dir", str(out)]
+    fails([*flags, "--strict_data"], capsys, "2.png")
+    assert not out.exists()
+    assert train.main(flags) == 0
+    assert "2.png" in capsys.readouterr().err
+    assert (out / "samples.png").exists() and len(log_of(out)) == 10
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert "None" not in capsys.readouterr().out.replace("default: None", "")
