@@ -8,7 +8,7 @@ Every dataset answers the same calls, so that resuming, or another number of wor
 `image` is an index below num_images; `tasks` names what a dataset can serve. Real data is read in epochs:
 sample k is item permutation(k // n)[k % n]. Files are hostile until checked: nothing outside the given folder
 is opened, nothing is unpacked to a named file, sizes meet a limit before memory is taken, and no format that
-can run a program is accepted. Captions and offsets stay in memory, pixels up to CACHE_BYTES, texts not at all.
+can run a program is accepted. Memory holds captions and offsets, pixels up to CACHE_BYTES, and no texts.
 
 Shapes: H, W sides of a picture in pixels, n items.    Run: python data.py   (CPU, 2 s)
 """
@@ -84,13 +84,13 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text up to the first end token. Bytes that are not UTF-8, and unused ids, come out as U+FFFD."""
-        out = b""
+        out = []
         for i in itertools.takewhile(lambda i: i != self.end, map(int, ids)):
             try:
-                out += self.encoding.decode_single_token_bytes(i)
+                out.append(self.encoding.decode_single_token_bytes(i))
             except KeyError:
-                out += "\ufffd".encode()
-        return out.decode("utf-8", errors="replace")
+                out.append("\ufffd".encode())
+        return b"".join(out).decode("utf-8", errors="replace")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -315,7 +315,7 @@ def inside(root: str, name: str) -> str:
 # No EPS, which Pillow hands to Ghostscript to run, and nothing exotic.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 IMAGE_NAMES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # MAX_PIXELS is lower
+warnings.filterwarnings("ignore", module="PIL")     # damage also raises, and MAX_PIXELS is the lower limit
 
 
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -363,6 +363,19 @@ def decode(raw: bytes, shapes: list[tuple[int, int]], header_only: bool = False
         raise ValueError(f"over {MAX_PIXELS // 10**6} megapixels, scale it down") from None
     except Exception as error:                  # Pillow's decoders raise nearly every type on a damaged file
         raise ValueError(f"damaged, {type(error).__name__}: {error}") from None
+
+
+def load_image(path: str, hw: tuple[int, int]) -> np.ndarray:
+    """One picture file -> uint8 (H, W, 3). FileNotFoundError, or ValueError naming what is wrong with it."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"the image {path} does not exist or is no file; check the path")
+    try:
+        if os.path.getsize(path) > MAX_FILE:
+            raise ValueError(f"a file of over {MAX_FILE >> 20} MiB")
+        with open(path, "rb") as file:
+            return decode(file.read(MAX_FILE), [hw])
+    except ValueError as error:
+        raise ValueError(f"the image {path} cannot be used ({error}); give another") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -484,7 +497,7 @@ class ImageText:
     """Captioned pictures on disk: imagefolder, captions.jsonl, same-named .txt, WebDataset .tar, or several.
 
     size        side in pixels, or (H, W)
-    aspect      sort the pictures into buckets(size, multiple) instead of cropping all to one shape
+    aspect      sort the pictures into buckets(side, multiple) instead of cropping all to one shape
     strict      a picture that cannot be used is an error; otherwise it is left out, and `left_out` says why
     ValueError or OSError in one line: see find_items, and when no picture can be used. A set that fits into
     CACHE_BYTES is decoded at the start. Of a larger one only the headers are read, and a picture found
@@ -494,11 +507,13 @@ class ImageText:
 
     def __init__(self, paths: str | os.PathLike | Sequence, seed: int = 0, size: int | tuple[int, int] = 32,
                  aspect: bool = False, multiple: int = 8, strict: bool = False):
-        if aspect and not isinstance(size, int):
-            raise ValueError(f"got image size {size} with aspect buckets, expected one side")
-        self.shapes = buckets(size, multiple) if aspect else [sides(size)]
+        height, width = sides(size)
+        if aspect and height != width:
+            raise ValueError(f"got image size {height} x {width} with aspect buckets, expected equal sides")
+        self.shapes = buckets(height, multiple) if aspect else [(height, width)]
         self.seed, self.strict, self.left_out = seed, strict, []
-        items = [item for path in as_list(paths) for item in find_items(path, self.left_out)]
+        found = (item for path in as_list(paths) for item in find_items(path, self.left_out))
+        items = list(tqdm(found, "indexing images", leave=False, delay=2))
         fits = CACHE_BYTES // max(3 * height * width for height, width in self.shapes)
         self._pixels = functools.lru_cache(max(fits, 64))(self._load)
         check = self._pixels if len(items) <= fits else self._header
@@ -525,7 +540,7 @@ class ImageText:
                 file.seek(item.offset)
                 raw = file.read(min(item.size, limit))
         except OSError as error:
-            raise OSError(f"{item.path} is unreadable now ({error.strerror}); restore it and resume") from None
+            raise OSError(f"{item.path} cannot be read ({error.strerror}); restore it, resume") from None
         if len(raw) < min(item.size, limit):
             raise OSError(f"{item.path} is shorter than when it was indexed; restore it and resume")
         return raw
@@ -678,7 +693,9 @@ class TextFiles:
         window = order(self.seed, k, self.num_windows)
         doc = int(np.searchsorted(self._first, window, side="right")) - 1
         file, start, end = map(int, self._docs[doc])
-        offset = window - int(self._first[doc]) + rng(self.seed, k, WINDOW).random() - 0.5     # in strides
+        offset = window - int(self._first[doc])                 # in strides
+        if offset:                                              # the first window begins with the document
+            offset += rng(self.seed, k, WINDOW).random() - 0.5
         at = max(start, min(start + int(offset * self.stride), end - self.stride))
         text = self._read(file, at, min(end, at + 4 * self.stride))
         if at > start:

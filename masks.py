@@ -145,7 +145,7 @@ def pad(layout: Layout) -> Padded:
     counts = torch.bincount(layout.sample, minlength=layout.task.numel())            # (S,)
     order = torch.argsort(layout.sample, stable=True)                                # (L,) positions, sample by sample
     starts = counts.cumsum(0) - counts                                               # (S,)
-    width = int(counts.max()) if counts.numel() else 0
+    width = -(-int(counts.max()) // 32) * 32 if counts.numel() else 0                # vector units like whole rows
     slot = torch.arange(width, device=order.device)
     valid = slot[None, :] < counts[:, None]                                          # (S, Lmax)
     index = torch.where(valid, starts[:, None] + slot, 0)

@@ -174,10 +174,10 @@ def _reach(size, unit):
     return int(0.68 * SIZES[size] * unit) + 1
 
 
-def _coverage(shape, size, fx, fy, unit, reach, sub=8):
-    """Share of each pixel that a shape covers, by sub x sub samples, its centre at (fx, fy) within the
-    central pixel -> float32 (2 reach + 1, 2 reach + 1)."""
-    n, d = 2 * reach + 1, np.float32(SIZES[size] * unit)
+def _coverage(shape, size, fx, fy, unit, reach):
+    """Share of each pixel that a shape covers, by 8 x 8 samples, its centre at (fx, fy) within the central
+    pixel -> float32 (2 reach + 1, 2 reach + 1)."""
+    n, sub, d = 2 * reach + 1, 8, np.float32(SIZES[size] * unit)
     grid = (np.arange(n * sub, dtype=np.float32) + 0.5) / sub - reach
     hit = _inside(shape, (grid[None] - np.float32(fx)) / d, (grid[:, None] - np.float32(fy)) / d)
     return hit.reshape(n, sub, n, sub).mean((1, 3), dtype=np.float32)
@@ -204,12 +204,12 @@ def render(scene: Scene, size: int | tuple[int, int] = 32) -> np.ndarray:
 
 FOREGROUND = 0.27            # distance from the background that makes a pixel part of an object
 SPECK = 6                    # pixels; a smaller component is left to the residuals
-BACKGROUND_ERROR = 0.1       # of the background's median colour
+BACKGROUND_ERROR = 0.1       # of the background's mean colour
 COLOR_ERROR = 0.2            # of an object's mean colour; two colours lie at least 0.474 apart
-OBJECT_ERROR = 0.15          # squared residual of an object over its squared signal, the picture less background
+OBJECT_ERROR = 0.17          # squared residual of an object over its squared contrast
 AMBIGUITY = 0.02             # by which the best other shape or size must be worse
-LOCAL_ERROR = 0.15           # mean squared residual in any 3 x 3 window, over the largest squared contrast
-STRAY_ERROR = 0.04           # the same of the background beside the objects, absolute
+LOCAL_ERROR = 0.1            # mean squared residual in any 3 x 3 window, over the largest squared contrast
+STRAY_ERROR = 0.03           # the same of the background beside the objects, absolute
 
 
 def read_image(image: np.ndarray) -> Scene | None:
@@ -221,11 +221,11 @@ def read_image(image: np.ndarray) -> Scene | None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected a uint8 image (H, W, 3), got {image.dtype} {image.shape}")
     (H, W), unit = image.shape[:2], min(image.shape[:2]) / 32
-    pixels, colors, backgrounds = image / np.float32(255), _rgb(COLORS), _rgb(BACKGROUNDS)
-    near = [((pixels - b) ** 2).sum(-1) < FOREGROUND ** 2 for b in backgrounds]
+    pixels, backgrounds = image / np.float32(255), _rgb(BACKGROUNDS)
+    near = [((pixels - b) ** 2).sum(-1) < FOREGROUND ** 2 for b in backgrounds]              # 3 of (H, W)
     k = int(np.argmax([n.sum() for n in near]))
-    signal = pixels - backgrounds[k]                                              # (H, W, 3)
-    if not near[k].any() or np.linalg.norm(np.median(signal[near[k]], 0)) > BACKGROUND_ERROR:
+    signal, colors = pixels - backgrounds[k], _rgb(COLORS) - backgrounds[k]                  # (H, W, 3), (8, 3)
+    if not near[k].any() or np.linalg.norm(signal[near[k]].mean(0)) > BACKGROUND_ERROR:
         return None
     components = [c for c in _components(~near[k]) if len(c) >= SPECK * unit ** 2]
     if not 1 <= len(components) <= len(COUNTS):
@@ -235,17 +235,17 @@ def read_image(image: np.ndarray) -> Scene | None:
     signal = np.pad(signal, ((pad, pad), (pad, pad), (0, 0)))
     owner = np.zeros(signal.shape[:2], int)                                       # 0: nobody
     for i, component in enumerate(components, 1):
-        y, x = np.array(component).T + pad
-        for dy, dx in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):                 # and its faint rim
-            owner[y + dy, x + dx] = i
-    objects = [_fit(signal, owner == i, colors - backgrounds[k], unit) for i in range(1, owner.max() + 1)]
+        owner[tuple(np.array(component).T + pad)] = i
+    for shift, axis in ((1, 0), (-1, 0), (1, 1), (-1, 1)):                        # and the faint rim, 3 x 3 around
+        owner = np.where(owner == 0, np.roll(owner, shift, axis), owner)
+    objects = [_fit(signal, owner == i, colors, unit) for i in range(1, owner.max() + 1)]
     if None in objects:
         return None
     objects = [dataclasses.replace(o, x=(o.x - pad) / W, y=(o.y - pad) / H) for o in objects]
     scene = Scene(list(BACKGROUNDS)[k], reading_order(objects))
 
-    residual = pixels - render(scene, (H, W)) / np.float32(255)
-    contrast = max(((np.array(COLORS[o.color]) / 255 - backgrounds[k]) ** 2).sum() for o in objects)
+    residual = pixels - _soften(render(scene, (H, W)) / np.float32(255))
+    contrast = max((colors[list(COLORS).index(o.color)] ** 2).sum() for o in objects)
     if _worst_window(residual, unit) > LOCAL_ERROR * contrast:
         return None
     return scene if _worst_window(signal * (owner == 0)[..., None], unit) <= STRAY_ERROR else None
@@ -273,8 +273,15 @@ def _components(foreground):
 def _templates(fx, fy, unit):
     """Every shape and size with its centre at (fx, fy) eighths of the central pixel -> (10, pixels)."""
     reach = _reach("large", unit)
-    return np.stack([_coverage(shape, size, fx / 8, fy / 8, unit, reach, sub=4).ravel()
-                     for shape in SHAPES for size in SIZES])
+    drawings = [_coverage(shape, size, fx / 8, fy / 8, unit, reach) for shape in SHAPES for size in SIZES]
+    return _soften(np.stack(drawings, -1)).reshape(-1, len(drawings)).T
+
+
+def _soften(image):
+    """Blur by half a pixel: as far from a sharp picture as from the softest one that is still to be read."""
+    for axis in (0, 1):
+        image = (4 * image + np.roll(image, 1, axis) + np.roll(image, -1, axis)) / 6
+    return image
 
 
 def _fit(signal, mine, palette, unit):
@@ -293,13 +300,14 @@ def _fit(signal, mine, palette, unit):
         patch = signal[iy - reach:iy + reach + 1, ix - reach:ix + reach + 1].reshape(-1, 3)
         mass, seen = (t ** 2).sum(1, keepdims=True), t @ patch                    # (10, 1), (10, 3)
         drawn = mass * (palette ** 2).sum(1)                                      # (10, 8)
-        error = (energy - 2 * seen @ palette.T + drawn) / energy                  # |s - t c|^2 / |s|^2
+        error = (energy - 2 * seen @ palette.T + drawn) / drawn                   # |s - t c|^2 / |t c|^2
         i, j = np.unravel_index(error.argmin(), error.shape)
         if error[i, j] < best[0]:
-            rival, color_error = np.delete(error, i, 0).min(), np.linalg.norm(seen[i] / mass[i] - palette[j])
-            best = error[i, j], rival, color_error, i, j, ix + fx / 8, iy + fy / 8
-    error, rival, color_error, i, j, cx, cy = best
-    if error > OBJECT_ERROR or rival - error < AMBIGUITY or color_error > COLOR_ERROR:
+            margin, area = np.delete(error, i, 0).min() - error[i, j], t[i].sum()
+            best = error[i, j], margin, area, i, j, ix + fx / 8, iy + fy / 8
+    error, margin, area, i, j, cx, cy = best
+    color = s.sum(0) / area                                                       # as much paint, sharp or soft
+    if error > OBJECT_ERROR or margin < AMBIGUITY or np.linalg.norm(color - palette[j]) > COLOR_ERROR:
         return None
     shape, size = list(itertools.product(SHAPES, SIZES))[i]
     return Object(shape, list(COLORS)[j], size, cx, cy)

@@ -1,4 +1,4 @@
-"""Data: sample k is f(seed, k), every stored picture becomes the right pixels, and hostile files only raise errors.
+"""Data: sample k is f(seed, k), stored pictures become the right pixels, hostile files only raise errors.
 
 Run: python -m pytest tests/test_data.py   (CPU, 10 s)
 """
@@ -8,9 +8,10 @@ import json
 import os
 import random
 import struct
+import subprocess
 import sys
 import tarfile
-import unicodedata
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -18,11 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import data
 import scenes
 from data import GeneratedScenes, ImageText, TextFiles, Tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")         # pytest resets the filter that data.py sets
 
 CAPTION = "a large red circle above a small blue square on a gray background"
 
@@ -42,7 +43,8 @@ def imagefolder(folder: Path, n: int = 6, table: str = "metadata.jsonl", key: st
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
         picture(color=(10 * i,) * 3).save(folder / f"{i}.png")
-    (folder / table).write_text("".join(json.dumps({key: f"{i}.png", "text": f"picture {i}"}) + "\n" for i in range(n)))
+    rows = [json.dumps({key: f"{i}.png", "text": f"picture {i}"}) for i in range(n)]
+    (folder / table).write_text("\n".join(rows) + "\n")
     return folder
 
 
@@ -88,16 +90,16 @@ def tokenizer() -> Tokenizer:
 
 
 def test_tokenizer_gives_a_word_with_its_space_one_token(tokenizer):
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("a red circle above")] == ["a", " red", " circle", " above"]
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("a red circle")] == ["a", " red", " circle"]
     assert len(tokenizer.encode(CAPTION)) == len(CAPTION.split())
 
 
 def test_tokenizer_round_trips_any_text(tokenizer):
-    everything = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
+    everything = "".join(chr(i) for i in range(0x20000) if not 0xD800 <= i < 0xE000)
     assert tokenizer.decode(tokenizer.encode(everything)) == everything
     draw = random.Random(0)
     for _ in range(300):
-        text = "".join(draw.choice("ab \n\t'é漢😀\u0301\u3000\0.!1२") for _ in range(draw.randrange(40)))
+        text = "".join(draw.choices("ab \n\t'é漢😀\u0301\u3000\0.!1२", k=draw.randrange(40)))
         assert tokenizer.decode(tokenizer.encode(text)) == text
     for run in ("a", " ", "\n", "!", "漢", "9"):
         assert tokenizer.decode(tokenizer.encode(run * 100_000)) == run * 100_000
@@ -114,8 +116,7 @@ def test_no_text_spells_the_end_token(tokenizer):
 def test_bpe_merges_the_most_frequent_pair_first():
     tokenizer = Tokenizer.train(["abab abab cd cd cd xy"], 300)
     tokens = [tokenizer.decode([i]) for i in range(256, tokenizer.end)]
-    # ab 4 times, then " c" 2 + ...: each merge is the most frequent pair left, ties to the older tokens
-    assert tokens[0] == "ab" and tokens[1] == "cd" and set(tokens[2:]) == {"abab", " cd"}      # xy occurs once
+    assert tokens == ["ab", " c", " cd", "abab"]                # 4, 3, 3, 2 times; nothing else occurs twice
     assert tokenizer.n_vocab == 256 + len(tokens) + 1
 
 
@@ -170,7 +171,7 @@ def test_pad_to_multiple():
 
 # ---------------------------------------------------------------------------------------- generated scenes
 def test_generated_samples_depend_on_seed_and_number_alone():
-    first, again, other = GeneratedScenes(1, pool=50), GeneratedScenes(1, pool=50), GeneratedScenes(2, pool=50)
+    first, again, other = (GeneratedScenes(seed, pool=50) for seed in (1, 1, 2))
     for task in ("t2t", "t2i", "it2t"):
         forwards = [getattr(first, task)(k) for k in range(40)]
         assert forwards == [getattr(again, task)(k) for k in reversed(range(40))][::-1]
@@ -272,9 +273,8 @@ def test_first_frame_of_an_animation(kind):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(kind, orientation):
-    # Rows and columns as the viewer must see them: which corner of the stored picture is its top left, and so on.
     quadrants = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
-    seen = quadrants.repeat(16, 0).repeat(32, 1)                                                    # (32, 64, 3)
+    seen = quadrants.repeat(16, 0).repeat(32, 1)          # (32, 64, 3), as a viewer must see it
     undo = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
             5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, 1),
             7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1)}[orientation]
@@ -293,7 +293,7 @@ def test_scaling_crops_the_centre_and_keeps_the_aspect():
     wide[:, 20:40] = 250                                        # the centre square
     assert (decoded(stored(Image.fromarray(wide)), (10, 10)) > 200).all()
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    assert np.array_equal(decoded(stored(Image.fromarray(noise))), noise)       # already of that size: untouched
+    assert np.array_equal(decoded(stored(Image.fromarray(noise))), noise)       # of that size: untouched
     big = stored(picture((2000, 1000)), "JPEG")
     assert np.abs(decoded(big, (16, 16)).astype(int) - (200, 10, 60)).max() < 4
 
@@ -309,9 +309,12 @@ def test_buckets():
             data.buckets(bad, 16)
 
 
-def png_header(width: int, height: int) -> bytes:
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+def forged_png(width: int, height: int) -> bytes:
+    """A PNG that claims to be of this size and holds next to nothing."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
 
 
 BAD_PICTURES = {
@@ -319,11 +322,11 @@ BAD_PICTURES = {
     "text": (b"not a picture", "known format"),
     "truncated png": (stored(Image.effect_noise((64, 64), 50))[:-500], "damaged"),
     "truncated jpeg": (stored(Image.effect_noise((64, 64), 50), "JPEG")[:-500], "damaged"),
-    "truncated webp": (stored(Image.effect_noise((64, 64), 50), "WEBP")[:-200], ""),
+    "truncated webp": (stored(Image.effect_noise((64, 64), 50), "WEBP")[:-200], "damaged|known"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) print\n%%EOF\n", "known format"),
-    "bomb": (png_header(60_000, 60_000), "megapixels"),
-    "small bomb": (png_header(8000, 8000), "megapixels"),
-    "forged header": (png_header(7000, 7000), "damaged"),
+    "bomb": (forged_png(60_000, 60_000), "megapixels"),
+    "small bomb": (forged_png(8000, 8000), "megapixels"),
+    "forged header": (forged_png(7000, 7000), "damaged"),
 }
 
 
@@ -335,7 +338,8 @@ def test_bad_pictures_are_refused(name):
     assert "\n" not in str(error.value) and "0x" not in str(error.value)
 
 
-def test_mutated_pictures_raise_value_errors_only():
+def test_mutated_pictures_raise_value_errors_only(monkeypatch):
+    monkeypatch.setattr(data, "MAX_PIXELS", 10**6)              # for speed
     draw, refused = random.Random(0), 0
     sources = [raw for name, (raw, _) in MODES.items()]
     for i in range(1500):
@@ -347,6 +351,16 @@ def test_mutated_pictures_raise_value_errors_only():
         except ValueError:
             refused += 1
     assert 300 < refused < 1500
+
+
+def test_load_image(tmp_path):
+    picture().save(tmp_path / "a.png")
+    assert (data.load_image(str(tmp_path / "a.png"), (16, 24)) == np.full((16, 24, 3), (200, 10, 60))).all()
+    (tmp_path / "b.png").write_bytes(b"x")
+    for name, reason in (("b.png", "known format"), ("c.png", "exist"), (".", "no file")):
+        with pytest.raises((ValueError, OSError), match=reason) as error:
+            data.load_image(str(tmp_path / name), (8, 8))
+        assert str(tmp_path / name) in one_line(error)
 
 
 # ------------------------------------------------------------------------------------- captioned pictures
@@ -381,7 +395,8 @@ def test_same_named_txt_files(tmp_path, capsys):
     assert contents(ImageText(tmp_path, size=8)) == EXPECTED
     picture().save(tmp_path / "alone.png")
     assert contents(ImageText(tmp_path, size=8)) == EXPECTED
-    assert "1 of 7 images" in (line := capsys.readouterr().err) and "alone.png" in line and line.count("\n") == 1
+    line = capsys.readouterr().err
+    assert "1 of 7 images" in line and "alone.png" in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -393,7 +408,8 @@ def test_webdataset_shards(tmp_path, format):
             name = f"./{'e' if format == tarfile.USTAR_FORMAT else long}/{i:04d}"
             raw = stored(picture(color=(10 * i,) * 3), "PNG")
             caption = json.dumps({"caption": f"picture {i}"}).encode() if i % 2 else f"picture {i}".encode()
-            members += [(f"{name}.png", raw), (f"{name}.{'json' if i % 2 else 'txt'}", caption), (f"{name}.cls", b"1")]
+            members += [(f"{name}.png", raw), (f"{name}.cls", b"1")]
+            members += [(f"{name}.json" if i % 2 else f"{name}.txt", caption)]
         shard(tmp_path / f"{part}.tar", members, format)
     assert contents(ImageText(tmp_path, size=8)) == EXPECTED
     assert contents(ImageText([tmp_path / "0.tar", tmp_path / "1.tar"], size=8)) == EXPECTED
@@ -407,7 +423,8 @@ def test_hostile_tar_members_are_never_read(tmp_path, capsys):
         ("../up.txt", b"x"), ("a/../../up2.png", raw), ("a/../../up2.txt", b"x"),
         ("soft.png", None, tarfile.SYMTYPE, str(secret)), ("soft.txt", b"x"),
         ("hard.png", None, tarfile.LNKTYPE, "../outside/5.png"), ("hard.txt", b"x"),
-        ("fifo.png", None, tarfile.FIFOTYPE, ""), ("dev.png", None, tarfile.CHRTYPE, ""), ("dir", None, tarfile.DIRTYPE, "")])
+        ("fifo.png", None, tarfile.FIFOTYPE, ""), ("dev.png", None, tarfile.CHRTYPE, ""),
+        ("dir", None, tarfile.DIRTYPE, "")])
     before = sorted(tmp_path.rglob("*"))
     assert contents(ImageText(path, size=8)) == [("fine", 30)]
     assert sorted(tmp_path.rglob("*")) == before                # nothing was extracted
@@ -418,7 +435,8 @@ def test_hostile_tar_members_are_never_read(tmp_path, capsys):
 
 def test_damaged_tars(tmp_path):
     raw = stored(Image.effect_noise((32, 32), 90))
-    path = shard(tmp_path / "a.tar", [(f"{i}.{e}", c) for i in range(4) for e, c in (("png", raw), ("txt", b"t"))])
+    members = [(f"{i}.{end}", content) for i in range(4) for end, content in [("png", raw), ("txt", b"t")]]
+    path = shard(tmp_path / "a.tar", members)
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(raw) // 512 * 512 + 1024] ^= 255                # in the second header
@@ -428,17 +446,22 @@ def test_damaged_tars(tmp_path):
     negative = bytearray(whole)
     negative[124:136] = b"\xff" * 12                            # a size of -1, base 256
     negative[148:156] = b"%06o\0 " % (sum(negative[:148]) + 8 * 32 + sum(negative[156:512]))
-    for bad in (whole[:700], whole[:3000], whole[:1], b"", b"x" * 5000, bytes(flipped), bytes(forged), bytes(negative),
+    for bad in (whole[:700], whole[:3000], whole[:1], b"", b"x" * 5000, flipped, forged, negative,
                 gzip.compress(whole)):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="a.tar") as error:
             ImageText(path, size=8)
         one_line(error)
     draw = random.Random(0)
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        headers = [member.offset for member in tar]
     for _ in range(500):
         mutant = bytearray(whole)
         for _ in range(draw.choice([1, 5])):
-            mutant[draw.randrange(4) * (len(whole) // 5 // 512 * 512) + draw.randrange(512)] = draw.randrange(256)
+            mutant[draw.choice(headers) + draw.randrange(512)] = draw.randrange(256)
+        at = draw.choice(headers)               # most mutants would fail their checksum: mend one in two
+        total = sum(mutant[at:at + 148]) + 8 * 32 + sum(mutant[at + 156:at + 512])
+        mutant[at + 148:at + 156] = b"%06o\0 " % total
         path.write_bytes(mutant)
         try:
             ImageText(path, size=8)
@@ -488,7 +511,8 @@ def test_bad_metadata(tmp_path, name):
     row, kind, reason = BAD_TABLES[name]
     folder = imagefolder(tmp_path)
     (folder / "d").mkdir()
-    (folder / "metadata.jsonl").write_bytes(GOOD_ROW.encode() + (row if isinstance(row, bytes) else row.encode()))
+    row = row if isinstance(row, bytes) else row.encode()
+    (folder / "metadata.jsonl").write_bytes(GOOD_ROW.encode() + row)
     with pytest.raises(kind, match=reason) as error:
         ImageText(folder, size=8)
     one_line(error)
@@ -525,7 +549,7 @@ def test_bad_pictures_among_good_ones_are_left_out(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(data, "CACHE_BYTES", cache)
     folder = imagefolder(tmp_path)
     (folder / "2.png").write_bytes(b"x")
-    (folder / "4.png").write_bytes(png_header(60_000, 60_000))
+    (folder / "4.png").write_bytes(forged_png(60_000, 60_000))
     pictures = ImageText(folder, size=8)
     assert contents(pictures) == [EXPECTED[i] for i in (0, 1, 3, 5)]
     line = capsys.readouterr().err
@@ -557,7 +581,7 @@ def test_a_file_that_vanishes_is_an_error_not_a_skip(tmp_path, monkeypatch):
     raw = stored(picture())
     path = shard(tmp_path / "a.tar", [("0.png", raw), ("0.txt", b"x")])
     pictures = ImageText(path, size=8)
-    os.truncate(path, 600)
+    os.truncate(path, 540)
     with pytest.raises(OSError, match="shorter"):
         pictures.t2i(0)
     path.unlink()
@@ -607,7 +631,7 @@ def test_separators_and_characters_across_chunks(tmp_path):
 @pytest.mark.parametrize("at", [0, 5, (1 << 20) - 1, 1 << 20, (1 << 20) + 700])
 def test_text_that_is_not_utf8_is_named_by_its_byte(tmp_path, at):
     path = tmp_path / "a.txt"
-    path.write_bytes(b"a" * at + b"\xe6\xbcx" + b"a" * 1000)    # a character of three bytes that lacks its third
+    path.write_bytes(b"a" * at + b"\xe6\xbcx" + b"a" * 1000)    # three bytes, the last one wrong
     with pytest.raises(ValueError, match=f"a.txt: not UTF-8 at byte {at};") as error:
         TextFiles(path)
     one_line(error)
@@ -620,8 +644,8 @@ def test_text_that_is_not_utf8_is_named_by_its_byte(tmp_path, at):
 def test_bad_text_files(tmp_path, monkeypatch):
     whole = gzip.compress(random.Random(0).randbytes(5000).hex().encode())
     (tmp_path / "d.txt").mkdir()
-    files = {"cut.txt.gz": whole[:3000], "no.txt.gz": b"plain", "blank.txt": b" \n<|endoftext|>\n", "empty.txt": b"",
-             "a.pdf": b"x", "row.jsonl": b'{"text": ""}', "big.txt.gz": whole}
+    files = {"cut.txt.gz": whole[:3000], "no.txt.gz": b"plain", "blank.txt": b" \n<|endoftext|>\n",
+             "empty.txt": b"", "a.pdf": b"x", "row.jsonl": b'{"text": ""}', "big.txt.gz": whole}
     monkeypatch.setattr(data, "MAX_UNPACKED", 4000)
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)
@@ -647,7 +671,6 @@ def test_windows_cover_the_text_and_begin_at_a_border(tmp_path):
 
 
 def test_texts_do_not_grow_in_memory(tmp_path):
-    import tracemalloc
     with open(tmp_path / "a.txt", "w") as file:
         for i in range(40):
             file.write("some words and more of them\n" * 37_000)        # 40 MB
@@ -673,8 +696,6 @@ def test_what_data_and_text_ask_for(tmp_path):
     assert isinstance(data.open_data(0, size=16, pool=10), GeneratedScenes)
 
 
-def test_demonstration(tmp_path):
-    import subprocess
-    done = subprocess.run([sys.executable, "data.py"], cwd=Path(__file__).parents[1], text=True, capture_output=True,
-                          check=True)
-    assert "13 tokens (expect 13" in done.stdout and "back: True" in done.stdout and "4 are used" in done.stdout
+def test_demonstration():
+    done = subprocess.run([sys.executable, data.__file__], text=True, capture_output=True, check=True)
+    assert all(part in done.stdout for part in ("13 tokens (expect 13", "back: True", "4 are used"))

@@ -27,7 +27,7 @@ def draw(*shape, seed=0):
 def make(seed=0, **config):
     torch.manual_seed(seed)
     vae = ImageVAE(**config)
-    for name, p in vae.named_parameters():                     # blocks start as the identity, which would hide faults
+    for name, p in vae.named_parameters():             # blocks start as the identity, which would hide faults
         if name.endswith("conv2.weight"):
             torch.nn.init.normal_(p, std=0.05)
     return vae.eval()
@@ -51,7 +51,7 @@ def test_shifting_the_picture_by_one_latent_shifts_the_latents(name):
     x = torch.zeros(1, 3, n * d, n * d, dtype=torch.float64)
     x[..., 6 * d:7 * d, 6 * d:7 * d] = draw(1, 3, d, d).double()
     there, here = vae.encode(x.roll((d, 2 * d), (2, 3)))[0], vae.encode(x)[0].roll((1, 2), (2, 3))
-    middle = slice(5, 11) if name != "paper" else slice(7, 9)  # its receptive field reaches the zero padding sooner
+    middle = slice(5, 11) if name != "paper" else slice(7, 9)  # wide receptive field, near padding
     assert here[..., middle, middle].std() > 0
     assert torch.allclose(there[..., middle, middle], here[..., middle, middle], atol=1e-9)
 
@@ -60,7 +60,7 @@ def test_conv_is_the_convolution_with_its_matrix_unfolded():
     conv = Conv(5, 7).double()
     torch.nn.init.normal_(conv.bias)
     x = draw(2, 5, 6, 4).double()
-    columns = F.unfold(x, 3, padding=1).unflatten(1, (5, 9)).transpose(1, 2).flatten(1, 2)         # (2, 9 * 5, 24)
+    columns = F.unfold(x, 3, padding=1).unflatten(1, (5, 9)).transpose(1, 2).flatten(1, 2)    # (2, 9 * 5, 24)
     expected = (conv.weight @ columns).unflatten(2, (6, 4)) + conv.bias[:, None, None]
     assert torch.allclose(conv(x), expected)
 
@@ -97,7 +97,9 @@ def test_every_parameter_has_a_gradient():
 
 def test_the_mean_gradient_of_two_halves_is_that_of_the_batch():
     vae, x, noise = make(width=16).double(), draw(4, 3, 32, 32).double(), draw(4, 32, 4, 4, seed=1).double()
-    gradient = lambda part: torch.autograd.grad(image_vae_loss(vae, x[part], noise[part])[0], vae.parameters())
+    def gradient(part):
+        return torch.autograd.grad(image_vae_loss(vae, x[part], noise[part])[0], vae.parameters())
+
     for a, b, whole in zip(gradient(slice(0, 2)), gradient(slice(2, 4)), gradient(slice(0, 4))):
         assert torch.allclose((a + b) / 2, whole, atol=1e-10)
 
@@ -113,7 +115,7 @@ def test_statistics_normalise_every_channel_over_pictures_of_several_sizes():
     vae = make(width=16)
     batches = [draw(8, 3, 32, 32), 0.2 * draw(4, 3, 16, 64, seed=1) + 0.5]
     vae.set_statistics(batches)
-    z = torch.cat([vae.normalize(vae.encode(x)[0]).transpose(0, 1).flatten(1) for x in batches], 1)        # (C, n)
+    z = torch.cat([vae.normalize(vae.encode(x)[0]).transpose(0, 1).flatten(1) for x in batches], 1)  # (C, n)
     assert z.mean(1).abs().max() < 1e-4 and (z.std(1, correction=0) - 1).abs().max() < 1e-4
     raw = vae.encode(batches[0])[0]
     assert torch.allclose(vae.denormalize(vae.normalize(raw)), raw, atol=1e-5)
@@ -141,12 +143,13 @@ def test_a_size_that_does_not_fit_is_refused_with_the_nearest_that_do(size, name
         vae.check_size(*size)
     assert str(error.value).endswith("use " + names)
     if min(size):
-        with pytest.raises(ValueError, match="not a multiple of 8"):
+        with pytest.raises(ValueError, match="must be multiples of 8"):
             vae.encode(torch.zeros(1, 3, *size))
 
 
-@pytest.mark.parametrize("config, message", [(dict(downsample=6), "downsample 6"), (dict(downsample=2), "downsample 2"),
-                                             (dict(latent_channels=30), "multiple of 4")])
+@pytest.mark.parametrize("config, message", [
+    (dict(downsample=6), "downsample 6"), (dict(downsample=2), "downsample 2"),
+    (dict(downsample=0), "downsample 0"), (dict(latent_channels=30), "multiple of 4")])
 def test_a_config_that_does_not_fit_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         ImageVAE(**config)
@@ -167,5 +170,6 @@ def test_it_learns_one_batch():
 
 
 def test_demonstration_runs():
-    out = subprocess.run([sys.executable, str(ROOT / "image_vae.py")], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, str(ROOT / "image_vae.py")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "64 x 64 by the same weights: (8, 8)" in out and "refused: image size 30 x 44" in out
