@@ -394,7 +394,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 # ------------------------------------------------------------------------------------- captioned pictures
 class Item(NamedTuple):
     """One captioned picture: bytes [offset, offset + size) of the file `path`."""
-    name: str                   # for messages: the file, or shard:member
+    name: str                   # for messages, as a repr: the file, or shard:member
     path: str
     offset: int
     size: int
@@ -444,7 +444,7 @@ def pair_items(root: str, left_out: list[str]) -> Iterator[Item]:
                 continue
             real, text = inside(root, stem + ending), inside(root, stem + ".txt")
             if not os.path.isfile(real) or not os.path.isfile(text):
-                left_out.append(f"{stem}{ending} (no .txt beside it)")
+                left_out.append(f"{stem + ending!r} (no .txt beside it)")
                 continue
             with open(text, "rb") as file:
                 caption = clean_text(file.read(MAX_LINE + 1), text)
@@ -461,19 +461,19 @@ def tar_items(path: str, left_out: list[str]) -> Iterator[Item]:
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse() or ".." in stem.split("/") or stem.startswith("/"):
-                left_out.append(f"{name} (a link, a special file, or a name that leads out)")
+                left_out.append(f"{name!r} (a link, a special file, or a name that leads out)")
             elif ending.lower() in IMAGE_NAMES:
                 pictures[stem] = name, member.offset_data, member.size
             elif ending in (".txt", ".json"):
                 file.seek(member.offset_data)
                 raw = file.read(min(member.size, MAX_LINE + 1))
-                texts[stem] = (clean_text(raw, name) if ending == ".txt" else
-                               caption_of(parse_json(raw, name), name))
+                texts[stem] = (clean_text(raw, repr(name)) if ending == ".txt" else
+                               caption_of(parse_json(raw, repr(name)), repr(name)))
     for stem, (name, offset, size) in pictures.items():
         if stem in texts:
             yield Item(name, path, offset, size, texts[stem])
         else:
-            left_out.append(f"{name} (no .txt or .json of that name)")
+            left_out.append(f"{name!r} (no .txt or .json of that name)")
 
 
 def tar_members(file: BinaryIO, path: str) -> Iterator[tarfile.TarInfo]:
@@ -490,7 +490,8 @@ def tar_members(file: BinaryIO, path: str) -> Iterator[tarfile.TarInfo]:
             if any(file.read(512)):
                 raise tarfile.TarError(f"no header at byte {tar.offset}")
     except (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{path} is not a whole uncompressed tar ({error}); copy or pack it again") from None
+        raise ValueError(f"{path} is no whole uncompressed tar ({str(error) or type(error).__name__}); "
+                         "copy or pack it again") from None
 
 
 class ImageText:
@@ -518,7 +519,7 @@ class ImageText:
         self._pixels = functools.lru_cache(max(fits, 64))(self._load)
         check = self._pixels if len(items) <= fits else self._header
         found = [check(item) for item in tqdm(items, "checking images", leave=False, delay=2)]
-        self.left_out += [f"{item.name} ({got})" for item, got in zip(items, found) if isinstance(got, str)]
+        self.left_out += [f"{item.name!r} ({got})" for item, got in zip(items, found) if isinstance(got, str)]
         good = [(item, got) for item, got in zip(items, found) if not isinstance(got, str)]
         self.items = [item for item, _ in good]
         self._hw = [got if isinstance(got, tuple) else got.shape[:2] for _, got in good]
@@ -571,7 +572,7 @@ class ImageText:
             reason = self._pixels(self.items[other])
             if not isinstance(reason, str):
                 return other
-            line = f"{self.items[other].name} ({reason})"
+            line = f"{self.items[other].name!r} ({reason})"
             if self.strict:
                 raise ValueError(f"{line}; repair or remove it, or drop --strict_data")
             if line not in self.left_out:

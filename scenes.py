@@ -222,9 +222,9 @@ def read_image(image: np.ndarray) -> Scene | None:
         raise ValueError(f"expected a uint8 image (H, W, 3), got {image.dtype} {image.shape}")
     (H, W), unit = image.shape[:2], min(image.shape[:2]) / 32
     pixels, backgrounds = image / np.float32(255), _rgb(BACKGROUNDS)
-    near = [((pixels - b) ** 2).sum(-1) < FOREGROUND ** 2 for b in backgrounds]              # 3 of (H, W)
+    near = [((pixels - b) ** 2).sum(-1) < FOREGROUND ** 2 for b in backgrounds]   # 3 of (H, W)
     k = int(np.argmax([n.sum() for n in near]))
-    signal, colors = pixels - backgrounds[k], _rgb(COLORS) - backgrounds[k]                  # (H, W, 3), (8, 3)
+    signal, colors = pixels - backgrounds[k], _rgb(COLORS) - backgrounds[k]       # (H, W, 3), (8, 3)
     if not near[k].any() or np.linalg.norm(signal[near[k]].mean(0)) > BACKGROUND_ERROR:
         return None
     components = [c for c in _components(~near[k]) if len(c) >= SPECK * unit ** 2]
@@ -291,7 +291,9 @@ def _fit(signal, mine, palette, unit):
     """
     y, x = np.nonzero(mine)
     s, reach = signal[y, x], _reach("large", unit)                                # (n, 3)
-    alpha = s @ (s.T @ (s ** 2).sum(1))              # projected on its mean colour: noise averages out
+    alpha = np.maximum(s @ (s.T @ (s ** 2).sum(1)), 0)                            # share of its mean colour
+    if not alpha.any():
+        return None
     cx, cy = alpha @ (x + 0.5) / alpha.sum(), alpha @ (y + 0.5) / alpha.sum()
     signal, energy, best = signal * mine[..., None], (s ** 2).sum(), (np.inf,)
     for dx, dy in itertools.product((-2, 0, 2), repeat=2):                        # eighths of a pixel
@@ -310,7 +312,7 @@ def _fit(signal, mine, palette, unit):
     if error > OBJECT_ERROR or margin < AMBIGUITY or np.linalg.norm(color - palette[j]) > COLOR_ERROR:
         return None
     shape, size = list(itertools.product(SHAPES, SIZES))[i]
-    return Object(shape, list(COLORS)[j], size, cx, cy)
+    return Object(shape, list(COLORS)[j], size, float(cx), float(cy))
 
 
 def _worst_window(difference, unit):
@@ -455,7 +457,7 @@ def question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
         o, asked = pick(scene.objects), None
         phrases = _phrases(scene, o)
         if kind == "count":
-            things = pick(["objects", f"{o.color} objects", f"{o.size} objects", PLURAL[o.shape]])
+            things = pick(["objects", "objects", f"{o.color} objects", f"{o.size} objects", PLURAL[o.shape]])
             asked = f"how many {things} are there?"
         elif kind == "color" and rng.random() < 0.2:
             asked = "what color is the background?"
@@ -574,16 +576,18 @@ def story(scene: Scene, rng: np.random.Generator) -> str:
     pick, told, sentences = _picker(rng), _Discourse(), []
     named = []                                                           # named[i] is told.objects[i]
     count, length = COUNTS[len(scene.objects) - 1], int(rng.integers(3, 7))
+    phrases = {o: _phrases(scene, o) for o in scene.objects}
+    kinds = ["exists", "exists", "attribute", "background", "count"]
+    kinds += ["next to", "next to", "relation"] if len(scene.objects) > 1 else []
 
     def phrase(o):
         """Some words that were told of an object and that single it out, or None."""
         known = told.objects[named.index(o)].values() if o in named else ()
-        found = [p for p in _phrases(scene, o) if set(p.split()) <= set(known)]
+        found = [p for p in phrases[o] if set(p.split()) <= set(known)]
         return pick(found) if found else None
 
-    for _ in range(60):                                                  # a poor scene has few facts to tell
-        kind = pick(["exists", "exists", "next to", "attribute", "relation", "background", "count"])
-        o, other = pick(scene.objects), pick(scene.objects)
+    for _ in range(40):                                                  # a poor scene has few facts to tell
+        kind, o, other = pick(kinds), pick(scene.objects), pick(scene.objects)
         mine, its, r = phrase(o), phrase(other), relation(o, other)
         thing = _a([word for word in (pick([o.size, None]), pick([o.color, o.color, None]), o.shape) if word])
         sentence = {"exists": f"there is {thing}",

@@ -96,16 +96,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--vae_logsnr", default="1.5", help="'learned', or a fixed log(mu^2 / sigma^2): lower is noisier, more robust")
     g.add_argument("--beta", type=float, default=1e-3, help="weight of KL(q || N(0, I)), and of E log q in stage 2")
     g.add_argument("--lambda_mask", type=float, default=0.1, help="weight of the masking loss; 0 saves a pass")
-    g.add_argument("--text_vae_steps", type=int, default=400, help="steps of stage 1")
-    g.add_argument("--text_vae_batch", type=int, default=64, help="texts a step")
+    g.add_argument("--text_vae_steps", type=int, default=250, help="steps of stage 1")
+    g.add_argument("--text_vae_batch", type=int, default=48, help="texts a step")
     g.add_argument("--text_vae_lr", type=float, default=4e-3, help="peak learning rate of AdamW")
 
     g = parser.add_argument_group("image VAE (stage 1b)")
     g.add_argument("--image_latent_dim", type=int, default=32, help="channels of an image latent; 64 at 256 pixels")
     g.add_argument("--downsample", type=int, default=8, help="pixels per latent along a side; 16 at 256 pixels")
     g.add_argument("--image_vae_width", type=int, default=64, help="channels of the first level")
-    g.add_argument("--image_vae_steps", type=int, default=2000, help="steps of stage 1b")
-    g.add_argument("--image_vae_batch", type=int, default=64, help="images a step")
+    g.add_argument("--image_vae_steps", type=int, default=2400, help="steps of stage 1b")
+    g.add_argument("--image_vae_batch", type=int, default=32, help="images a step")
     g.add_argument("--image_vae_lr", type=float, default=4e-3, help="peak learning rate of AdamW")
 
     g = parser.add_argument_group("prior (stage 2)")
@@ -117,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--steps", type=int, default=3000, help="steps of stage 2")
     g.add_argument("--batch_size", type=int, default=32, help="samples a micro-step, over all workers")
     g.add_argument("--micro_steps", type=int, default=3, help="micro-steps a step; each has one task")
-    g.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="for the hidden matrices")
+    g.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks of the prior and the image VAE")
     g.add_argument("--muon_lr", type=float, default=0.02, help="peak learning rate of Muon")
     g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     g.add_argument("--weight_decay", type=float, default=0.01, help="decoupled, all optimizers")
@@ -541,6 +541,8 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
                   None if args.vae_logsnr == "learned" else float(args.vae_logsnr))
     image_vae = ImageVAE(width=args.image_vae_width, latent_channels=args.image_latent_dim, downsample=args.downsample)
     head_dim = args.width // args.heads
+    if args.width % (2 * args.heads):
+        raise ValueError(f"--width {args.width} does not split into --heads {args.heads} of even width")
     config = MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads, head_dim, args.layers,
                          emb_dim=args.width, rope_dim=head_dim, streams=args.streams)
     hw = (args.image_size[0], args.image_size[-1])
@@ -662,16 +664,14 @@ class Run:
         bar.close()
 
 
-def muon_and_adamw(args: argparse.Namespace, prior: PriorStage) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for all else; the text VAE at its own rate."""
-    hidden, rest = [], []
-    for name, p in prior.named_parameters():
-        if p.requires_grad and not name.startswith("text_vae."):
-            is_hidden = "blocks." in name and p.dim() == 2 and ".ada." not in name
-            (hidden if is_hidden and args.optimizer == "muon" else rest).append(p)
-    groups = [{"params": rest, "lr": args.lr}]
-    if prior.joint:
-        groups.append({"params": list(prior.text_vae.parameters()), "lr": args.lr * args.vae_lr_ratio})
+def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW, and where `muon` says so Muon for the matrices inside the blocks; in stage 2 the text VAE at its own rate."""
+    hidden, rest, vae = [], [], []
+    for name, p in stage.named_parameters():
+        if p.requires_grad:
+            is_hidden = muon and "blocks." in name and p.dim() == 2 and ".ada." not in name
+            (vae if name.startswith("text_vae.") else hidden if is_hidden else rest).append(p)
+    groups = [{"params": rest, "lr": lr}] + ([{"params": vae, "lr": lr * args.vae_lr_ratio}] if vae else [])
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay))
@@ -683,17 +683,17 @@ def train_stages(run: Run) -> None:
     a, w, model = run.args, run.worker, run.model
     wanted = STAGES if a.stage == "all" else (a.stage,)
     scaled = lambda steps: max(1, round(steps * a.scale))
-    adamw = lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=a.weight_decay)
+    muon = a.optimizer == "muon"
     if "text_vae" in wanted:
         stage = TextStage(model.text_vae, a)
-        run.fit("text_vae", stage, [adamw(stage.parameters(), a.text_vae_lr)], scaled(a.text_vae_steps),
+        run.fit("text_vae", stage, optimizers_for(a, stage, a.text_vae_lr, False), scaled(a.text_vae_steps),
                 lambda step: run.batches.texts(w.share(step * a.text_vae_batch, a.text_vae_batch)))
     if "image_vae" in wanted and run.dataset.num_images:
         model.image_vae.train()
         stage = ImageStage(model.image_vae)
         steps = scaled(a.image_vae_steps)
         unfinished = run.progress["image_vae"] < steps
-        run.fit("image_vae", stage, [adamw(stage.parameters(), a.image_vae_lr)], steps,
+        run.fit("image_vae", stage, optimizers_for(a, stage, a.image_vae_lr, muon), steps,
                 lambda step: run.batches.pixels(w.share(step * a.image_vae_batch, a.image_vae_batch)))
         model.image_vae.eval().requires_grad_(False)
         if unfinished:
@@ -711,7 +711,7 @@ def train_stages(run: Run) -> None:
                 first = (step * a.micro_steps + micro) * a.batch_size
                 batches.append(run.batches.make(pick_task(a, (micro + place) / a.micro_steps), w.share(first, a.batch_size)))
             return batches
-        run.fit("mmdit", prior, muon_and_adamw(a, prior), steps, make,
+        run.fit("mmdit", prior, optimizers_for(a, prior, a.lr, muon), steps, make,
                 average=("mmdit", "text_vae") if prior.joint else ("mmdit",))
 
 
@@ -929,6 +929,10 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         model = sample.build(checkpoint, "model")
         model.image_hw = hw
         model.image_vae.check_size(*hw)
+    for item in getattr(getattr(dataset, "pictures", dataset), "items", ()):
+        if (n := len(model.tokenizer.encode(item.text))) >= args.seq_len:
+            raise ValueError(f"{item.name}: its caption has {n} tokens, which with the end token is more than "
+                             f"--seq_len {args.seq_len}; raise it to {n + 1} or shorten the caption")
     for module in (model.text_vae, model.image_vae, model.mmdit):
         module.to(worker.device)
     run = Run(args, worker, model, dataset)

@@ -424,7 +424,7 @@ def test_hostile_tar_members_are_never_read(tmp_path, capsys):
         ("soft.png", None, tarfile.SYMTYPE, str(secret)), ("soft.txt", b"x"),
         ("hard.png", None, tarfile.LNKTYPE, "../outside/5.png"), ("hard.txt", b"x"),
         ("fifo.png", None, tarfile.FIFOTYPE, ""), ("dev.png", None, tarfile.CHRTYPE, ""),
-        ("dir", None, tarfile.DIRTYPE, "")])
+        ("dir", None, tarfile.DIRTYPE, ""), ("two\nlines.png", raw)])
     before = sorted(tmp_path.rglob("*"))
     assert contents(ImageText(path, size=8)) == [("fine", 30)]
     assert sorted(tmp_path.rglob("*")) == before                # nothing was extracted
@@ -537,7 +537,7 @@ def test_no_usable_data_at_all(tmp_path):
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(b"x")
         (tmp_path / f"{i}.txt").write_text("x")
-    with pytest.raises(ValueError, match="2 of 2 images cannot be used: 0.png"):
+    with pytest.raises(ValueError, match="2 of 2 images cannot be used: '0.png'"):
         ImageText(tmp_path)
     (tmp_path / "1.txt").write_bytes(b"ab\xff")
     with pytest.raises(ValueError, match=r"1.txt: not UTF-8 at byte 2"):

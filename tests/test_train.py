@@ -248,7 +248,7 @@ def test_one_batch_overfits(system, task):
     model = copy.deepcopy(model)
     stage = train.PriorStage(model, args)
     b = train.Batches(args, dataset, model).make(task, range(4))
-    optimizers = train.muon_and_adamw(args, stage)
+    optimizers = train.optimizers_for(args, stage, args.lr, True)
     name, losses = "image" if task == T2I else "text", []
     for _ in range(200):
         loss, terms = stage(b, b.counts())
