@@ -443,6 +443,7 @@ def _fits(o, phrase):
     return all(word in o.attributes for word in phrase.split() if word != "object")
 
 
+@functools.lru_cache(maxsize=64)
 def _phrases(scene, o):
     """Every phrase, such as "large circle" or "red object", that fits this object of the scene alone."""
     size, color, shape = o.attributes
@@ -587,19 +588,28 @@ def story(scene: Scene, rng: np.random.Generator) -> str:
         found = [p for p in phrases[o] if set(p.split()) <= set(known)]
         return pick(found) if found else None
 
-    for kind in rng.permutation(8 * kinds):                              # attempts: three at least succeed
-        o, other = pick(scene.objects), pick(scene.objects)
-        mine, its, r = phrase(o), phrase(other), relation(o, other)
-        thing = _a([word for word in (pick([o.size, None]), pick([o.color, o.color, None]), o.shape) if word])
-        sentence = {"exists": f"there is {thing}",
-                    "next to": f"{r} the {its} is {thing}",
-                    "attribute": f"the {mine} is {pick([o.size, o.color])}",
-                    "relation": f"the {mine} is {r} the {its}",
-                    "background": f"the background is {scene.background}",
-                    "count": "there is one object" if count == "one" else f"there are {count} objects"}[kind]
+    for i in rng.permutation(8 * len(kinds)).tolist():                   # attempts: three at least succeed
+        kind, o, other = kinds[i % len(kinds)], pick(scene.objects), None
+        if kind in ("next to", "relation"):
+            other = pick(scene.objects)
+        subject = phrase(o) if kind in ("attribute", "relation") else ""
+        its = phrase(other) if other else ""
+        if subject is None or its is None or kind in ("exists", "next to") and o in named:
+            continue                                                     # not told of yet, or told of already
+        if kind in ("exists", "next to"):
+            thing = _a([word for word in (pick([o.size, None]), pick([o.color, o.color, None]), o.shape) if word])
+            sentence = f"there is {thing}" if kind == "exists" else f"{relation(o, other)} the {its} is {thing}"
+        elif kind == "attribute":
+            sentence = f"the {subject} is {pick([o.size, o.color])}"
+        elif kind == "relation":
+            sentence = f"the {subject} is {relation(o, other)} the {its}"
+        elif kind == "background":
+            sentence = f"the background is {scene.background}"
+        else:
+            sentence = "there is one object" if count == "one" else f"there are {count} objects"
         try:
             new = told.tell(sentence)
-        except ValueError:                                               # "the None", or a repeated object
+        except ValueError:                                               # too like an object told of
             continue
         if new:
             sentences.append(sentence + ".")

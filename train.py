@@ -528,7 +528,7 @@ RUN_FLAGS = {"out_dir", "stage", "resume", "init_from", "eval_only", "device", "
              "guidance", "text_guidance", "sample_steps", "scale", "data", "text", "strict_data"}
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads", "vae_block_len",
                 "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample", "image_vae_width", "width", "layers",
-                "heads", "streams", "block_len"}
+                "heads", "streams"}
 
 
 def new_model(args: argparse.Namespace, dataset) -> Cola:
@@ -927,7 +927,7 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         model = new_model(args, dataset)
     else:
         model = sample.build(checkpoint, "model")
-        model.image_hw = hw
+        model.image_hw, model.block_len = hw, args.block_len
         model.image_vae.check_size(*hw)
     for item in getattr(getattr(dataset, "pictures", dataset), "items", ()):
         if (n := len(model.tokenizer.encode(item.text))) >= args.seq_len:
