@@ -30,7 +30,8 @@ P, C, I, N = range(4)                                  # segment types
 SEGMENTS = "PCIN"
 T2T, T2I, IT2T = range(3)                              # tasks
 TASKS = ("t2t", "t2i", "it2t")
-NEVER, ALWAYS, LE, LT, EQ = range(5)                   # relations between the key's block b_j and the query's block b_i
+LT, EQ, GT = 1, 2, 4                                   # where the key's block b_j may lie from the query's block b_i:
+NEVER, LE, ALWAYS = 0, LT | EQ, LT | EQ | GT           # sets of "before", "same", "after"
 _ = NEVER
 
 # keys:     P       C   I       N           queries
@@ -46,7 +47,7 @@ IT2T_RULE = [[ALWAYS, _,  ALWAYS, _],      # P   instruction and image form one 
              [ALWAYS, LE, ALWAYS, _],      # C   which sees nothing of the answer
              [ALWAYS, _,  ALWAYS, _],      # I
              [ALWAYS, LT, ALWAYS, EQ]]     # N
-RULES = torch.tensor([T2T_RULE, T2I_RULE, IT2T_RULE])  # (task, s_i, s_j)
+RULES = torch.tensor([T2T_RULE, T2I_RULE, IT2T_RULE], dtype=torch.uint8)               # (task, s_i, s_j)
 
 
 @dataclass
@@ -92,25 +93,20 @@ class Sample:
 def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
     """Lay samples one after another into a sequence, each as [P][I][C][N] or [C][I][N] (blog, section 3). Attention
     reads segments, blocks and coordinates only: the order inside a sample has no meaning to it."""
-    parts: list[tuple] = []
+    pieces = []                            # one row a segment: sample, segment, positions, coordinate and index of the first
     for number, s in enumerate(samples):
         h, w = s.image
-        length_of = {P: s.prompt, C: s.clean, I: h * w, N: s.noisy}
-        for segment in (P, I, C, N) if s.prompt else (C, I, N):
-            length = length_of[segment]
-            if length == 0:
-                continue
-            if segment == I:
-                row, col = np.divmod(np.arange(length), w)
-                block = np.zeros(length, int)
-            else:
-                index = np.arange(length) + (0 if segment == P else s.first)
-                row = col = index + (0 if segment == P else s.start)
-                block = np.zeros(length, int) if segment == P else index // block_len
-            parts.append((np.full(length, number), np.full(length, segment), block, row, col))
-    columns = [np.concatenate(c) for c in zip(*parts)] if parts else [np.zeros(0, int)] * 5
-    task = np.array([s.task for s in samples], dtype=int)
-    return Layout(*(torch.from_numpy(c).to(device) for c in (*columns, task)))
+        p, c = (number, P, s.prompt, 0, 0, 1), (number, C, s.clean, s.start + s.first, s.first, 1)
+        i, n = (number, I, h * w, 0, 0, w), (number, N, s.noisy, s.start + s.first, s.first, 1)
+        pieces += (p, i, c, n) if s.prompt else (c, i, n)
+    number, segment, length, start, first, w = np.array(pieces, dtype=np.int64).reshape(-1, 6).T
+    sample, segment, start, first, w = (np.repeat(x, length) for x in (number, segment, start, first, w))          # (L,)
+    place = np.arange(len(sample)) - np.repeat(np.cumsum(length) - length, length)                  # in its segment
+    is_text = (segment == C) | (segment == N)
+    columns = (sample, segment, np.where(is_text, (first + place) // block_len, 0),
+               np.where(segment == I, place // w, start + place), np.where(segment == I, place % w, start + place),
+               np.array([s.task for s in samples], dtype=np.int64))
+    return Layout(*(torch.from_numpy(c).to(device) for c in columns))
 
 
 def text_layout(lengths, block_len: int, device=None) -> Layout:
@@ -119,9 +115,9 @@ def text_layout(lengths, block_len: int, device=None) -> Layout:
 
 
 def holds(relation: Tensor, b_i: Tensor, b_j: Tensor) -> Tensor:
-    """Whether each relation holds between a key's block b_j and a query's block b_i; all broadcast. bool"""
-    return ((relation == ALWAYS) | (relation == LE) & (b_j <= b_i)
-            | (relation == LT) & (b_j < b_i) | (relation == EQ) & (b_j == b_i))
+    """Whether each relation, a set of bits, has the one that tells where b_j lies from b_i. All broadcast; bool."""
+    bit = (b_j >= b_i).to(relation.dtype) + (b_j > b_i)                              # 0 before, 1 same, 2 after
+    return (relation >> bit & 1).bool()
 
 
 def dense(q: Layout, k: Layout, rules: Tensor = RULES) -> Tensor:
@@ -158,9 +154,10 @@ def pad(layout: Layout) -> Padded:
 
 def padded_mask(q: Layout, k: Layout, q_pad: Padded, k_pad: Padded, rules: Tensor = RULES) -> Tensor:
     """The mask of every sample by itself: bool (S, Lq_max, Lk_max), False at padding. Linear in the number of samples."""
-    s_i, b_i = q.segment[q_pad.index], q.block[q_pad.index]                          # (S, Lq)
-    s_j, b_j = k.segment[k_pad.index], k.block[k_pad.index]                          # (S, Lk)
-    relation = rules.to(s_i.device)[q.task[:, None, None], s_i[:, :, None], s_j[:, None, :]]
+    s_i, b_i = q.segment[q_pad.index], q.block[q_pad.index].int()                    # (S, Lq)
+    s_j, b_j = k.segment[k_pad.index], k.block[k_pad.index].int()                    # (S, Lk)
+    row = rules.to(s_i.device)[q.task[:, None], s_i]                    # (S, Lq, segment types)
+    relation = row.gather(2, s_j[:, None].expand(-1, s_i.shape[1], -1))              # (S, Lq, Lk)
     mask = holds(relation, b_i[:, :, None], b_j[:, None, :])
     return mask & q_pad.valid[:, :, None] & k_pad.valid[:, None, :]
 

@@ -134,22 +134,25 @@ class Block(nn.Module):
         self.msa = Attention(c)
         self.mlp = MLP(c)
 
-    def modulation(self, name: str, emb: Tensor, t_index: Tensor) -> list[Tensor]:
-        """The projection of the U distinct times, handed to the positions: [shift, scale] or [gate], each (L, D)."""
-        return [m.index_select(0, t_index) for m in self.ada[name](emb).float().split(self.width, -1)]
+    def gate(self, name: str, emb: Tensor, t_index: Tensor) -> Tensor:
+        """A projection of the U distinct times, handed to the positions. (L, D)"""
+        return self.ada[name](emb).float().index_select(0, t_index)
 
-    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return torch.addcmul(shift, F.layer_norm(x, (self.width,), eps=self.eps), 1 + scale)
+    def modulate(self, x: Tensor, name: str, emb: Tensor, t_index: Tensor) -> Tensor:
+        """(1 + scale) LN(x) + shift. (L, D)"""
+        shift, scale = self.ada[name](emb).float().chunk(2, -1)                      # (U, D)
+        shift, scale = shift.index_select(0, t_index), (1 + scale).index_select(0, t_index)
+        return torch.addcmul(shift, F.layer_norm(x, (self.width,), eps=self.eps), scale)
 
     def before(self, x: Tensor, emb: Tensor, t_index: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (L, D), emb (U, E) -> q, k, v (L, nh, hd)"""
-        return self.msa.qkv(self.modulate(x, *self.modulation("msa_in", emb, t_index)), rope)
+        return self.msa.qkv(self.modulate(x, "msa_in", emb, t_index), rope)
 
     def after(self, x: Tensor, o: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:
         """x (L, D), o (L, nh, hd) what attention returned -> (L, D)"""
-        x = torch.addcmul(x, self.msa.proj_out(o.flatten(1)).to(x.dtype), *self.modulation("msa_out", emb, t_index))
-        h = self.modulate(x, *self.modulation("mlp_in", emb, t_index))
-        return torch.addcmul(x, self.mlp(h).to(x.dtype), *self.modulation("mlp_out", emb, t_index))
+        x = torch.addcmul(x, self.msa.proj_out(o.flatten(1)).to(x.dtype), self.gate("msa_out", emb, t_index))
+        h = self.modulate(x, "mlp_in", emb, t_index)
+        return torch.addcmul(x, self.mlp(h).to(x.dtype), self.gate("mlp_out", emb, t_index))
 
 
 class In(nn.Module):

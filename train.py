@@ -672,7 +672,7 @@ def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float, muon: 
             is_hidden = muon and "blocks." in name and p.dim() == 2 and ".ada." not in name
             (vae if name.startswith("text_vae.") else hidden if is_hidden else rest).append(p)
     groups = [{"params": rest, "lr": lr}] + ([{"params": vae, "lr": lr * args.vae_lr_ratio}] if vae else [])
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay)]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay))
     return optimizers

@@ -140,7 +140,7 @@ def test_long_rows_take_the_fused_kernel_and_agree(monkeypatch):
 def test_a_made_up_task_needs_only_a_table():
     """Image editing, say: the new image N sees the old image I and the instruction P, and nothing sees N."""
     table = torch.tensor([[masks.ALWAYS, 0, masks.ALWAYS, 0], [0] * 4, [masks.ALWAYS, 0, masks.ALWAYS, 0],
-                          [masks.ALWAYS, 0, masks.ALWAYS, masks.EQ]])
+                          [masks.ALWAYS, 0, masks.ALWAYS, masks.EQ]], dtype=torch.uint8)
     rules = torch.cat([masks.RULES, table[None]])
     layout = pack([Sample(3, prompt=2, image=(2, 2), noisy=4), Sample(T2I, clean=2, image=(1, 2), noisy=2)], 4)
     mask = masks.dense(layout, layout, rules)
