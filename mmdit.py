@@ -178,6 +178,17 @@ class TimeEmbedding(nn.Module):
         return self.proj_out(F.silu(self.proj_hid(F.silu(self.proj_in(timestep_embedding(t))))))
 
 
+class Streams:
+    """Which of some positions are text and which image, and the way back to packed order."""
+    def __init__(self, segment: Tensor):
+        is_image = segment == masks.I
+        self.text, self.image = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
+        self.order = torch.argsort(torch.cat([self.text, self.image]))
+
+    def join(self, text: Tensor, image: Tensor) -> Tensor:
+        return torch.cat([text, image]).index_select(0, self.order)
+
+
 class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -205,50 +216,51 @@ class MMDiT(nn.Module):
                 nn.init.normal_(p, std=min(0.02, p.shape[1] ** -0.5) if "emb_in" in name else p.shape[1] ** -0.5)
 
     def forward(self, text: Tensor, image: Tensor | None, t: Tensor, t_index: Tensor, layout: Layout, plan: Plan,
-                cache: Cache | None = None, commit: bool = False, tap: int = -1):
-        """The velocity at every position.
+                cache: Cache | None = None, commit: bool = False, targets: tuple[Tensor, Plan] | None = None, tap: int = -1):
+        """The velocity at every position, or at the targets alone.
 
         text (Lt, Dz) and image (Li, Cz): latents of the text and of the image positions, each in packed order;
         t (U,) distinct flow times in [0, 1], t_index (L,) the time of each position.
-        With a cache, keys are those of the cache followed by these positions, and the plan is that of the two layouts;
-        commit=True appends these positions to it.
+        With a cache, keys are those of the cache followed by these positions, and the plan is that of the two layouts.
+        commit=True appends these positions to the cache and stops there: nobody asks for the velocity of clean context.
+        targets: (n,) positions whose velocity is wanted, and the plan of these queries; the last layer computes no others.
         Returns v_text (Lt, Dz), v_image (Li, Cz) or None, and the hidden state (L, D) after layer `tap`, or None.
         """
-        is_image = layout.segment == masks.I
-        i_text, i_image = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
+        where = Streams(layout.segment)
         emb = self.emb_in(t)                                                         # (U, E)
         x = self.txt_in.proj(text)                                                   # (Lt, D)
-        if i_image.numel():
-            order = torch.argsort(torch.cat([i_text, i_image]))
-            x = torch.cat([x, self.img_in.proj(image)]).index_select(0, order)          # (L, D)
+        x = where.join(x, self.img_in.proj(image)) if len(where.image) else x        # (L, D)
         x = x.float()
         rope = rope_angles(layout, self.blocks[0].msa.rope.rope.freqs)
         hidden = None
-
-        def per_stream(layer: int, call, *args):
-            """call(block, *args) for all positions, or for each modality's by its own block, joined again."""
-            if not self.image_blocks or not i_image.numel():
-                return call(self.blocks[layer], *args)
-            sides = [call(b[layer], *[tuple(r[i] for r in a) if isinstance(a, tuple) else a[i] for a in args])
-                     for b, i in ((self.blocks, i_text), (self.image_blocks, i_image))]
-            if isinstance(sides[0], tuple):
-                return tuple(torch.cat(pair)[order] for pair in zip(*sides))
-            return torch.cat(sides)[order]
-
         for layer in range(self.config.layers):
-            q, k, v = per_stream(layer, lambda b, x, i, r: b.before(x, emb, i, r), x, t_index, rope)
+            q, k, v = self.each(layer, where, lambda b, x, i, r: b.before(x, emb, i, r), x, t_index, rope)
             if cache is not None and layer < len(cache.kv):
                 k, v = torch.cat([cache.kv[layer][0], k]), torch.cat([cache.kv[layer][1], v])
             if commit:
                 cache.kv[layer:layer + 1] = [(k, v)]
+            if layer == self.config.layers - 1:
+                if commit:
+                    cache.layout = layout if cache.layout is None else masks.concat(cache.layout, layout)
+                    return None, None, None
+                if targets is not None:
+                    index, plan = targets
+                    q, x, t_index = (a.index_select(0, index) for a in (q, x, t_index))
+                    where = Streams(layout.segment[index])
             o = attention(q, k, v, plan, self.attention_backend)                     # (L, nh, hd)
-            x = per_stream(layer, lambda b, x, o, i: b.after(x, o, emb, i), x, o, t_index)
+            x = self.each(layer, where, lambda b, x, o, i: b.after(x, o, emb, i), x, o, t_index)
             hidden = x if layer == tap else hidden
-        if commit:
-            cache.layout = layout if cache.layout is None else masks.concat(cache.layout, layout)
-        v_text = self.head("txt", x.index_select(0, i_text), emb, t_index[i_text])
-        v_image = self.head("img", x.index_select(0, i_image), emb, t_index[i_image]) if i_image.numel() else None
+        v_text = self.head("txt", x.index_select(0, where.text), emb, t_index[where.text])
+        v_image = self.head("img", x.index_select(0, where.image), emb, t_index[where.image]) if len(where.image) else None
         return v_text, v_image, hidden
+
+    def each(self, layer: int, where: Streams, call, *args: Tensor):
+        """call(block, *args) for all positions at once, or for each modality by its own block, joined again."""
+        if not self.image_blocks or not len(where.image):
+            return call(self.blocks[layer], *args)
+        text = call(self.blocks[layer], *(a[where.text] for a in args))
+        image = call(self.image_blocks[layer], *(a[where.image] for a in args))
+        return tuple(map(where.join, text, image)) if isinstance(text, tuple) else where.join(text, image)
 
     def head(self, side: str, x: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:
         """x (n, D) -> velocity (n, channels) fp32"""

@@ -19,7 +19,7 @@ import argparse
 import difflib
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +134,7 @@ class Settings:
     guidance: float = 2.5
     interval: tuple[float, float] = (0.0, 1.0)
     solver: str = "euler"
-    shift: float = 1.0
+    shift: float | None = None             # of the time grid; None is the training's: by size for images, none for text
     seed: int = 0
     cached: bool = True
 
@@ -162,7 +162,7 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
         w = flow.guidance_at(t, s.guidance, *s.interval) if context.past is not None else 1.0
         return v if w == 1.0 else flow.guided(v, velocity(alone, z, t, plan_alone), w)
 
-    return flow.solve(guided, z, flow.time_grid(s.steps, s.shift), s.solver, known)
+    return flow.solve(guided, z, flow.time_grid(s.steps, s.shift or 1.0), s.solver, known)
 
 
 def noise(seed: int, numbers: list[int], purpose: int) -> list[np.random.Generator]:
@@ -185,6 +185,8 @@ def generate_images(model: Cola, captions: list[str], s: Settings = IMAGE, hw: t
     layout = pack([masks.Sample(T2I, image=(h, w)) for _ in captions], model.block_len, model.device)
     z = np.concatenate([g.standard_normal((h * w, model.image_vae.channels), np.float32)
                         for g in noise(s.seed, range(first, first + len(captions)), data.NOISE)])
+    if s.shift is None:
+        s = replace(s, shift=flow.image_shift(h * w * model.image_vae.channels))
     z = transport(context, layout, torch.from_numpy(z).to(model.device), s)
     return model.decode_images(z, (h, w))
 
@@ -222,7 +224,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         for i in range(B):
             rest = z[i][block[i] * bl:]
             z_block[i, :len(rest)], is_known[i, :len(rest)] = rest, True
-        spots = dict(B=[(b * bl, n) for b, n in zip(block, starts)])["B"]
+        spots = [(b * bl, n) for b, n in zip(block, starts)]
         noisy = pack([masks.Sample(task, noisy=bl, start=n, first=f) for f, n in spots], bl, device)
         clean = pack([masks.Sample(task, clean=bl, start=n, first=f) for f, n in spots], bl, device)
         z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten())
@@ -255,8 +257,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def build(checkpoint: dict, weights: str = "ema") -> Cola:
     """The system of a checkpoint. weights: "ema" (what is sampled) or "model" (what is trained)."""
-    c = checkpoint["config"]
     try:
+        c = checkpoint["config"]
         model = Cola(TextVAE(**c["text_vae"]), ImageVAE(**c["image_vae"]), MMDiT(MMDiTConfig(**c["mmdit"])),
                      data.Tokenizer.from_dict(checkpoint["tokenizer"]), c["block_len"], tuple(c["image_hw"]))
         for name in ("text_vae", "image_vae", "mmdit"):
@@ -283,7 +285,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str):
-        known = [o for a in self._actions for o in a.option_strings]
+        commands = [p for a in self._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()]
+        known = [o for p in (self, *commands) for a in p._actions for o in a.option_strings]
         for word in re.findall(r"--[\w-]+", message if "unrecognized" in message else ""):
             near = difflib.get_close_matches(word, known, 1)
             message = f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help")
@@ -291,7 +294,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog.split()[0]}: {message}\n")
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     common = Parser(add_help=False)
     common.add_argument("--checkpoint", default="out/ckpt.pt", help="what train.py wrote")
     common.add_argument("--steps", type=int, default=16, help="solver steps; fewer is faster and coarser")
@@ -322,23 +325,33 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("prompt")
     p.add_argument("--max_tokens", type=int, default=64, help="longest continuation")
     args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse impossible values before any work. ValueError or FileNotFoundError, one line."""
+    for name in ("n", "steps", "max_tokens"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected at least 0")
+    if not args.prompt.strip() and args.task != "t2t":
+        raise ValueError("the prompt is empty; say what to draw or to ask")
+    if args.task == "t2i":
+        if args.size and len(args.size) > 2:
+            raise ValueError(f"--size {' '.join(map(str, args.size))}: expected one number of pixels, or height and width")
+        if Path(args.out).suffix.lower() != ".png":
+            raise ValueError(f"--out {args.out}: expected a name that ends in .png, which carries the caption along")
+        if not Path(args.out).parent.is_dir():
+            raise FileNotFoundError(f"--out {args.out}: there is no folder {Path(args.out).parent}; make it first")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.n < 1:
-        raise ValueError(f"--n {args.n}: draw at least 1 sample")
-    if not args.prompt.strip() and args.task != "t2t":
-        raise ValueError("the prompt is empty; say what to draw or to ask")
     model = load(args.checkpoint, args.device)
     default = IMAGE if args.task == "t2i" else TEXT
     s = Settings(args.steps, default.guidance if args.guidance is None else args.guidance, tuple(args.interval),
-                 args.solver, args.shift or default.shift, args.seed, args.kv_cache)
+                 args.solver, default.shift if args.shift is None else args.shift, args.seed, args.kv_cache)
     if args.task == "t2i":
         hw = None if args.size is None else (args.size[0], args.size[-1])
         images = generate_images(model, [args.prompt] * args.n, s, hw)
@@ -355,6 +368,15 @@ def run(args: argparse.Namespace) -> None:
     else:
         for text in generate_text(model, [args.prompt] * args.n, s=s, max_tokens=args.max_tokens):
             print(args.prompt + text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -270,8 +270,10 @@ class Batch:
     hidden: Tensor          # (T,) bool, tokens masked for L_mask
     layout: Layout
     plan: Plan
+    targets: Tensor         # (n,) positions with t > 0, the only ones whose velocity matters
+    target_plan: Plan
     source: Tensor          # (Lt,) which VAE latent each text position holds
-    noisy: Tensor           # (Lt,) bool, noised: N beyond a cut
+    noisy: Tensor           # (Lt,) bool, t > 0
     loss_text: Tensor       # (Lt,) bool, bears L_text
     eps_text: Tensor        # (Lt, Dz)
     z_image: Tensor         # (Li, Cz) clean
@@ -427,6 +429,7 @@ class Batches:
         source = np.where(segment == masks.P, prompt_at[who], np.where(given, prefix_at[who], text_at[who])) + index
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
+        targets = torch.from_numpy(moving.nonzero()[0])
         is_block = torch.ones(sum(map(len, normals)), dtype=torch.bool)
         is_block[slot - 1] = False
         z = torch.from_numpy(np.concatenate(normals)).float()
@@ -437,6 +440,7 @@ class Batches:
         return Batch(
             torch.tensor([i for x in texts for i in x]), [len(x) // p for x in texts if x],
             tensor(np.concatenate(posterior)), tensor(np.concatenate(hidden)), layout, make_plan(layout),
+            targets, make_plan(layout.select(targets), layout),
             tensor(source[~is_image]), tensor(moving[~is_image]),
             tensor((moving & (~given | (before[who] == 1)))[~is_image]), tensor(eps[~is_image]),
             torch.cat(z_image) if z_image else torch.zeros(0, cz), tensor(moving[is_image]),
@@ -507,12 +511,14 @@ class PriorStage(nn.Module):
         zt = torch.where(b.noisy[:, None], flow.interpolate(z0, b.eps_text, t[~is_image]), z0.detach())
         zt_image = flow.interpolate(b.z_image, b.eps_image, t[is_image])             # (Li, Cz)
         repa = a.w_repa if progress < a.repa_until and b.loss_image.any() else 0.0
-        v_text, v_image, hidden = self.mmdit(zt, zt_image, b.t, b.t_index, b.layout, b.plan,
-                                             tap=a.repa_layer - 1 if repa else -1)
-        terms["text"] = flow.fm_loss(v_text, flow.velocity(z0, b.eps_text), counts[0], b.loss_text)
+        v_text, v_image, hidden = self.mmdit(zt, zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1,
+                                             targets=(b.targets, b.target_plan))
+        v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
+        terms["text"] = flow.fm_loss(v_text, v, counts[0], b.loss_text[b.noisy])
         loss = loss + a.lambda_fm * a.w_text * terms["text"]
         if v_image is not None:
-            terms["image"] = flow.fm_loss(v_image, flow.velocity(b.z_image, b.eps_image), counts[1], b.loss_image)
+            v = flow.velocity(b.z_image, b.eps_image)[b.loss_image]                  # (targets of images, Cz)
+            terms["image"] = flow.fm_loss(v_image, v, counts[1])
             loss = loss + a.lambda_fm * terms["image"]
         if repa:
             cosine = F.cosine_similarity(self.repa(hidden[is_image].float()), b.z_image, dim=-1)                # (Li,)

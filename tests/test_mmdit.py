@@ -166,6 +166,21 @@ def test_cache_equals_the_whole_pass(streams):
     torch.testing.assert_close(got[1], v_image[queries[is_image]], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+def test_targets_are_what_the_whole_pass_gives_there(streams):
+    model, layout = random_model(streams=streams), pack(EXAMPLES, 2)
+    text, image, t, t_index = inputs(layout)
+    index = ((t_index > 0) & (torch.arange(len(layout)) % 5 != 0)).nonzero()[:, 0]
+    chosen = torch.zeros(len(layout), dtype=torch.bool)
+    chosen[index] = True
+    is_image, plan = layout.segment == masks.I, make_plan(layout)
+    with torch.no_grad():
+        whole = model(text, image, t, t_index, layout, plan)
+        some = model(text, image, t, t_index, layout, plan, targets=(index, make_plan(layout.select(index), layout)))
+    torch.testing.assert_close(some[0], whole[0][chosen[~is_image]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(some[1], whole[1][chosen[is_image]], atol=1e-5, rtol=1e-5)
+
+
 def test_starts_as_zero_and_refuses_bad_configs():
     model = MMDiT(MMDiTConfig(**CONFIG))
     layout = pack(EXAMPLES, 2)

@@ -228,7 +228,7 @@ def test_it2t_has_no_image_loss_and_frozen_vae_no_gradient(system):
     stage, b = stage_and_batch(system, IT2T, "--vae_lr_ratio", "0")
     loss, terms = stage(b, b.counts())
     loss.backward()
-    assert terms["image"] == 0 and terms["text"] > 0
+    assert "image" not in terms and terms["text"] > 0
     assert all(not p.requires_grad for p in stage.text_vae.parameters())
     assert all(p.grad is not None for p in stage.mmdit.parameters()), "DDP waits for every parameter, every task"
 
