@@ -42,8 +42,8 @@ import scenes
 
 # ---------------------------------------------------------------------------------------------- randomness
 # What a random number is for. Appending is safe; changing a number changes every run.
-(TASK, ORDER, SCENE, PICK, CAPTION, WINDOW, CORPUS, CUT, DROP, TIME, NOISE, POSTERIOR, MASK, INIT, EVAL,
- SAMPLE) = range(16)
+(TASK, ORDER, SCENE, PICK, CAPTION, WINDOW, CORPUS, DROP, TIME, NOISE, POSTERIOR, MASK, INIT, EVAL,
+ SAMPLE) = range(15)
 
 
 def rng(seed: int, k: int, purpose: int) -> np.random.Generator:
@@ -209,6 +209,7 @@ class GeneratedScenes:
         # The scene graph of a picture, and its pixels, uint8 (H, W, 3).
         self.scene_of = functools.cache(lambda i: scenes.sample_scene(rng(seed, i, SCENE), heldout=heldout))
         self._pixels = functools.cache(lambda i: scenes.render(self.scene_of(i), self.hw))
+        self._story = functools.cache(lambda i: scenes.story(self.scene_of(i), rng(seed, i, CAPTION)))
 
     def image_hw(self, index: int) -> tuple[int, int]:
         return self.hw
@@ -217,24 +218,24 @@ class GeneratedScenes:
         """uint8 (H, W, 3) each."""
         return [self._pixels(int(index)) for index in indices]
 
-    def _pick(self, k: int) -> tuple[int, scenes.Scene, np.random.Generator]:
-        index = int(rng(self.seed, k, PICK).integers(self.num_images))
-        return index, self.scene_of(index), rng(self.seed, k, CAPTION)
+    def _pick(self, k: int) -> tuple[int, np.random.Generator]:
+        words = rng(self.seed, k, PICK)
+        return int(words.integers(self.num_images)), words
 
     def t2t(self, k: int) -> str:
-        _, scene, words = self._pick(k)
-        return scenes.story(scene, words)
+        """One story a scene: telling a new one takes longer than everything else about a sample."""
+        return self._story(self._pick(k)[0])
 
     def t2i(self, k: int) -> tuple[str, int]:
-        index, scene, words = self._pick(k)
-        return scenes.caption(scene, words, any_order=words.random() < self.any_order), index
+        index, words = self._pick(k)
+        return scenes.caption(self.scene_of(index), words, any_order=words.random() < self.any_order), index
 
     def it2t(self, k: int) -> tuple[str, int, str]:
-        index, scene, words = self._pick(k)
+        index, words = self._pick(k)
         if words.random() < self.questions:
-            prompt, answer = scenes.question(scene, words)
+            prompt, answer = scenes.question(self.scene_of(index), words)
         else:
-            prompt, answer = str(words.choice(DESCRIBE)), scenes.caption(scene, words)
+            prompt, answer = DESCRIBE[words.integers(len(DESCRIBE))], scenes.caption(self.scene_of(index), words)
         return prompt, index, answer
 
     def corpus(self, n: int) -> list[str]:

@@ -134,7 +134,7 @@ class Settings:
     guidance: float = 2.5
     interval: tuple[float, float] = (0.0, 1.0)
     solver: str = "euler"
-    shift: float | None = None             # of the time grid; None is the training's: by size for images, none for text
+    shift: float | None = None             # of the time grid; None: images by their size, as in training, text 1
     seed: int = 0
     cached: bool = True
 
@@ -162,7 +162,7 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
         w = flow.guidance_at(t, s.guidance, *s.interval) if context.past is not None else 1.0
         return v if w == 1.0 else flow.guided(v, velocity(alone, z, t, plan_alone), w)
 
-    return flow.solve(guided, z, flow.time_grid(s.steps, s.shift or 1.0), s.solver, known)
+    return flow.solve(guided, z, flow.time_grid(s.steps, 1.0 if s.shift is None else s.shift), s.solver, known)
 
 
 def noise(seed: int, numbers: list[int], purpose: int) -> list[np.random.Generator]:
@@ -285,8 +285,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str):
-        commands = [p for a in self._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()]
-        known = [o for p in (self, *commands) for a in p._actions for o in a.option_strings]
+        parsers = [self]                   # what a subcommand does not know is reported by the parser above it
+        for action in self._actions:
+            parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
+        known = [o for p in parsers for a in p._actions for o in a.option_strings]
         for word in re.findall(r"--[\w-]+", message if "unrecognized" in message else ""):
             near = difflib.get_close_matches(word, known, 1)
             message = f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help")
@@ -336,11 +338,13 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected at least 0")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
     if not args.prompt.strip() and args.task != "t2t":
         raise ValueError("the prompt is empty; say what to draw or to ask")
     if args.task == "t2i":
         if args.size and len(args.size) > 2:
-            raise ValueError(f"--size {' '.join(map(str, args.size))}: expected one number of pixels, or height and width")
+            raise ValueError(f"--size {args.size}: expected one number of pixels, or height and width")
         if Path(args.out).suffix.lower() != ".png":
             raise ValueError(f"--out {args.out}: expected a name that ends in .png, which carries the caption along")
         if not Path(args.out).parent.is_dir():

@@ -161,6 +161,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, or height and width")
     if args.scale <= 0 or args.seed < 0 or args.eval_samples < 0:
         raise ValueError(f"--scale {args.scale} must be above 0, --seed {args.seed} and --eval_samples at least 0")
+    if args.seq_len < args.block_len * args.text_patch:
+        raise ValueError(f"--seq_len {args.seq_len} is less than a block: --block_len {args.block_len} x --text_patch "
+                         f"{args.text_patch} tokens")
     if args.vae_logsnr != "learned":
         try:
             float(args.vae_logsnr)
@@ -198,6 +201,7 @@ class Worker:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    training: bool = False                 # set-up is over
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over all workers."""
@@ -230,18 +234,17 @@ def launch(argv: list[str], procs: int) -> int:
                         "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
     command = [sys.executable, os.path.abspath(__file__), *argv]
     workers = [subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(procs)]
-    code = 0
-    try:
-        while any(w.poll() is None for w in workers) and not code:
-            time.sleep(0.2)
-            code = next((w.returncode for w in workers if w.returncode), 0)
-    except KeyboardInterrupt:              # the workers got it too; they save and leave
-        code = 130
-    for w in workers:
-        if code and code != 130 and w.poll() is None:
-            w.terminate()
-        w.wait()
-    return code or next((w.returncode for w in workers if w.returncode), 0)
+    signal.signal(signal.SIGTERM, lambda *_: [w.terminate() for w in workers])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)               # a terminal's Ctrl-C reaches the workers by itself
+    while any(w.poll() is None for w in workers) and not any(w.returncode for w in workers):
+        time.sleep(0.1)
+    for w in workers:                                          # one has failed, or all are done
+        try:
+            w.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            w.kill()
+            w.wait()
+    return max((w.returncode for w in workers), key=abs)
 
 
 def bf16_is_faster() -> bool:
@@ -326,6 +329,7 @@ class Batches:
     """Sample numbers -> packed batches, for one dataset and one system."""
     def __init__(self, args: argparse.Namespace, dataset, model: Cola):
         self.args, self.dataset, self.model = args, dataset, model
+        self.masking = args.vae_lr_ratio > 0 and args.lambda_mask > 0
         self.images: dict[int, Tensor] = {}                    # image number -> clean latents (h, w, Cz): the VAE is frozen
         self.loc = flow.default_loc(args.text_latent_dim) if args.text_loc is None else args.text_loc
 
@@ -393,7 +397,8 @@ class Batches:
             return sum(map(len, texts[:-1])) // p
 
         for s, (k, item, picture) in enumerate(zip(numbers, items, pictures)):
-            drop = data.rng(a.seed, k, data.DROP).random() < a.cfg_drop
+            draw = data.rng(a.seed, k, data.DROP)
+            drop = draw.random() < a.cfg_drop
             first_text = len(texts)
             prompt = m.ids(item[0], end=False) if task == IT2T else []
             text = [] if drop and task == T2I else self.text_ids(item if task == T2T else item[-1] if task == IT2T else item[0])
@@ -403,14 +408,13 @@ class Batches:
             prompt_at[s], text_at[s] = add([] if drop else prompt), add(text)
             prefix_at[s] = text_at[s]
             if task == T2T:                                                # what comes before the cut is given, later on
-                draw = data.rng(a.seed, k, data.CUT)
                 cut[s] = draw.integers(text.index(m.tokenizer.end) if m.tokenizer.end in text else len(text)) // p
                 before[s] = draw.random() < 0.5
                 if cut[s] and m.text_vae.config["block_len"] > 1:          # and is encoded alone
                     prefix_at[s] = add(text[:cut[s] * p])
             latents = sum(map(len, texts[first_text:])) // p
             posterior.append(data.rng(a.seed, k, data.POSTERIOR).standard_normal((latents, dz), np.float32))
-            hidden.append(data.rng(a.seed, k, data.MASK).random(latents * p) < 0.15)
+            hidden.append(data.rng(a.seed, k, data.MASK).random(latents * p) < 0.15 if self.masking else np.zeros(latents * p, bool))
             noise, pixels = data.rng(a.seed, k, data.NOISE), hw[0] * hw[1]
             eps_image.append(noise.standard_normal((pixels, cz), np.float32))
             eps_text.append(noise.standard_normal((n, dz), np.float32))
@@ -480,14 +484,14 @@ class PriorStage(nn.Module):
     def __init__(self, model: Cola, args: argparse.Namespace):
         super().__init__()
         self.args, self.mmdit, self.text_vae = args, model.mmdit, model.text_vae
-        self.joint = args.vae_lr_ratio > 0
+        self.joint, self.progress = args.vae_lr_ratio > 0, 0.0                       # progress: share of the steps done
         self.text_vae.requires_grad_(self.joint)
         if args.lambda_ref:
             self.ref = copy.deepcopy(model.text_vae).requires_grad_(False)
         if args.w_repa:                                        # features: the clean image latents (SRA-2, 2601.17830)
             self.repa = nn.Linear(args.width, model.image_vae.channels)
 
-    def forward(self, b: Batch, counts: list[float], progress: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, b: Batch, counts: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
         """counts: of L_text, L_image, tokens, masked tokens, over the whole step. Terms before their weights."""
         a, vae = self.args, self.text_vae
         terms, loss = {}, 0.0
@@ -510,7 +514,7 @@ class PriorStage(nn.Module):
         # Clean latents are detached where they enter; N is not: L_FM reaches the encoder through z_t and through v.
         zt = torch.where(b.noisy[:, None], flow.interpolate(z0, b.eps_text, t[~is_image]), z0.detach())
         zt_image = flow.interpolate(b.z_image, b.eps_image, t[is_image])             # (Li, Cz)
-        repa = a.w_repa if progress < a.repa_until and b.loss_image.any() else 0.0
+        repa = a.w_repa if self.progress < a.repa_until and b.loss_image.any() else 0.0
         v_text, v_image, hidden = self.mmdit(zt, zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1,
                                              targets=(b.targets, b.target_plan))
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
@@ -624,7 +628,7 @@ class Run:
             for o in optimizers:
                 for group in o.param_groups:
                     group["lr"] = group["peak"] * rate
-            began = time.perf_counter()
+            module.progress, began = step / steps, time.perf_counter()
             batches = [b.to(worker.device) for b in make(step)]
             prepared = time.perf_counter() - began
             counts = worker.sum(np.sum([b.counts() for b in batches], 0).tolist())
@@ -687,6 +691,7 @@ def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float, muon: 
 def train_stages(run: Run) -> None:
     """Stage 1, stage 1b, stage 2, as far as --stage says."""
     a, w, model = run.args, run.worker, run.model
+    w.training = True
     wanted = STAGES if a.stage == "all" else (a.stage,)
     scaled = lambda steps: max(1, round(steps * a.scale))
     muon = a.optimizer == "muon"
@@ -831,20 +836,25 @@ def table(metrics: dict) -> str:
 # ---- pictures of the run --------------------------------------------------------------------------------------------
 
 def sample_grid(model: Cola, run: Run, path: Path) -> None:
-    """Two rows: images drawn for captions, and captions or answers given to images. Data of the run."""
-    args, tile = run.args, 160
-    cells = []
-    items = [run.dataset.t2i(k) for k in range(10 ** 9, 10 ** 9 + 6)]
-    for (caption, _), picture in zip(items, sample.generate_images(model, [c for c, _ in items], dataclasses.replace(
-            sample.IMAGE, guidance=args.guidance, steps=args.sample_steps))):
-        cells.append((picture, caption))
-    asked = [run.dataset.it2t(k) for k in range(10 ** 9, 10 ** 9 + 6)]
-    for prompt, index, _ in asked:
-        picture = run.dataset.images([index])[0]
-        answer = sample.generate_text(model, [""], [prompt], [picture], dataclasses.replace(
-            sample.TEXT, guidance=args.text_guidance, steps=args.sample_steps))[0]
-        cells.append((picture, f"{prompt} {answer}"))
-    canvas = Image.new("RGB", (6 * (tile + 8) + 8, 2 * (tile + 72) + 8), "white")
+    """Images drawn for captions, and captions or answers given to images; texts are continued on the terminal."""
+    args, tile, cells, numbers = run.args, 160, [], range(10 ** 9, 10 ** 9 + 6)       # far from any sample of training
+    text = dataclasses.replace(sample.TEXT, guidance=args.text_guidance, steps=args.sample_steps)
+    tasks = {name for name, ratio in task_ratios(args.tasks).items() if ratio}
+    if "t2i" in tasks:
+        captions = [run.dataset.t2i(k)[0] for k in numbers]
+        cells += zip(sample.generate_images(model, captions, dataclasses.replace(
+            sample.IMAGE, guidance=args.guidance, steps=args.sample_steps)), captions)
+    if "it2t" in tasks:
+        for prompt, index, _ in map(run.dataset.it2t, numbers):
+            picture = run.dataset.images([index])[0]
+            cells.append((picture, f"{prompt} {sample.generate_text(model, [''], [prompt], [picture], text)[0]}"))
+    if "t2t" in tasks:
+        for k in numbers[:3]:
+            prefix = " ".join(run.dataset.t2t(k).split()[:6])
+            print(f"{prefix} |{sample.generate_text(model, [prefix], s=text)[0]}")
+    if not cells:
+        return
+    canvas = Image.new("RGB", (6 * (tile + 8) + 8, -(-len(cells) // 6) * (tile + 72) + 8), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (picture, words) in enumerate(cells):
         x, y = 8 + (i % 6) * (tile + 8), 8 + (i // 6) * (tile + 72)
@@ -965,7 +975,7 @@ def finish(run: Run) -> None:
     if worker.rank == 0:
         if (out / "log.jsonl").exists():
             loss_plot(out / "log.jsonl", out / "loss.png")
-        if run.dataset.num_images:
+        with amp:
             sample_grid(model, run, out / "samples.png")
     if generated and args.eval_samples and args.stage in ("all", "mmdit"):
         with amp:
@@ -982,6 +992,7 @@ def finish(run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    worker = Worker()
     try:
         args = parse(argv)
         checkpoint, args = prepare(args)
@@ -989,7 +1000,6 @@ def main(argv: list[str] | None = None) -> int:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             if (args.procs or cores) > 1:
                 return launch(sys.argv[1:] if argv is None else argv, args.procs or cores)
-        worker = Worker()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             device = torch.device(args.device, int(os.environ["LOCAL_RANK"])) if args.device == "cuda" else torch.device("cpu")
@@ -1002,11 +1012,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.bf16 == "auto":
             args.bf16 = "on" if args.device != "cpu" or bf16_is_faster() else "off"
         work(args, checkpoint, worker)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:                     # the same on every worker until training starts
+        if worker.rank == 0 or worker.training:
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train.py: stopped; continue with --resume auto", file=sys.stderr)
+        if worker.rank == 0:
+            print("train.py: stopped; continue with --resume auto", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
