@@ -235,7 +235,8 @@ class GeneratedScenes:
         if words.random() < self.questions:
             prompt, answer = scenes.question(self.scene_of(index), words)
         else:
-            prompt, answer = DESCRIBE[words.integers(len(DESCRIBE))], scenes.caption(self.scene_of(index), words)
+            wording = int(words.integers(len(DESCRIBE)))                    # the instruction sets the style of the answer
+            prompt, answer = DESCRIBE[wording], scenes.caption(self.scene_of(index), words, wording=wording)
         return prompt, index, answer
 
     def corpus(self, n: int) -> list[str]:

@@ -43,6 +43,7 @@ class MMDiTConfig:
     emb_dim: int = 128                 # width of the time embedding
     rope_dim: int = 32                 # channels of a head that turn
     streams: int = 1                   # 1 weights shared by text and image, 2 one set each
+    place: bool = True                 # add segment type and absolute place to what enters; the release has neither
     qk_bias: bool = False
     norm_eps: float = 1e-5
 
@@ -161,6 +162,21 @@ class In(nn.Module):
         self.proj = nn.Linear(channels, width)
 
 
+class Place(nn.Module):
+    """What RoPE cannot tell: the segment type, and where in its text or image a position lies. RoPE knows distances only,
+    and neither an image nor a block of noise has an end to count them from. Not in the release, which learns without."""
+    def __init__(self, width: int):
+        super().__init__()
+        self.proj = nn.Linear(64, width, bias=False)
+        self.segment = nn.Embedding(len(masks.SEGMENTS), width)
+
+    def forward(self, layout: Layout) -> Tensor:
+        """(L, D)"""
+        grid = torch.stack([layout.row, layout.col], -1)[..., None]                  # (L, 2, 1)
+        angle = grid * 10.0 ** -torch.linspace(0, 2, 16, device=grid.device)         # wavelengths of 6 to 600 positions
+        return self.proj(torch.cat([angle.sin(), angle.cos()], -1).flatten(1)) + self.segment(layout.segment)
+
+
 class Out(nn.Module):
     def __init__(self, width: int, channels: int):
         super().__init__()
@@ -202,18 +218,24 @@ class MMDiT(nn.Module):
                 setattr(self, f"{side}_out_norm", nn.LayerNorm(c.width, eps=c.norm_eps))
                 setattr(self, f"{side}_out_ada", nn.ModuleDict(dict(out_in=Ada(c.emb_dim, 2 * c.width))))
                 setattr(self, f"{side}_out", Out(c.width, channels))
+        self.place = Place(c.width) if c.place else None
         self.attention_backend = "auto"
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """adaLN-Zero: gates and outputs start at 0, so the model starts as the identity and predicts v = 0."""
+        """Gates start at 1, shifts and scales at 0, outputs at 0: a plain pre-norm transformer that predicts v = 0.
+
+        adaLN-Zero starts the gates at 0, which costs a short run most of its steps: after 600 of them the gates of clean
+        context were still near 0.1, and images as good as unread. The residual branches share out unit variance instead.
+        """
         for name, p in self.named_parameters():
             if ".norm_" in name or "_norm." in name:
                 continue
-            if p.dim() < 2 or ".ada." in name or "_out_ada." in name or "_out.proj" in name:
-                nn.init.zeros_(p)
+            if p.dim() < 2 or name == "place.segment.weight" or ".ada." in name or "_out_ada." in name or "_out.proj" in name:
+                nn.init.constant_(p, 1.0 if name.endswith(("msa_out.1.bias", "mlp_out.1.bias")) else 0.0)
             else:
-                nn.init.normal_(p, std=min(0.02, p.shape[1] ** -0.5) if "emb_in" in name else p.shape[1] ** -0.5)
+                depth = 2 * self.config.layers if name.endswith("proj_out.weight") and "blocks." in name else 1
+                nn.init.normal_(p, std=(p.shape[1] * depth) ** -0.5)
 
     def forward(self, text: Tensor, image: Tensor | None, t: Tensor, t_index: Tensor, layout: Layout, plan: Plan,
                 cache: Cache | None = None, commit: bool = False, targets: tuple[Tensor, Plan] | None = None, tap: int = -1):
@@ -230,7 +252,7 @@ class MMDiT(nn.Module):
         emb = self.emb_in(t)                                                         # (U, E)
         x = self.txt_in.proj(text)                                                   # (Lt, D)
         x = where.join(x, self.img_in.proj(image)) if len(where.image) else x        # (L, D)
-        x = x.float()
+        x = (x + self.place(layout) if self.place else x).float()
         rope = rope_angles(layout, self.blocks[0].msa.rope.rope.freqs)
         hidden = None
         for layer in range(self.config.layers):
@@ -288,7 +310,7 @@ def load_official(config: dict, tensors: dict[str, Tensor]) -> tuple[MMDiT, int]
     if config.get("patch_size", 1) != 1 or config.get("txt_out_channels", config["txt_in_channels"]) != config["txt_in_channels"]:
         raise ValueError("cola_dit config: only patch_size 1 and as many channels out as in are built here")
     with torch.device("meta"):
-        model = MMDiT(MMDiTConfig(image_channels=0, **{ours: config[name] for name, ours in RELEASE_KEYS.items()}))
+        model = MMDiT(MMDiTConfig(image_channels=0, place=False, **{ours: config[name] for name, ours in RELEASE_KEYS.items()}))
     want, have = model.state_dict(), dict(tensors)
     for name in sorted(want.keys() | have.keys()):
         shapes = [tuple(d[name].shape) if name in d else "missing" for d in (have, want)]

@@ -35,9 +35,9 @@ COUNTS = ("one", "two", "three")
 HELDOUT_PAIRS = (("green", "circle"), ("yellow", "square"), ("purple", "triangle"))
 HELDOUT_COUNT = (3, "star")
 
-MARGIN, GAP = 1.0, 2.0                                    # to the border; between bounding boxes
-SAME_ROW, OTHER_ROW = 3.0, 6.0                            # heights of two centres differ by less or by more,
-ROW = 4.5                                                 # so that this threshold tells rows apart
+ROOM, JITTER = 14.0, 1.0                                  # bounding boxes stay in the inner 14 x 14 of a quadrant of 16,
+ROW, CLEAR = 8.0, 4.5                                     # so 2 pixels apart. Heights in one row differ by less than ROW;
+                                                          # what is true of two objects differs by CLEAR or more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def offset(a: Object, r: str, b: Object) -> float:
 
 def holds(a: Object, r: str, b: Object) -> bool:
     """Whether `a r b` is true; both "left of" and "above" are of two objects on a diagonal."""
-    return offset(a, r, b) >= ROW / 32
+    return offset(a, r, b) >= CLEAR / 32
 
 
 def relation(a: Object, b: Object) -> str:
@@ -135,19 +135,13 @@ def sample_scene(rng: np.random.Generator, heldout: bool = False, count: int | N
 
 
 def _place(objects, rng):
-    """Rejection sampling of centres, 256 proposals at a time -> x (n,), y (n,) in pixels."""
+    """Every object in a quadrant of its own, its bounding box jittered about the middle -> x (n,), y (n,) in pixels."""
     side, up, down = (np.array([SHAPES[o.shape] for o in objects]) * [[SIZES[o.size]] for o in objects]).T
-    i, j = np.triu_indices(len(objects), 1)
-    while True:
-        u, v = rng.random((2, 256, len(objects)))
-        x = MARGIN + side + u * (32 - 2 * MARGIN - 2 * side)                                 # (256, n)
-        y = MARGIN + up + v * (32 - 2 * MARGIN - up - down)
-        dx, dy = abs(x[:, i] - x[:, j]), y[:, i] - y[:, j]                                   # (256, pairs)
-        below, above = dy >= up[i] + down[j] + GAP, -dy >= up[j] + down[i] + GAP
-        rows = (abs(dy) <= SAME_ROW) | (abs(dy) >= OTHER_ROW)
-        valid = (rows & (below | above | (dx >= side[i] + side[j] + GAP))).all(1)
-        if valid.any():
-            return x[valid.argmax()], y[valid.argmax()]
+    row, column = np.divmod(rng.permutation(4)[:len(objects)], 2)
+    u, v = rng.uniform(-1, 1, (2, len(objects)))
+    x = 8 + 16 * column + u * np.minimum(JITTER, ROOM / 2 - side)
+    y = 8 + 16 * row + v * np.minimum(JITTER, (ROOM - up - down) / 2)                        # of the box's middle
+    return x, y + (up - down) / 2
 
 
 # ---- Pictures: drawing
@@ -344,8 +338,8 @@ CAPTIONS = {
 }
 
 
-def caption(scene: Scene, rng: np.random.Generator, any_order: bool = False) -> str:
-    """Describe a scene in full, in one of several wordings.
+def caption(scene: Scene, rng: np.random.Generator, any_order: bool = False, wording: int | None = None) -> str:
+    """Describe a scene in full, in one of several wordings: a drawn one, or the given one.
 
     Objects are named in reading order; any_order=True draws another order, and the relations stay true.
     """
@@ -354,7 +348,8 @@ def caption(scene: Scene, rng: np.random.Generator, any_order: bool = False) -> 
     for p, q, o1, o2 in zip("ab", "bc", objects, objects[1:]):
         words[p + q], words[q + p] = relation(o1, o2), relation(o2, o1)
         words[q + p + "_suffix"] = SUFFIX[relation(o2, o1)]
-    return _picker(rng)(CAPTIONS[len(objects)]).format(**words)
+    wordings = CAPTIONS[len(objects)]
+    return (_picker(rng)(wordings) if wording is None else wordings[wording % len(wordings)]).format(**words)
 
 
 def read_caption(text: str) -> Description | None:
@@ -469,7 +464,7 @@ def question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
         elif others := [(p, its) for p in scene.objects if p is not o and (its := _phrases(scene, p))]:
             other, its = pick(others)
             r = relation(o, other)
-            alone = [p for p in scene.objects if offset(p, r, other) > SAME_ROW / 32] == [o]
+            alone = [p for p in scene.objects if holds(p, r, other)] == [o]
             if alone and rng.random() < 0.5:
                 asked = f"what is {r} the {pick(its)}?"
             elif phrases:

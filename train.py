@@ -267,6 +267,7 @@ class Batch:
     """One micro-step's samples for the prior, packed; everything random is in here already.
 
     T tokens and Lv latents of all texts for the text VAE; L positions of the MMDiT, Lt of text and Li of images."""
+    task: int
     ids: Tensor             # (T,)
     lengths: list[int]      # latents of each text
     posterior: Tensor       # (Lv, Dz) noise of the posterior sample
@@ -287,8 +288,9 @@ class Batch:
     numbers: list[int]
 
     def counts(self) -> list[float]:
-        """Loss positions x channels of L_text and L_image, tokens, masked tokens."""
-        return [int(self.loss_text.sum()) * self.eps_text.shape[1], int(self.loss_image.sum()) * self.eps_image.shape[1],
+        """Loss positions x channels of L_image and of L_text in each task; tokens, masked tokens."""
+        text = int(self.loss_text.sum()) * self.eps_text.shape[1]
+        return [int(self.loss_image.sum()) * self.eps_image.shape[1], *(text * (task == self.task) for task in range(len(TASKS))),
                 self.ids.numel(), int(self.hidden.sum())]
 
     def to(self, device) -> Batch:
@@ -442,7 +444,7 @@ class Batches:
                         flow.sample_time(z, a.time_law, a.image_loc, a.time_scale, shift))
         tensor = torch.from_numpy
         return Batch(
-            torch.tensor([i for x in texts for i in x]), [len(x) // p for x in texts if x],
+            task, torch.tensor([i for x in texts for i in x]), [len(x) // p for x in texts if x],
             tensor(np.concatenate(posterior)), tensor(np.concatenate(hidden)), layout, make_plan(layout),
             targets, make_plan(layout.select(targets), layout),
             tensor(source[~is_image]), tensor(moving[~is_image]),
@@ -492,7 +494,8 @@ class PriorStage(nn.Module):
             self.repa = nn.Linear(args.width, model.image_vae.channels)
 
     def forward(self, b: Batch, counts: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
-        """counts: of L_text, L_image, tokens, masked tokens, over the whole step. Terms before their weights."""
+        """counts: Batch.counts of the whole step, over all workers. Terms come before their weights."""
+        image_count, *text_counts, token_count, mask_count = counts
         a, vae = self.args, self.text_vae
         terms, loss = {}, 0.0
         plan = vae.make_plan(b.lengths)
@@ -501,12 +504,12 @@ class PriorStage(nn.Module):
         if self.joint:
             loss, terms = text_vae_loss(vae, b.ids, b.lengths, b.posterior, b.hidden if a.lambda_mask else None, beta=a.beta,
                                         lambda_mask=a.lambda_mask, learned_prior=True, posterior=(mean, logvar),
-                                        count=counts[2], mask_count=counts[3], plan=plan)
-            loss, terms["logsnr"] = a.lambda_vae * loss, terms["logsnr"] * b.ids.numel() / counts[2]
+                                        count=token_count, mask_count=mask_count, plan=plan)
+            loss, terms["logsnr"] = a.lambda_vae * loss, terms["logsnr"] * b.ids.numel() / token_count
         if a.lambda_ref:
             with torch.no_grad():
                 mean_ref, logvar_ref = self.ref.encode(b.ids, b.lengths, plan)
-            terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / counts[2]
+            terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / token_count
             loss = loss + a.lambda_ref * terms["ref"]
         z0 = vae.latents(mean, logvar, b.posterior).index_select(0, b.source)        # (Lt, Dz)
         is_image = b.layout.segment == masks.I
@@ -518,15 +521,17 @@ class PriorStage(nn.Module):
         v_text, v_image, hidden = self.mmdit(zt, zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1,
                                              targets=(b.targets, b.target_plan))
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
-        terms["text"] = flow.fm_loss(v_text, v, counts[0], b.loss_text[b.noisy])
+        terms["text"] = flow.fm_loss(v_text, v, sum(text_counts), b.loss_text[b.noisy])
+        if text_counts[b.task]:                                # the same by task, for the log
+            terms[f"text_{TASKS[b.task]}"] = terms["text"] * sum(text_counts) / text_counts[b.task]
         loss = loss + a.lambda_fm * a.w_text * terms["text"]
         if v_image is not None:
             v = flow.velocity(b.z_image, b.eps_image)[b.loss_image]                  # (targets of images, Cz)
-            terms["image"] = flow.fm_loss(v_image, v, counts[1])
+            terms["image"] = flow.fm_loss(v_image, v, image_count)
             loss = loss + a.lambda_fm * terms["image"]
         if repa:
             cosine = F.cosine_similarity(self.repa(hidden[is_image].float()), b.z_image, dim=-1)                # (Li,)
-            terms["repa"] = (1 - cosine)[b.loss_image].sum() * b.z_image.shape[1] / counts[1]
+            terms["repa"] = (1 - cosine)[b.loss_image].sum() * b.z_image.shape[1] / image_count
             loss = loss + a.lambda_fm * repa * terms["repa"]
         unused = sum(p.view(-1)[0] * 0.0 for p in self.parameters() if p.requires_grad)      # DDP: every parameter, every task
         return loss + unused, {k: v.detach() for k, v in terms.items()}
@@ -603,8 +608,10 @@ class Run:
         self.progress, self.seconds = dict(checkpoint["progress"]), checkpoint["seconds"]
         self.optimizer_state = checkpoint["optimizers"]
 
-    def fit(self, stage: str, module: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int, make, average=()) -> None:
-        """Train one stage. make(step) -> this worker's micro-batches of a step; average: parts kept as EMA, by name."""
+    def fit(self, stage: str, module: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int, make, average=(),
+            at_end=lambda: None) -> None:
+        """Train one stage. make(step) -> this worker's micro-batches of a step; average: parts kept as EMA, by name;
+        at_end is called before the last save."""
         a, worker, start = self.args, self.worker, self.progress[stage]
         if start >= steps:
             return
@@ -665,6 +672,8 @@ class Run:
                 bar.update()
             if (step + 1) % a.save_every == 0 or step + 1 == steps or signal_seen:
                 self.optimizer_state = [o.state_dict() for o in optimizers] if step + 1 < steps else []
+                if step + 1 == steps:
+                    at_end()
                 if log:
                     log.flush()
                 self.save()
@@ -703,13 +712,11 @@ def train_stages(run: Run) -> None:
         model.image_vae.train()
         stage = ImageStage(model.image_vae)
         steps = scaled(a.image_vae_steps)
-        unfinished = run.progress["image_vae"] < steps
+        shown = [b.x.to(w.device) for b in run.batches.pixels(range(1024))]
         run.fit("image_vae", stage, optimizers_for(a, stage, a.image_vae_lr, muon), steps,
-                lambda step: run.batches.pixels(w.share(step * a.image_vae_batch, a.image_vae_batch)))
+                lambda step: run.batches.pixels(w.share(step * a.image_vae_batch, a.image_vae_batch)),
+                at_end=lambda: model.image_vae.set_statistics(shown))
         model.image_vae.eval().requires_grad_(False)
-        if unfinished:
-            shown = run.batches.pixels(range(1024))
-            model.image_vae.set_statistics([b.x.to(w.device) for b in shown])
     if "mmdit" in wanted:
         model.image_vae.eval().requires_grad_(False)
         prior = PriorStage(model, a)

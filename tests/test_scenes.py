@@ -58,7 +58,7 @@ def test_places_follow_the_rules():
             assert min(boxes[-1]) >= 1 - 1e-9 and max(boxes[-1]) <= 31 + 1e-9
         for (a, p), (b, q) in itertools.combinations(zip(scene.objects, boxes), 2):
             assert max(p[0] - q[1], q[0] - p[1], p[2] - q[3], q[2] - p[3]) >= 2 - 1e-9
-            assert not 3 < 32 * abs(a.y - b.y) < 6
+            assert not 4.2 < 32 * abs(a.y - b.y) < 11.8
             assert scenes.holds(a, scenes.relation(a, b), b)         # a is first in reading order
             assert scenes.relation(a, b) in ("left of", "above")
         assert scenes.reading_order(scene.objects[::-1]) == scene.objects
