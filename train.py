@@ -83,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--vocab_size", type=int, default=512, help="byte-level BPE trained on the corpus")
     g.add_argument("--tokenizer", default="", help="a tiktoken encoding instead, such as cl100k_base")
     g.add_argument("--pool", type=int, default=20000, help="generated scenes in all")
-    g.add_argument("--any_order", type=float, default=0.25, help="share of T2I captions naming objects in any order")
+    g.add_argument("--any_order", type=float, default=0.0, help="share of T2I captions naming objects in any order")
     g.add_argument("--questions", type=float, default=0.5, help="share of IT2T samples that ask instead of describe")
 
     g = parser.add_argument_group("text VAE (stage 1)")
@@ -96,7 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--vae_logsnr", default="1.5", help="'learned', or a fixed log(mu^2 / sigma^2): lower is noisier, more robust")
     g.add_argument("--beta", type=float, default=1e-3, help="weight of KL(q || N(0, I)), and of E log q in stage 2")
     g.add_argument("--lambda_mask", type=float, default=0.1, help="weight of the masking loss; 0 saves a pass")
-    g.add_argument("--text_vae_steps", type=int, default=250, help="steps of stage 1")
+    g.add_argument("--text_vae_steps", type=int, default=220, help="steps of stage 1")
     g.add_argument("--text_vae_batch", type=int, default=48, help="texts a step")
     g.add_argument("--text_vae_lr", type=float, default=4e-3, help="peak learning rate of AdamW")
 
@@ -104,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--image_latent_dim", type=int, default=32, help="channels of an image latent; 64 at 256 pixels")
     g.add_argument("--downsample", type=int, default=8, help="pixels per latent along a side; 16 at 256 pixels")
     g.add_argument("--image_vae_width", type=int, default=64, help="channels of the first level")
-    g.add_argument("--image_vae_steps", type=int, default=2400, help="steps of stage 1b")
+    g.add_argument("--image_vae_steps", type=int, default=1800, help="steps of stage 1b")
     g.add_argument("--image_vae_batch", type=int, default=32, help="images a step")
     g.add_argument("--image_vae_lr", type=float, default=4e-3, help="peak learning rate of AdamW")
 
@@ -114,7 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--heads", type=int, default=4, help="attention heads; the release has 16")
     g.add_argument("--streams", type=int, default=1, help="2 gives text and image their own weights, joined in attention")
     g.add_argument("--block_len", type=int, default=16, help="text latents generated together")
-    g.add_argument("--steps", type=int, default=3000, help="steps of stage 2")
+    g.add_argument("--steps", type=int, default=2200, help="steps of stage 2")
     g.add_argument("--batch_size", type=int, default=32, help="samples a micro-step, over all workers")
     g.add_argument("--micro_steps", type=int, default=3, help="micro-steps a step; each has one task")
     g.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks of the prior and the image VAE")
