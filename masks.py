@@ -1,8 +1,8 @@
 """Masks: the attention mask is the task.
 
-Every position of a packed sequence carries a sample number, a segment type s, a block id b, and its coordinates for RoPE;
-every sample carries its task. Query i may attend to key j only inside one sample, and only if a rule holds that depends on
-the task and the two segment types alone (blog, section 3):
+Every position of a packed sequence carries its sample, a segment type s, a block id b and its coordinates;
+every sample carries its task. Query i may attend to key j only inside one sample, and only if a rule holds
+that depends on the task and the two segment types alone (blog, section 3):
 
     M_ij = 1  <=>  sample_i = sample_j  and  RULES[task][s_i][s_j] holds for (b_j, b_i)
 
@@ -11,16 +11,17 @@ the task and the two segment types alone (blog, section 3):
     T2I    [C][I][N]              the image, and the caption as an auxiliary task
     IT2T   [P][I][C][N]           the answer; instruction P and image I are clean context
 
-    P instruction   C clean text   I image (one block)   N noisy text: same blocks and coordinates as its clean copy C
+    P instruction   C clean text   I image (one block)
+    N noisy text: the same blocks and coordinates as its clean copy C
 
-The rules are data: a new task is a new 4 x 4 table, and neither the attention kernels nor this file change.
+The rules are data: a new task is one more 4 x 4 table, and neither this code nor the attention changes.
 Nothing of size L x L is built except by `dense`, which is for tests, pictures and small runs.
 
 Shapes: L positions of the packed sequence, S samples.    Run: python masks.py   (CPU, 2 s; draws masks.png)
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -30,23 +31,23 @@ P, C, I, N = range(4)                                  # segment types
 SEGMENTS = "PCIN"
 T2T, T2I, IT2T = range(3)                              # tasks
 TASKS = ("t2t", "t2i", "it2t")
-LT, EQ, GT = 1, 2, 4                                   # where the key's block b_j may lie from the query's block b_i:
-NEVER, LE, ALWAYS = 0, LT | EQ, LT | EQ | GT           # sets of "before", "same", "after"
+LT, EQ, GT = 1, 2, 4                                   # the key's block lies before, at, after the query's
+NEVER, LE, ALWAYS = 0, LT | EQ, LT | EQ | GT           # sets of these
 _ = NEVER
 
-# keys:     P       C   I       N           queries
-T2T_RULE = [[_,      _,  _,      _],       # P
-            [_,      LE, _,      _],       # C   block-causal
-            [_,      _,  _,      _],       # I
-            [_,      LT, _,      EQ]]      # N   clean blocks before its own, and its own noisy block
-T2I_RULE = [[_,      _,  _,      _],
-            [_,      LE, _,      _],
-            [_,      ALWAYS, ALWAYS, _],   # I   the whole caption and itself; never the noisy text
-            [_,      LT, _,      EQ]]
-IT2T_RULE = [[ALWAYS, _,  ALWAYS, _],      # P   instruction and image form one bidirectional condition,
-             [ALWAYS, LE, ALWAYS, _],      # C   which sees nothing of the answer
-             [ALWAYS, _,  ALWAYS, _],      # I
-             [ALWAYS, LT, ALWAYS, EQ]]     # N
+# keys:       P       C       I       N          queries
+T2T_RULE = [[_,      _,      _,      _],       # P
+            [_,      LE,     _,      _],       # C   block-causal
+            [_,      _,      _,      _],       # I
+            [_,      LT,     _,      EQ]]      # N   clean blocks before its own, and its own noisy block
+T2I_RULE = [[_,      _,      _,      _],
+            [_,      LE,     _,      _],
+            [_,      ALWAYS, ALWAYS, _],       # I   the whole caption and itself; never the noisy text
+            [_,      LT,     _,      EQ]]
+IT2T_RULE = [[ALWAYS, _,      ALWAYS, _],      # P   instruction and image form one bidirectional condition,
+             [ALWAYS, LE,     ALWAYS, _],      # C   which sees nothing of the answer
+             [ALWAYS, _,      ALWAYS, _],      # I
+             [ALWAYS, LT,     ALWAYS, EQ]]     # N
 RULES = torch.tensor([T2T_RULE, T2I_RULE, IT2T_RULE], dtype=torch.uint8)               # (task, s_i, s_j)
 
 
@@ -55,7 +56,7 @@ class Layout:
     """What each position of a packed sequence is. All int64: (L,) except `task` (S,)."""
     sample: Tensor      # index into the samples of this sequence
     segment: Tensor     # P, C, I or N
-    block: Tensor       # text: latent index // block_len; image: 0
+    block: Tensor       # C and N: index of the latent in its text // block_len; P and I: 0
     row: Tensor         # coordinates for RoPE: text has row = col = its index, an image its grid
     col: Tensor
     task: Tensor        # (S,) task of each sample
@@ -79,95 +80,95 @@ def concat(a: Layout, b: Layout) -> Layout:
 
 @dataclass
 class Sample:
-    """One sample to be packed, in latents. A length of 0 leaves the segment out and moves nothing else, which is how
-    the unconditional layouts of classifier-free guidance arise: T2I [I], IT2T [N], T2T [N]."""
+    """One sample to be packed, in latents. A length of 0 leaves the segment out and moves nothing else: that
+    is how the unconditional layouts of guidance arise, T2I [I], IT2T [N], T2T [N]."""
     task: int
     prompt: int = 0                        # positions of P
     image: tuple[int, int] = (0, 0)        # rows and columns of I
     clean: int = 0                         # positions of C
     noisy: int = 0                         # positions of N
-    start: int = 0                         # coordinate of the first position of C and of N; they continue after P
-    first: int = 0                         # index in the text of the first position given: generation packs one block
+    start: int = 0                         # coordinate at which C and N begin: behind P
+    first: int = 0                         # index in the text of the first latent packed, for a single block
 
 
 def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
-    """Lay samples one after another into a sequence, each as [P][I][C][N] or [C][I][N] (blog, section 3). Attention
-    reads segments, blocks and coordinates only: the order inside a sample has no meaning to it."""
-    pieces = []                            # one row a segment: sample, segment, positions, coordinate and index of the first
+    """Lay samples one after another into a sequence, each as [P][I][C][N] or [C][I][N] (blog, section 3).
+    Attention reads segments, blocks and coordinates only: the order inside a sample has no meaning to it."""
+    pieces = []            # a segment each: sample, type, length, coordinate and index of its first, columns
     for number, s in enumerate(samples):
         h, w = s.image
         p, c = (number, P, s.prompt, 0, 0, 1), (number, C, s.clean, s.start + s.first, s.first, 1)
         i, n = (number, I, h * w, 0, 0, w), (number, N, s.noisy, s.start + s.first, s.first, 1)
         pieces += (p, i, c, n) if s.prompt else (c, i, n)
-    number, segment, length, start, first, w = np.array(pieces, dtype=np.int64).reshape(-1, 6).T
-    sample, segment, start, first, w = (np.repeat(x, length) for x in (number, segment, start, first, w))          # (L,)
-    place = np.arange(len(sample)) - np.repeat(np.cumsum(length) - length, length)                  # in its segment
-    is_text = (segment == C) | (segment == N)
-    columns = (sample, segment, np.where(is_text, (first + place) // block_len, 0),
-               np.where(segment == I, place // w, start + place), np.where(segment == I, place % w, start + place),
-               np.array([s.task for s in samples], dtype=np.int64))
-    return Layout(*(torch.from_numpy(c).to(device) for c in columns))
+    sample, segment, length, start, first, w = np.array(pieces, dtype=np.int64).reshape(-1, 6).T
+    sample, segment, start, first, w = (np.repeat(x, length) for x in (sample, segment, start, first, w))
+    place = np.arange(len(sample)) - np.repeat(np.cumsum(length) - length, length)   # (L,), in its segment
+    block = np.where((segment == C) | (segment == N), (first + place) // block_len, 0)
+    row = np.where(segment == I, place // w, start + place)
+    col = np.where(segment == I, place % w, start + place)
+    task = np.array([s.task for s in samples], dtype=np.int64)
+    return Layout(*(torch.from_numpy(x).to(device) for x in (sample, segment, block, row, col, task)))
 
 
 def text_layout(lengths, block_len: int, device=None) -> Layout:
-    """S texts of `lengths` latents each, clean, block-causal: the layout of the text VAE. block_len 1 is strictly causal."""
+    """S clean texts of `lengths` latents, the layout of the text VAE: block-causal, at block_len 1 causal."""
     return pack([Sample(T2T, clean=int(n)) for n in lengths], block_len, device)
 
 
 def holds(relation: Tensor, b_i: Tensor, b_j: Tensor) -> Tensor:
-    """Whether each relation, a set of bits, has the one that tells where b_j lies from b_i. All broadcast; bool."""
-    bit = (b_j >= b_i).to(relation.dtype) + (b_j > b_i)                              # 0 before, 1 same, 2 after
+    """Whether the relation, a set of LT, EQ, GT, has the one in which b_j is to b_i. All broadcast; bool."""
+    bit = (b_j >= b_i).to(relation.dtype) + (b_j > b_i)                              # LT 0, EQ 1, GT 2
     return (relation >> bit & 1).bool()
 
 
 def dense(q: Layout, k: Layout, rules: Tensor = RULES) -> Tensor:
-    """The whole mask: bool (Lq, Lk), True where query i may attend to key j. O(Lq Lk) memory: for tests and pictures."""
+    """The whole mask, bool (Lq, Lk): True where query i may attend to key j. Quadratic memory."""
     relation = rules.to(q.segment.device)[q.task[q.sample][:, None], q.segment[:, None], k.segment[None, :]]
     return (q.sample[:, None] == k.sample[None, :]) & holds(relation, q.block[:, None], k.block[None, :])
 
 
 @dataclass
 class Padded:
-    """A packed sequence seen as S rows of Lmax slots: `index` (S, Lmax) into the packed positions, 0 where `valid` is
-    False; `inverse` (L,) is each packed position's slot. `plain`: all rows are full and in order, a view is enough."""
-    index: Tensor
-    valid: Tensor
-    inverse: Tensor
-    plain: bool = field(default=False)
+    """A packed sequence seen as S rows, one a sample, of Lmax slots."""
+    index: Tensor       # (S, Lmax) the position in each slot; some position or other where `valid` is False
+    valid: Tensor       # (S, Lmax) bool
+    inverse: Tensor     # (L,) the slot of each position, in 0 .. S Lmax - 1
+    plain: bool         # all rows are full and in order: a view is enough
 
 
 def pad(layout: Layout) -> Padded:
     """Group positions by sample. They need not be contiguous (a KV cache appends)."""
     counts = torch.bincount(layout.sample, minlength=layout.task.numel())            # (S,)
-    order = torch.argsort(layout.sample, stable=True)                                # (L,) positions, sample by sample
+    order = torch.argsort(layout.sample, stable=True)                                # (L,), sample by sample
     starts = counts.cumsum(0) - counts                                               # (S,)
-    width = -(-int(counts.max()) // 32) * 32 if counts.numel() else 0                # vector units like whole rows
+    width = -(-int(counts.max()) // 32) * 32 if counts.numel() else 0                # Lmax, whole vectors
     slot = torch.arange(width, device=order.device)
     valid = slot[None, :] < counts[:, None]                                          # (S, Lmax)
     index = torch.where(valid, starts[:, None] + slot, 0)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel(), device=order.device)                   # place in `order` of each position
+    rank, positions = torch.empty_like(order), torch.arange(order.numel(), device=order.device)
+    rank[order] = positions                                                          # (L,), place in `order`
     inverse = layout.sample * width + rank - starts[layout.sample]                   # (L,)
-    plain = bool(valid.all()) and torch.equal(order, torch.arange(order.numel(), device=order.device))
+    plain = bool(valid.all()) and torch.equal(order, positions)
     return Padded(order[index] if order.numel() else index, valid, inverse, plain)
 
 
 def padded_mask(q: Layout, k: Layout, q_pad: Padded, k_pad: Padded, rules: Tensor = RULES) -> Tensor:
-    """The mask of every sample by itself: bool (S, Lq_max, Lk_max), False at padding. Linear in the number of samples."""
+    """The mask of every sample by itself: bool (S, Lq, Lk) for rows of Lq and Lk slots, False at padding."""
     s_i, b_i = q.segment[q_pad.index], q.block[q_pad.index].int()                    # (S, Lq)
     s_j, b_j = k.segment[k_pad.index], k.block[k_pad.index].int()                    # (S, Lk)
-    row = rules.to(s_i.device)[q.task[:, None], s_i]                    # (S, Lq, segment types)
-    relation = row.gather(2, s_j[:, None].expand(-1, s_i.shape[1], -1))              # (S, Lq, Lk)
+    rule = rules.to(s_i.device)[q.task[:, None], s_i]                                # (S, Lq, segment types)
+    relation = rule.gather(2, s_j[:, None].expand(-1, s_i.shape[1], -1))             # (S, Lq, Lk)
     mask = holds(relation, b_i[:, :, None], b_j[:, None, :])
     return mask & q_pad.valid[:, :, None] & k_pad.valid[:, None, :]
 
 
 def draw(layout: Layout, cell: int = 10):
-    """The mask as a PIL image in the style of the blog's Figure 2: rows are queries, columns keys, red allowed, gray
-    masked; strips along the top and left show the segment (green P, blue C, orange I, purple N)."""
+    """The mask as a PIL image in the style of the blog's Figure 2: rows are queries, columns keys, red is
+    allowed, gray masked; strips on top and left show the segment (green P, blue C, orange I, purple N)."""
     from PIL import Image
-    strip = np.array([(80, 170, 90), (70, 120, 200), (240, 150, 50), (150, 90, 190)], np.uint8)[layout.segment.cpu()]
-    body = np.where(dense(layout, layout).cpu().numpy()[..., None], (215, 60, 50), (225, 225, 225)).astype(np.uint8)
+    colors = np.array([(80, 170, 90), (70, 120, 200), (240, 150, 50), (150, 90, 190)], np.uint8)
+    strip, mask = colors[layout.segment.cpu()], dense(layout, layout).cpu().numpy()
+    body = np.where(mask[..., None], (215, 60, 50), (225, 225, 225)).astype(np.uint8)
     picture = np.full((len(layout) + 2,) * 2 + (3,), 255, np.uint8)
     picture[0, 2:], picture[2:, 0], picture[2:, 2:] = strip, strip, body
     picture = picture.repeat(cell, 0).repeat(cell, 1)
@@ -183,19 +184,21 @@ def main() -> None:
     for name, sample in examples.items():
         layout = pack([sample], block_len=2)
         mask = dense(layout, layout)
-        print(f"{name}: {len(layout)} positions in blocks of 2, {int(mask.sum())} of {mask.numel()} pairs allowed"
-              " (rows are queries, columns keys, # allowed)")
+        print(f"{name}: {len(layout)} positions in blocks of 2, {int(mask.sum())} of {mask.numel()} pairs "
+              "allowed (rows are queries, columns keys, # allowed)")
         print("   " + "".join(SEGMENTS[s] for s in layout.segment))
         for i, row in enumerate(mask):
             print(f" {SEGMENTS[layout.segment[i]]} " + "".join("#" if m else "." for m in row))
         pictures.append(draw(layout))
-    canvas = Image.new("RGB", (sum(p.width for p in pictures) + 40, max(p.height for p in pictures)), "white")
+    size = sum(p.width for p in pictures) + 40, max(p.height for p in pictures)
+    canvas = Image.new("RGB", size, "white")
     for i, p in enumerate(pictures):
         canvas.paste(p, (sum(x.width for x in pictures[:i]) + 20 * i, 0))
     canvas.save("masks.png")
     both = pack(list(examples.values()), block_len=2)
     cross = dense(both, both) & (both.sample[:, None] != both.sample[None, :])
-    print(f"packed together: {len(both)} positions, {int(cross.sum())} pairs cross a sample (expect 0); masks.png drawn")
+    print(f"packed together: {len(both)} positions, {int(cross.sum())} pairs cross a sample (expect 0); "
+          "masks.png drawn")
 
 
 if __name__ == "__main__":

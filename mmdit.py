@@ -1,20 +1,23 @@
 """MMDiT: the shared block-causal prior over packed text and image latents.
 
-    v = MMDiT(z_t, t, layout)          predicts eps - z_0 at every position        (paper, Eq. 9.32; blog, section 3)
+    v = MMDiT(z_t, t, layout)     predicts eps - z_0 at every position     (paper, Eq. 9.32; blog, section 3)
 
-A transformer with adaLN-Zero (Peebles & Xie 2212.09748): every position has its own flow time, clean context t = 0, and
-the time alone sets the shift, scale and gate of each sub-layer, so they are computed once per distinct time. Text and image
-latents enter through their own linear maps and share one attention; `streams` says whether they also share the weights
-around it (1) or each have their own (2, Esser et al. 2403.03206). What attends to what is the layout's business (masks.py).
+A transformer with adaLN (Peebles & Xie 2212.09748): every position has its own flow time, clean context
+t = 0, and the time alone sets the shift, scale and gate of each sub-layer, so these are computed once per
+distinct time. Text and image latents enter through their own linear maps and share one attention; `streams`
+says whether they also share the weights around it (1) or each have their own (2, Esser et al. 2403.03206).
+What attends to what is the layout's business (masks.py).
 
-The text side has the parameter names and the arithmetic of the public Cola DLM release: `load_official` reads it, and text
-alone gives the same numbers. The image side (img_*) is its mirror image.
+The text side has the parameter names and the arithmetic of the public Cola DLM release: `load_official` reads
+it, and text alone gives the same numbers. The image side (img_*) is its mirror image.
 
-    block:  x = x + gate * attention((1 + scale) * LN(x) + shift);   the same with the MLP;   [shift | scale], gate = ada(t)
+    block:  x = x + gate * attention((1 + scale) * LN(x) + shift),   then the same with the MLP
+            [shift | scale] = ada[.._in](t),   gate = ada[.._out](t)
     rope:   pair i of a head turns by freq_i * (row if i is even else col); text has row = col
 
-Shapes: L packed positions, Lt text and Li image positions among them, U distinct times, D width, nh heads, hd head width,
-Dz text and Cz image latent channels.    Run: python mmdit.py   (CPU, 5 s)
+Shapes: L packed positions, Lt text and Li image positions among them, U distinct times, E width of their
+embedding, D width, nh heads, hd head width, Dz text and Cz image latent channels.
+Run: python mmdit.py   (CPU, 5 s)
 """
 from __future__ import annotations
 
@@ -40,16 +43,17 @@ class MMDiTConfig:
     head_dim: int = 32
     layers: int = 4
     expand_ratio: int = 4              # MLP width / D
-    emb_dim: int = 128                 # width of the time embedding
+    emb_dim: int = 128                 # E
     rope_dim: int = 32                 # channels of a head that turn
     streams: int = 1                   # 1 weights shared by text and image, 2 one set each
-    place: bool = True                 # add segment type and absolute place to what enters; the release has neither
+    place: bool = True                 # add segment type and absolute place at the entrance (Place)
     qk_bias: bool = False
     norm_eps: float = 1e-5
 
     def __post_init__(self):
         if self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim:
-            raise ValueError(f"rope_dim {self.rope_dim}: expected an even number up to the head width {self.head_dim}")
+            raise ValueError(f"rope_dim {self.rope_dim}: expected an even number up to {self.head_dim}, "
+                             "the head width")
         if self.streams not in (1, 2):
             raise ValueError(f"streams {self.streams}: 1 (shared weights) or 2 (weights per modality)")
 
@@ -62,23 +66,23 @@ class Cache:
 
 
 def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
-    """[sin | cos] of 1000 t at frequencies exp(-ln(10000) i / (width/2)); t (U,) in [0, 1] -> (U, width) fp32."""
+    """[sin | cos] of 1000 t at frequencies exp(-ln(10000) i / (width/2)). t (U,) in [0, 1] -> (U, width)"""
     freqs = torch.exp(-math.log(10000.0) / (width // 2) * torch.arange(width // 2, device=t.device))
     angle = 1000.0 * t.float()[:, None] * freqs
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 def rope_angles(layout: Layout, freqs: Tensor) -> Tensor:
-    """exp(i angle) of every pair at every position, complex (L, 1, rope_dim / 2): even pairs turn with the row, odd ones
-    with the column."""
+    """exp(i angle) of every pair at every position, complex (L, 1, rope_dim / 2): even pairs turn with the
+    row, odd ones with the column."""
     by_row = torch.arange(freqs.numel(), device=freqs.device) % 2 == 0
     angle = torch.where(by_row, layout.row[:, None], layout.col[:, None]) * freqs.float()
     return torch.polar(torch.ones_like(angle), angle)[:, None]
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the interleaved pairs (0, 1), (2, 3), ... of the first rope_dim channels: one complex product, eight times
-    faster on a CPU than cosines and sines. x (L, nh, hd) fp32"""
+    """Turn the interleaved pairs (0, 1), (2, 3), ... of the first rope_dim channels: one complex product,
+    eight times faster on a CPU than cosines and sines. x (L, nh, hd) fp32"""
     turning, rest = x[..., :2 * rope.shape[-1]], x[..., 2 * rope.shape[-1]:]
     turned = torch.view_as_real(torch.view_as_complex(turning.unflatten(-1, (-1, 2))) * rope).flatten(-2)
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
@@ -111,8 +115,8 @@ class Attention(nn.Module):
     def qkv(self, h: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h (L, D) -> q, k, v, each (L, nh, hd); norms and rotation in fp32."""
         q, k, v = self.proj_qkv(h).unflatten(-1, self.shape).unbind(1)               # (L, nh, hd)
-        return apply_rope(self.norm_q(q.float()), rope).to(v.dtype), \
-            apply_rope(self.norm_k(k.float()), rope).to(v.dtype), v
+        q, k = apply_rope(self.norm_q(q.float()), rope), apply_rope(self.norm_k(k.float()), rope)
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class MLP(nn.Module):
@@ -126,7 +130,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of one stream, in two halves: attention itself lies between them and is shared by the streams."""
+    """One layer of one stream, in two halves: attention lies between them and is shared by the streams."""
     def __init__(self, c: MMDiTConfig):
         super().__init__()
         self.width, self.eps = c.width, c.norm_eps
@@ -136,7 +140,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def gate(self, name: str, emb: Tensor, t_index: Tensor) -> Tensor:
-        """A projection of the U distinct times, handed to the positions. (L, D)"""
+        """emb (U, E) -> the gate of each position. (L, D)"""
         return self.ada[name](emb).float().index_select(0, t_index)
 
     def modulate(self, x: Tensor, name: str, emb: Tensor, t_index: Tensor) -> Tensor:
@@ -151,9 +155,10 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, o: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:
         """x (L, D), o (L, nh, hd) what attention returned -> (L, D)"""
-        x = torch.addcmul(x, self.msa.proj_out(o.flatten(1)).to(x.dtype), self.gate("msa_out", emb, t_index))
-        h = self.modulate(x, "mlp_in", emb, t_index)
-        return torch.addcmul(x, self.mlp(h).to(x.dtype), self.gate("mlp_out", emb, t_index))
+        h = self.msa.proj_out(o.flatten(1))
+        x = torch.addcmul(x, h.to(x.dtype), self.gate("msa_out", emb, t_index))
+        h = self.mlp(self.modulate(x, "mlp_in", emb, t_index))
+        return torch.addcmul(x, h.to(x.dtype), self.gate("mlp_out", emb, t_index))
 
 
 class In(nn.Module):
@@ -163,8 +168,9 @@ class In(nn.Module):
 
 
 class Place(nn.Module):
-    """What RoPE cannot tell: the segment type, and where in its text or image a position lies. RoPE knows distances only,
-    and neither an image nor a block of noise has an end to count them from. Not in the release, which learns without."""
+    """What RoPE cannot tell: the segment type, and where in its text or image a position lies. RoPE knows
+    distances only, and neither an image nor a block of noise has an end to count them from. Ours: the release
+    does without."""
     def __init__(self, width: int):
         super().__init__()
         self.proj = PackedLinear(64, width, bias=False)
@@ -173,7 +179,7 @@ class Place(nn.Module):
     def forward(self, layout: Layout) -> Tensor:
         """(L, D)"""
         grid = torch.stack([layout.row, layout.col], -1)[..., None]                  # (L, 2, 1)
-        angle = grid * 10.0 ** -torch.linspace(0, 2, 16, device=grid.device)         # wavelengths of 6 to 600 positions
+        angle = grid * 10.0 ** -torch.linspace(0, 2, 16, device=grid.device)         # wavelengths of 6 to 600
         return self.proj(torch.cat([angle.sin(), angle.cos()], -1).flatten(1)) + self.segment(layout.segment)
 
 
@@ -223,30 +229,36 @@ class MMDiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gates start at 1, shifts and scales at 0, outputs at 0: a plain pre-norm transformer that predicts v = 0.
+        """Gates start at 1, shifts and scales at 0, outputs at 0: a plain pre-norm transformer with v = 0.
 
-        adaLN-Zero starts the gates at 0, which costs a short run most of its steps: after 600 of them the gates of clean
-        context were still near 0.1, and images as good as unread. The residual branches share out unit variance instead.
+        adaLN-Zero starts the gates at 0, which costs a short run most of its steps: after 600 of them those
+        of clean context were still near 0.1, and images as good as unread. Here the residual branches share
+        out unit variance instead.
         """
+        zero = "place.segment.", ".ada.", "_out_ada.", "_out.proj."
         for name, p in self.named_parameters():
             if ".norm_" in name or "_norm." in name:
                 continue
-            if p.dim() < 2 or name == "place.segment.weight" or ".ada." in name or "_out_ada." in name or "_out.proj" in name:
+            if p.dim() < 2 or any(part in name for part in zero):
                 nn.init.constant_(p, 1.0 if name.endswith(("msa_out.1.bias", "mlp_out.1.bias")) else 0.0)
             else:
-                depth = 2 * self.config.layers if name.endswith("proj_out.weight") and "blocks." in name else 1
-                nn.init.normal_(p, std=(p.shape[1] * depth) ** -0.5)
+                ends_branch = "blocks." in name and name.endswith("proj_out.weight")
+                nn.init.normal_(p, std=(p.shape[1] * (2 * self.config.layers if ends_branch else 1)) ** -0.5)
 
-    def forward(self, text: Tensor, image: Tensor | None, t: Tensor, t_index: Tensor, layout: Layout, plan: Plan,
-                cache: Cache | None = None, commit: bool = False, targets: tuple[Tensor, Plan] | None = None, tap: int = -1):
+    def forward(self, text: Tensor, image: Tensor | None, t: Tensor, t_index: Tensor, layout: Layout,
+                plan: Plan, cache: Cache | None = None, commit: bool = False,
+                targets: tuple[Tensor, Plan] | None = None, tap: int = -1) -> tuple[Tensor | None, ...]:
         """The velocity at every position, or at the targets alone.
 
-        text (Lt, Dz) and image (Li, Cz): latents of the text and of the image positions, each in packed order;
+        text (Lt, Dz) and image (Li, Cz): latents of the text and of the image positions, in packed order;
         t (U,) distinct flow times in [0, 1], t_index (L,) the time of each position.
-        With a cache, keys are those of the cache followed by these positions, and the plan is that of the two layouts.
-        commit=True appends these positions to the cache and stops there: nobody asks for the velocity of clean context.
-        targets: (n,) positions whose velocity is wanted, and the plan of these queries; the last layer computes no others.
-        Returns v_text (Lt, Dz), v_image (Li, Cz) or None, and the hidden state (L, D) after layer `tap`, or None.
+        With a cache, the keys are the cache's and then these positions; the plan is that of the two layouts.
+        commit=True appends these positions to the cache and stops there, returning three None: nobody asks
+        for the velocity of clean context.
+        targets: (n,) positions whose velocity is wanted, and the plan of these queries; the last layer
+        computes no others, and the velocities are those of the text and the image positions among them.
+        Returns v_text (Lt, Dz), v_image (Li, Cz) or None where there is no image, and the hidden state (L, D)
+        after layer `tap`, from 0 and with targets before the last, or None.
         """
         where = Streams(layout.segment)
         emb = self.emb_in(t)                                                         # (U, E)
@@ -272,30 +284,32 @@ class MMDiT(nn.Module):
             o = attention(q, k, v, plan, self.attention_backend)                     # (L, nh, hd)
             x = self.each(layer, where, lambda b, x, o, i: b.after(x, o, emb, i), x, o, t_index)
             hidden = x if layer == tap else hidden
-        v_text = self.head("txt", x.index_select(0, where.text), emb, t_index[where.text])
-        v_image = self.head("img", x.index_select(0, where.image), emb, t_index[where.image]) if len(where.image) else None
+        v_text = self.head("txt", where.text, x, emb, t_index)
+        v_image = self.head("img", where.image, x, emb, t_index) if len(where.image) else None
         return v_text, v_image, hidden
 
     def each(self, layer: int, where: Streams, call, *args: Tensor):
-        """call(block, *args) for all positions at once, or for each modality by its own block, joined again."""
+        """call(block, *args) for all positions at once, or for each modality by its own block and joined."""
         if not self.image_blocks or not len(where.image):
             return call(self.blocks[layer], *args)
         text = call(self.blocks[layer], *(a[where.text] for a in args))
         image = call(self.image_blocks[layer], *(a[where.image] for a in args))
         return tuple(map(where.join, text, image)) if isinstance(text, tuple) else where.join(text, image)
 
-    def head(self, side: str, x: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:
-        """x (n, D) -> velocity (n, channels) fp32"""
-        shift, scale = (m.index_select(0, t_index) for m in getattr(self, f"{side}_out_ada")["out_in"](emb).chunk(2, -1))
+    def head(self, side: str, index: Tensor, x: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:
+        """x (L, D), of which index (n,) are of this side -> velocity (n, channels) fp32"""
+        x, t_index = x.index_select(0, index), t_index[index]
+        ada = getattr(self, f"{side}_out_ada")["out_in"](emb)                        # (U, 2 D)
+        shift, scale = (a.index_select(0, t_index) for a in ada.chunk(2, -1))
         h = torch.addcmul(shift, getattr(self, f"{side}_out_norm")(x), 1 + scale)
         return getattr(self, f"{side}_out").proj(h).float()
 
 
-# ---- the public release's files -------------------------------------------------------------------------------------
+# ---- the public release's files ----------------------------------------------------------------------------
 
-RELEASE_KEYS = {"txt_in_channels": "text_channels", "txt_dim": "width", "heads": "heads", "head_dim": "head_dim",
-                "num_layers": "layers", "expand_ratio": "expand_ratio", "emb_dim": "emb_dim", "rope_dim": "rope_dim",
-                "qk_bias": "qk_bias", "norm_eps": "norm_eps"}
+RELEASE_KEYS = {"txt_in_channels": "text_channels", "txt_dim": "width", "heads": "heads",
+                "head_dim": "head_dim", "num_layers": "layers", "expand_ratio": "expand_ratio",
+                "emb_dim": "emb_dim", "rope_dim": "rope_dim", "qk_bias": "qk_bias", "norm_eps": "norm_eps"}
 
 
 def load_official(config: dict, tensors: dict[str, Tensor]) -> tuple[MMDiT, int]:
@@ -307,15 +321,18 @@ def load_official(config: dict, tensors: dict[str, Tensor]) -> tuple[MMDiT, int]
     missing = [key for key in (*RELEASE_KEYS, "block_size") if key not in config]
     if missing:
         raise ValueError(f"cola_dit config: no {', '.join(missing)}; expected the config.json of a cola_dit")
-    if config.get("patch_size", 1) != 1 or config.get("txt_out_channels", config["txt_in_channels"]) != config["txt_in_channels"]:
+    channels = config["txt_in_channels"]
+    if config.get("patch_size", 1) != 1 or config.get("txt_out_channels", channels) != channels:
         raise ValueError("cola_dit config: only patch_size 1 and as many channels out as in are built here")
+    settings = {ours: config[theirs] for theirs, ours in RELEASE_KEYS.items()}
     with torch.device("meta"):
-        model = MMDiT(MMDiTConfig(image_channels=0, place=False, **{ours: config[name] for name, ours in RELEASE_KEYS.items()}))
+        model = MMDiT(MMDiTConfig(**settings, image_channels=0, place=False))
     want, have = model.state_dict(), dict(tensors)
     for name in sorted(want.keys() | have.keys()):
-        shapes = [tuple(d[name].shape) if name in d else "missing" for d in (have, want)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"cola_dit: {name} is {shapes[0]}, the config asks for {shapes[1]}; both must be of one release")
+        got, expected = (tuple(d[name].shape) if name in d else "missing" for d in (have, want))
+        if got != expected:
+            raise ValueError(f"cola_dit: {name} is {got}, the config asks for {expected}; "
+                             "both must be of one release")
     model.load_state_dict(have, assign=True)
     return model, config["block_size"]
 
@@ -326,32 +343,35 @@ def main() -> None:
     caption, bl = "a large red circle above a small blue square on a gray background", 16
     layout = masks.pack([masks.Sample(masks.T2I, clean=16, image=(4, 4), noisy=16)], bl)
     plan = make_plan(layout)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; one T2I sample: {len(layout)} positions for {caption!r}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; "
+          f"one T2I sample: {len(layout)} positions for {caption!r}")
     text, image = torch.randn(32, 16), torch.randn(16, 32)
     t = torch.tensor([0.0, 0.3, 0.8])                                    # clean, caption, image
     t_index = torch.tensor([0, 0, 2, 1])[layout.segment]
     v_text, v_image, _ = model(text, image, t, t_index, layout, plan)
-    print(f"velocities: text {tuple(v_text.shape)}, image {tuple(v_image.shape)}; at adaLN-Zero's start both are "
+    print(f"velocities: text {tuple(v_text.shape)}, image {tuple(v_image.shape)}; at the start both are "
           f"{v_text.abs().max():.1f} and {v_image.abs().max():.1f} (expect 0)")
     for p in model.parameters():
         p.data.normal_(std=0.05)
     before = model(text, image, t, t_index, layout, plan)
-    text[16:] += 1.0                                                     # the noisy caption, which the image may not see
+    text[16:] += 1.0                                         # the noisy caption, which the image may not see
     after = model(text, image, t, t_index, layout, plan)
-    print(f"change the noisy caption: image velocity moves by {(after[1] - before[1]).abs().max():.1e} (expect 0), "
-          f"its own by {(after[0] - before[0])[16:].abs().max():.1e} (expect more)")
-    text[0] += 1.0                                                       # a clean token, which all but earlier blocks see
+    print(f"change the noisy caption: image velocity moves by {(after[1] - before[1]).abs().max():.1e} "
+          f"(expect 0), its own by {(after[0] - before[0])[16:].abs().max():.1e} (expect more)")
+    text[0] += 1.0                                           # a clean latent, which the image sees
     later = model(text, image, t, t_index, layout, plan)
-    print(f"change a clean token: image velocity moves by {(later[1] - after[1]).abs().max():.1e} (expect more than 0)")
+    print(f"change a clean latent: image velocity moves by {(later[1] - after[1]).abs().max():.1e} "
+          "(expect more than 0)")
 
     cache, c = Cache(), layout.segment == masks.C
     clean, picture = layout.select(c), layout.select(layout.segment == masks.I)
-    zero = torch.zeros(1)
+    zeros = torch.zeros(16, dtype=torch.long)
     with torch.no_grad():
-        model(text[:16], image[:0], zero, torch.zeros(16, dtype=torch.long), clean, make_plan(clean), cache, commit=True)
+        model(text[:16], image[:0], t[:1], zeros, clean, make_plan(clean), cache, commit=True)
         plan = make_plan(picture, masks.concat(cache.layout, picture))
-        cached = model(text[:0], image, t[2:], torch.zeros(16, dtype=torch.long), picture, plan, cache)[1]
-    print(f"image from the cached caption: {(cached - later[1]).abs().max():.1e} from the whole pass (expect < 1e-5)")
+        cached = model(text[:0], image, t[2:], zeros, picture, plan, cache)[1]
+    print(f"image from the cached caption: {(cached - later[1]).abs().max():.1e} from the whole pass "
+          "(expect < 1e-5)")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Sample: text, images, captions and answers from a checkpoint.
 
-    z_1 ~ N(0, I);   dz/dt = v(z, t | context), t from 1 to 0;   x ~ p(x | z_0)            (paper, Sec. 3.2.3, Eq. 10.2)
+    z_1 ~ N(0, I);  dz/dt = v(z, t | context), t from 1 to 0;  x ~ p(x | z_0)    (paper, Sec. 3.2.3, Eq. 10.2)
 
-Clean context (instruction, input image, caption, text so far) is encoded by its posterior mean and passes through the prior
-once; its keys and values stay in the cache. An image is one block; text is transported block by block, each finished block
-joining the context at t = 0. Guidance mixes in the velocity of a shorter layout, the block or the image without its context:
-v = v_u + w (v_c - v_u). A block that begins inside the prompt keeps the known latents at every step ("clean repaint", Sec. 5.2).
+Clean context (instruction, input image, caption, text so far) is encoded by its posterior mean and passes
+through the prior once; its keys and values stay in the cache. An image is one block; text is transported
+block by block, each finished block joining the context at t = 0. Guidance mixes in the velocity of a shorter
+layout, the block or the image without its context: v = v_u + w (v_c - v_u). A block that begins inside the
+prompt keeps the known latents at every step ("clean repaint", Sec. 5.2). Of p(x | z_0) the mode is taken.
 
     python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
     python sample.py it2t a.png "describe the image."
@@ -32,7 +33,7 @@ import flow
 import masks
 from cuda_attention import Plan, make_plan
 from image_vae import ImageVAE
-from masks import IT2T, T2I, T2T, Layout, pack
+from masks import IT2T, T2I, T2T, Layout, Sample, pack
 from mmdit import Cache, MMDiT, MMDiTConfig
 from text_vae import TextVAE
 
@@ -89,11 +90,11 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 class Context:
-    """Clean positions that later queries may attend to. cached=False recomputes them at every call: the oracle of the
-    cache, and what it saves."""
+    """Clean positions that later queries may attend to. cached=False recomputes them at every call, which is
+    slow: what the cache is tested against."""
     def __init__(self, model: Cola, cached: bool = True):
-        self.model, self.cached = model, cached
-        self.cache, self.past = Cache(), None                                        # past: (text, image, layout)
+        self.model, self.cached, self.cache = model, cached, Cache() if cached else None
+        self.past: tuple[Tensor, Tensor, Layout] | None = None                       # text, image, layout
 
     def plan(self, layout: Layout) -> Plan:
         """The plan of queries of this layout, for all the steps they take."""
@@ -102,29 +103,31 @@ class Context:
         both = masks.concat(self.past[2], layout)
         return make_plan(layout, both) if self.cached else make_plan(both)
 
-    def velocity(self, text: Tensor, image: Tensor, t: list[float], t_index: Tensor, layout: Layout, plan: Plan,
-                 commit: bool = False) -> tuple[Tensor, Tensor | None]:
-        n = 0
+    def joined(self, text: Tensor, image: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
+        """The context and then these positions."""
+        if self.past is None:
+            return text, image, layout
+        old_text, old_image, old_layout = self.past
+        return torch.cat([old_text, text]), torch.cat([old_image, image]), masks.concat(old_layout, layout)
+
+    def velocity(self, text: Tensor, image: Tensor, t: list[float], t_index: Tensor, layout: Layout,
+                 plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """The velocity of text (Lt, Dz) and image (Li, Cz) at times t[t_index]; plan is self.plan(layout)."""
+        n_text = n_image = 0
         if self.past is not None and not self.cached:
-            n = len(self.past[2])
-            text, image = torch.cat([self.past[0], text]), torch.cat([self.past[1], image])
-            layout = masks.concat(self.past[2], layout)
-            t, t_index = [0.0, *t], torch.cat([t_index.new_zeros(n), t_index + 1])
+            n_text, n_image = len(self.past[0]), len(self.past[1])
+            text, image, layout = self.joined(text, image, layout)
+            t, t_index = [0.0, *t], torch.cat([t_index.new_zeros(n_text + n_image), t_index + 1])
         times = torch.tensor(t, device=text.device, dtype=torch.float32)
-        v_text, v_image, _ = self.model.mmdit(text, image, times, t_index, layout, plan,
-                                              self.cache if self.cached else None, commit)
-        if n:
-            old_image = self.past[1].shape[0]
-            return v_text[n - old_image:], v_image[old_image:] if v_image is not None else None
-        return v_text, v_image
+        v_text, v_image, _ = self.model.mmdit(text, image, times, t_index, layout, plan, self.cache, False)
+        return v_text[n_text:], None if v_image is None else v_image[n_image:]
 
     def add(self, text: Tensor, image: Tensor, layout: Layout) -> None:
         """Let clean latents join the context at t = 0."""
         if self.cached:
-            zeros = torch.zeros(len(layout), dtype=torch.long, device=text.device)
-            self.velocity(text, image, [0.0], zeros, layout, self.plan(layout), commit=True)
-        past = self.past or (text[:0], image[:0], layout.select(slice(0)))
-        self.past = (torch.cat([past[0], text]), torch.cat([past[1], image]), masks.concat(past[2], layout))
+            t, t_index = text.new_zeros(1), torch.zeros(len(layout), dtype=torch.long, device=text.device)
+            self.model.mmdit(text, image, t, t_index, layout, self.plan(layout), self.cache, True)
+        self.past = self.joined(text, image, layout)
 
 
 @dataclass
@@ -134,7 +137,7 @@ class Settings:
     guidance: float = 2.5
     interval: tuple[float, float] = (0.0, 1.0)
     solver: str = "euler"
-    shift: float | None = None             # of the time grid; None: images by their size, as in training, text 1
+    shift: float | None = None             # of the time grid; None: as in training for images, 1 for text
     seed: int = 0
     cached: bool = True
 
@@ -143,13 +146,14 @@ IMAGE = Settings()
 TEXT = Settings(guidance=1.0, shift=3.0)
 
 
-def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: Tensor | None = None) -> Tensor:
+def transport(context: Context, layout: Layout, z: Tensor, s: Settings,
+              known: Tensor | None = None) -> Tensor:
     """Integrate noise z of one modality, laid out as given, to clean latents, with guidance.
 
     z (L, channels); known (L,) bool: positions that are clean already and stay."""
     model, alone = context.model, Context(context.model)
     is_image = bool((layout.segment == masks.I).any())
-    t_index = torch.ones(len(layout), dtype=torch.long, device=z.device) if known is None else (~known).long()
+    t_index = torch.ones_like(layout.segment) if known is None else (~known).long()
     empty = z.new_zeros(0, model.text_vae.latent_dim if is_image else model.image_vae.channels)
     plan, plan_alone = context.plan(layout), alone.plan(layout)
 
@@ -162,31 +166,33 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
         w = flow.guidance_at(t, s.guidance, *s.interval) if context.past is not None else 1.0
         return v if w == 1.0 else flow.guided(v, velocity(alone, z, t, plan_alone), w)
 
-    return flow.solve(guided, z, flow.time_grid(s.steps, 1.0 if s.shift is None else s.shift), s.solver, known)
+    times = flow.time_grid(s.steps, 1.0 if s.shift is None else s.shift)
+    return flow.solve(guided, z, times, s.solver, known)
 
 
-def noise(seed: int, numbers: list[int], purpose: int) -> list[np.random.Generator]:
+def noise(seed: int, first: int, count: int) -> list[np.random.Generator]:
     """One generator per sample number: a sample is the same alone and in any batch."""
-    return [data.rng(seed, k, purpose) for k in numbers]
+    return [data.rng(seed, first + k, data.NOISE) for k in range(count)]
 
 
 @torch.no_grad()
 def generate_images(model: Cola, captions: list[str], s: Settings = IMAGE, hw: tuple[int, int] | None = None,
                     first: int = 0) -> list[np.ndarray]:
-    """Text to image. captions of B samples, numbered from `first`; hw in pixels (default: the size trained last).
+    """Text to image. captions of B samples, numbered from `first`; hw in pixels, by default the size trained.
     Returns uint8 (H, W, 3) images. ValueError for a size the image VAE cannot take."""
     height, width = hw or model.image_hw
     model.image_vae.check_size(height, width)
     h, w = height // model.image_vae.downsample, width // model.image_vae.downsample
     context = Context(model, s.cached)
     z_text, lengths = model.encode_text([model.ids(c, end=True) for c in captions])
-    empty = z_text.new_zeros(0, model.image_vae.channels)
-    context.add(z_text, empty, pack([masks.Sample(T2I, clean=n) for n in lengths], model.block_len, model.device))
-    layout = pack([masks.Sample(T2I, image=(h, w)) for _ in captions], model.block_len, model.device)
-    z = np.concatenate([g.standard_normal((h * w, model.image_vae.channels), np.float32)
-                        for g in noise(s.seed, range(first, first + len(captions)), data.NOISE)])
+    clean = pack([Sample(T2I, clean=n) for n in lengths], model.block_len, model.device)
+    length, channels = h * w, model.image_vae.channels
+    context.add(z_text, z_text.new_zeros(0, channels), clean)
+    layout = pack([Sample(T2I, image=(h, w))] * len(captions), model.block_len, model.device)
+    generators = noise(s.seed, first, len(captions))
+    z = np.concatenate([g.standard_normal((length, channels), np.float32) for g in generators])
     if s.shift is None:
-        s = replace(s, shift=flow.image_shift(h * w * model.image_vae.channels))
+        s = replace(s, shift=flow.image_shift(length * channels))
     z = transport(context, layout, torch.from_numpy(z).to(model.device), s)
     return model.decode_images(z, (h, w))
 
@@ -197,26 +203,27 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
                   first: int = 0) -> list[str]:
     """Text to text, or image and text to text where prompts and images (uint8, of one size) are given.
 
-    Continues each prefix until an end token or max_tokens new tokens; returns the continuations alone."""
+    Continues each of B prefixes, numbered from `first`, until an end token or max_tokens new tokens; returns
+    the continuations alone."""
     task, p, bl = (T2T if images is None else IT2T), model.text_vae.patch_size, model.block_len
     dz, device, B = model.text_vae.latent_dim, model.device, len(prefixes)
     context, starts = Context(model, s.cached), [0] * B
     if task == IT2T:
         z_prompt, starts = model.encode_text([model.ids(x, end=False) for x in prompts])
         z_image = model.encode_images(images)
-        grid = (images[0].shape[0] // model.image_vae.downsample, images[0].shape[1] // model.image_vae.downsample)
-        context.add(z_prompt, z_image, pack([masks.Sample(IT2T, prompt=n, image=grid) for n in starts], bl, device))
+        h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
+        layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in starts], bl, device)
+        context.add(z_prompt, z_image, layout)
     ids = [model.tokenizer.encode(x) for x in prefixes]
-    # A patch that the prompt fills only in part is generated whole; its known tokens are put back after decoding.
+    # A patch that the prefix fills only in part is generated whole; what it makes of known tokens is dropped.
     z_known, known = model.encode_text([i[:len(i) // p * p] for i in ids])
-    z = list(z_known.split(known))                                                   # per sample (n, Dz)
-    block = [n // bl for n in known]                                                 # the block each sample fills next
+    z = list(z_known.split(known))                                                   # B of (n, Dz)
+    block = [n // bl for n in known]                                                 # which each fills next
     empty = z_known.new_zeros(0, model.image_vae.channels)
     if any(block):
-        layout = pack([masks.Sample(task, clean=b * bl, start=n) for b, n in zip(block, starts)], bl, device)
+        layout = pack([Sample(task, clean=b * bl, start=n) for b, n in zip(block, starts)], bl, device)
         context.add(torch.cat([x[:b * bl] for x, b in zip(z, block)]), empty, layout)
-    generators = noise(s.seed, range(first, first + B), data.NOISE)
-    texts = [""] * B
+    generators = noise(s.seed, first, B)
     while True:
         fresh = np.stack([g.standard_normal((bl, dz), np.float32) for g in generators])
         z_block = torch.from_numpy(fresh).to(device)                                 # (B, bl, Dz)
@@ -225,33 +232,36 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
             rest = z[i][block[i] * bl:]
             z_block[i, :len(rest)], is_known[i, :len(rest)] = rest, True
         spots = [(b * bl, n) for b, n in zip(block, starts)]
-        noisy = pack([masks.Sample(task, noisy=bl, start=n, first=f) for f, n in spots], bl, device)
-        clean = pack([masks.Sample(task, clean=bl, start=n, first=f) for f, n in spots], bl, device)
+        noisy = pack([Sample(task, noisy=bl, start=n, first=f) for f, n in spots], bl, device)
+        clean = pack([Sample(task, clean=bl, start=n, first=f) for f, n in spots], bl, device)
         z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten())
         context.add(z0, empty, clean)
         z = [torch.cat([x[:b * bl], y]) for x, b, y in zip(z, block, z0.view(B, bl, dz))]
         block = [b + 1 for b in block]
-        tokens = model.text_vae.decode(torch.cat(z), [len(x) for x in z]).argmax(-1).split([len(x) * p for x in z])
-        new = [t[len(i):].tolist() for t, i in zip(tokens, ids)]
-        texts = [model.tokenizer.decode(n[:max_tokens]) for n in new]
+        tokens = model.text_vae.decode(torch.cat(z), [len(x) for x in z]).argmax(-1)
+        new = [t[len(i):].tolist() for t, i in zip(tokens.split([len(x) * p for x in z]), ids)]
         if all(model.tokenizer.end in n or len(n) >= max_tokens for n in new):
-            return texts
+            return [model.tokenizer.decode(n[:max_tokens]) for n in new]
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The dict of a checkpoint of ours; nothing in the file can run code. FileNotFoundError or ValueError, one line."""
+    """The dict of a checkpoint of ours; nothing in the file can run code.
+
+    FileNotFoundError or ValueError, one line."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint; train one with `python train.py`, or name it by --checkpoint")
+        raise FileNotFoundError(f"{path}: no such checkpoint; "
+                                "train one with `python train.py`, or name it by --checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:             # torch.load has no error class of its own: zip, pickle and runtime errors
+    except Exception as error:             # torch.load has no class of its own: zip, pickle, runtime errors
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); it may be truncated, "
-                         f"take an earlier copy or train anew") from None
+                         "take an earlier copy or train anew") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this program (no format {FORMAT!r}); make one with train.py")
+        raise ValueError(f"{path}: not a checkpoint of this program (no format {FORMAT!r}); "
+                         "make one with train.py")
     return checkpoint
 
 
@@ -277,15 +287,16 @@ def load(path: str | Path, device: str = "cpu") -> Cola:
     return model
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- command line ------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse that names the nearest flag and says everything in one line."""
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(*args, allow_abbrev=False, formatter_class=formatter, **kwargs)
 
     def error(self, message: str):
-        parsers = [self]                   # what a subcommand does not know is reported by the parser above it
+        parsers = [self]                   # what a subcommand does not know is reported by the parser above
         for action in self._actions:
             parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
         known = [o for p in parsers for a in p._actions for o in a.option_strings]
@@ -300,24 +311,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common = Parser(add_help=False)
     common.add_argument("--checkpoint", default="out/ckpt.pt", help="what train.py wrote")
     common.add_argument("--steps", type=int, default=16, help="solver steps; fewer is faster and coarser")
-    common.add_argument("--guidance", type=float, help="guidance scale w; 1 is conditional, more follows the prompt more"
-                        f" (default {IMAGE.guidance} for images, {TEXT.guidance} for text)")
+    common.add_argument("--guidance", type=float,
+                        help="guidance scale w; 1 is conditional, more follows the prompt more "
+                        f"(default {IMAGE.guidance} for images, {TEXT.guidance} for text)")
     common.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
                         help="flow times between which guidance acts; narrower is cheaper")
-    common.add_argument("--solver", choices=flow.SOLVERS, default="euler", help="heun and rk4 call the model 2 and 4 times"
-                        " a step, ab2 once")
-    common.add_argument("--shift", type=float, help="shift of the time grid; larger spends more steps near noise "
+    common.add_argument("--solver", choices=flow.SOLVERS, default="euler",
+                        help="heun and rk4 call the model 2 and 4 times a step, ab2 once")
+    common.add_argument("--shift", type=float,
+                        help="shift of the time grid; larger spends more steps near noise "
                         f"(default: by size for images, {TEXT.shift} for text)")
     common.add_argument("--n", type=int, default=1, help="samples to draw")
     common.add_argument("--seed", type=int, default=0, help="same seed, same samples")
-    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    common.add_argument("--device", default=default_device, help="where to run")
     common.add_argument("--kv_cache", action=argparse.BooleanOptionalAction, default=True,
                         help="off recomputes the context at every step: slower, the same result")
     parser = Parser(prog="sample.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="task", required=True, parser_class=Parser)
     p = commands.add_parser("t2i", parents=[common], help="text to image")
     p.add_argument("prompt")
-    p.add_argument("--out", default="sample.png", help="PNG to write; with --n above 1 a number is added to its name")
+    p.add_argument("--out", default="sample.png",
+                   help="PNG to write; with --n above 1 a number is added to its name")
     p.add_argument("--size", type=int, nargs="+", help="pixels: one number, or height and width")
     p = commands.add_parser("it2t", parents=[common], help="image and text to text")
     p.add_argument("image")
@@ -346,16 +361,19 @@ def check(args: argparse.Namespace) -> None:
         if args.size and len(args.size) > 2:
             raise ValueError(f"--size {args.size}: expected one number of pixels, or height and width")
         if Path(args.out).suffix.lower() != ".png":
-            raise ValueError(f"--out {args.out}: expected a name that ends in .png, which carries the caption along")
+            raise ValueError(f"--out {args.out}: expected a name that ends in .png, "
+                             "which carries the caption along")
         if not Path(args.out).parent.is_dir():
-            raise FileNotFoundError(f"--out {args.out}: there is no folder {Path(args.out).parent}; make it first")
+            folder = Path(args.out).parent
+            raise FileNotFoundError(f"--out {args.out}: there is no folder {folder}; make it first")
 
 
 def run(args: argparse.Namespace) -> None:
     model = load(args.checkpoint, args.device)
     default = IMAGE if args.task == "t2i" else TEXT
-    s = Settings(args.steps, default.guidance if args.guidance is None else args.guidance, tuple(args.interval),
-                 args.solver, default.shift if args.shift is None else args.shift, args.seed, args.kv_cache)
+    guidance = default.guidance if args.guidance is None else args.guidance
+    shift = default.shift if args.shift is None else args.shift
+    s = Settings(args.steps, guidance, tuple(args.interval), args.solver, shift, args.seed, args.kv_cache)
     if args.task == "t2i":
         hw = None if args.size is None else (args.size[0], args.size[-1])
         images = generate_images(model, [args.prompt] * args.n, s, hw)
@@ -366,8 +384,8 @@ def run(args: argparse.Namespace) -> None:
             Image.fromarray(image).save(path, pnginfo=info)
             print(f"{path}  {image.shape[1]} x {image.shape[0]}  {args.prompt}")
     elif args.task == "it2t":
-        image = data.load_image(args.image, model.image_hw)
-        for answer in generate_text(model, [""] * args.n, [args.prompt] * args.n, [image] * args.n, s, args.max_tokens):
+        prompts, images = [args.prompt] * args.n, [data.load_image(args.image, model.image_hw)] * args.n
+        for answer in generate_text(model, [""] * args.n, prompts, images, s, args.max_tokens):
             print(answer)
     else:
         for text in generate_text(model, [args.prompt] * args.n, s=s, max_tokens=args.max_tokens):

@@ -1,16 +1,20 @@
 """Train: tokens and pixels in, one model that writes, draws and describes out.
 
-    stage 1    text VAE      -E log p(x|z) + beta KL + lambda_mask L_mask                              (paper, Eq. 3.16)
+    stage 1    text VAE      -E log p(x|z) + beta KL + lambda_mask L_mask                    (paper, Eq. 3.16)
     stage 1b   image VAE     reconstruction + beta KL; then frozen
-    stage 2    MMDiT prior   lambda_vae L_vae + lambda_fm (L_image + w_text L_text) + lambda_ref KL(q || q_ref)
-                                                                                     (paper, Eq. 3.18; blog, section 3)
+    stage 2    MMDiT prior   lambda_vae L_vae + lambda_fm (L_image + w_text L_text)
+                             + lambda_ref KL(q || q_ref)                   (paper, Eq. 3.18; blog, section 3)
 
-A step has `micro_steps` micro-steps; each has one task and a fixed range of sample numbers, which the workers share. Whatever
-is random about sample k comes from (seed, k, purpose), and every loss is divided by the count of its positions in the whole
-step: so the number of workers, accumulation and resuming change nothing but rounding.
+A step has `micro_steps` micro-steps; each has one task and a fixed range of sample numbers, which the workers
+share. Whatever is random about sample k comes from (seed, k, purpose), and every loss is divided by the count
+of its positions in the whole step: so the number of workers, accumulation and resuming change nothing but
+rounding.
 
-    python train.py                                         everything, on generated scenes; on a CPU one worker per core
+    python train.py                             everything, on generated scenes; on a CPU one worker per core
     torchrun --nproc_per_node=8 train.py --data DIR --text FILE
+
+Shapes: T tokens and Lv latents of all texts of a batch; L positions of the prior, Lt of text, Li of images;
+U distinct times; Dz and Cz channels of a text and an image latent; B images of H x W pixels, h x w latents.
 """
 from __future__ import annotations
 
@@ -26,6 +30,8 @@ import socket
 import subprocess
 import sys
 import time
+import timeit
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +60,10 @@ from text_vae import TextVAE, kl, text_vae_loss
 STAGES = ("text_vae", "image_vae", "mmdit")
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags, checked; `given` holds the names of those in argv. ValueError, one line."""
     parser = sample.Parser(prog="train.py", description=__doc__.split("\n\n")[0])
 
     def group(title: str):
@@ -77,7 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("scale", 1.0, "multiplies the steps of every stage: 5 takes five times as long")
     flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu", choices=("cuda", "cpu"))
     flag("procs", 0, "workers on a CPU, one thread each; 0 is one per core")
-    flag("bf16", "auto", "matrix products in bfloat16; auto times one product of each kind and takes the faster",
+    flag("bf16", "auto", "matrix products in bfloat16; auto times one of each kind and takes the faster",
          choices=("auto", "on", "off"))
     flag("save_every", 500, "steps between checkpoints")
 
@@ -113,6 +120,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("image_latent_dim", 32, "channels of an image latent; 64 at 256 pixels")
     flag("downsample", 8, "pixels per latent along a side; 16 at 256 pixels")
     flag("image_vae_width", 64, "channels of the first level")
+    flag("image_vae_levels", [1], "width of each level in units of the first; 1 2 4 4 at 256 pixels",
+         nargs="+", type=int)
+    flag("image_vae_blocks", 2, "residual blocks a level; 3 at 256 pixels")
+    flag("image_vae_patch", 4, "pixels a side folded into channels at once; 2 at 256 pixels")
     flag("image_vae_steps", 1800, "steps of stage 1b")
     flag("image_vae_batch", 32, "images a step")
     flag("image_vae_lr", 4e-3, "peak learning rate of AdamW")
@@ -125,7 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("block_len", 16, "text latents generated together")
     flag("steps", 2300, "steps of stage 2")
     flag("batch_size", 96, "samples a micro-step, over all workers")
-    flag("micro_steps", 1, "micro-steps a step, each of one task: more accumulate, for large batches in little memory")
+    flag("micro_steps", 1, "micro-steps a step, each of one task; more fit a large batch into little memory")
     flag("optimizer", "muon", "for the matrices inside the blocks of the prior and the image VAE",
          choices=("muon", "adamw"))
     flag("muon_lr", 0.02, "peak learning rate of Muon")
@@ -143,7 +154,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("repa_layer", 2, "layer that L_REPA reads, before the last")
     flag("repa_until", 0.5, "share of the steps after which L_REPA stops")
     flag("cfg_drop", 0.1, "share of samples trained without their condition, for guidance")
-    flag("text_loc", None, "mean of the text's logit time (default 1 + ln(text_latent_dim / 16) / 2)", type=float)
+    flag("text_loc", None, "mean of the text's logit time (default 1 + ln(text_latent_dim / 16) / 2)",
+         type=float)
     flag("image_loc", 0.0, "mean of the image's logit time, before the shift by size")
     flag("time_scale", 1.0, "deviation of the logit time")
     flag("time_law", "logit_normal", "law of the times", choices=("logit_normal", "uniform"))
@@ -155,8 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("text_guidance", sample.TEXT.guidance, "guidance for text")
     flag("sample_steps", 16, "solver steps")
     args = parser.parse_args(argv)
-    args.given = {a.dest for a in parser._actions for o in a.option_strings
-                  if any(w == o or w.startswith(o + "=") for w in (sys.argv[1:] if argv is None else argv))}
+    args.given = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
     check(args)
     return args
 
@@ -168,18 +179,25 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if not 1 <= len(args.image_size) <= 2 or min(args.image_size) < 1:
-        raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, or height and width")
+        raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, "
+                         f"or height and width")
     if args.scale <= 0 or args.seed < 0 or args.eval_samples < 0:
-        raise ValueError(f"--scale {args.scale} must be above 0, --seed {args.seed} and --eval_samples at least 0")
+        raise ValueError(f"--scale {args.scale} must be above 0, --seed {args.seed} and --eval_samples "
+                         f"{args.eval_samples} at least 0")
     if args.seq_len < args.block_len * args.text_patch:
-        raise ValueError(f"--seq_len {args.seq_len} is less than a block: --block_len {args.block_len} x --text_patch "
-                         f"{args.text_patch} tokens")
+        raise ValueError(f"--seq_len {args.seq_len} is less than a block: --block_len {args.block_len} x "
+                         f"--text_patch {args.text_patch} tokens")
     if args.vae_logsnr != "learned":
         try:
             float(args.vae_logsnr)
         except ValueError:
-            raise ValueError(f"--vae_logsnr {args.vae_logsnr}: expected 'learned' or a number such as 1.5") from None
+            raise ValueError(f"--vae_logsnr {args.vae_logsnr}: expected 'learned' or a number") from None
     task_ratios(args.tasks)
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """The flags, as a checkpoint and metrics.json hold them."""
+    return {k: v for k, v in vars(args).items() if k != "given"}
 
 
 def task_ratios(text: str) -> dict[str, float]:
@@ -200,10 +218,11 @@ def pick_task(args: argparse.Namespace, u: float) -> int:
     """The task at place u in [0, 1) of the ratios laid side by side."""
     ratios = task_ratios(args.tasks)
     ends = np.cumsum([ratios.get(name, 0.0) for name in TASKS])
-    return min(int(np.searchsorted(ends, u, side="right")), max(i for i, n in enumerate(TASKS) if ratios.get(n)))
+    last = max(i for i, name in enumerate(TASKS) if ratios.get(name))  # rounding may leave u beyond the ends
+    return min(int(np.searchsorted(ends, u, side="right")), last)
 
 
-# ---- workers --------------------------------------------------------------------------------------------------------
+# ---- workers -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Worker:
@@ -234,21 +253,34 @@ class Worker:
         return range(start + count * self.rank // self.world, start + count * (self.rank + 1) // self.world)
 
 
+def join(device: str) -> Worker:
+    """This process's place among those that `launch` or torchrun started; alone where nobody did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Worker(device=torch.device(device))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    return Worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device(device))
+
+
 def launch(argv: list[str], procs: int) -> int:
-    """Run this script as `procs` single-threaded workers on this machine: on small matrices two processes of one thread
-    are faster than two threads of one process. Freed memory stays with the process, for fewer page faults."""
+    """Run this script as `procs` single-threaded workers on this machine; returns the exit status.
+
+    On small matrices two processes of one thread are faster than two threads of one process. Freed memory
+    stays with the process, for fewer page faults."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                        "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+    env = os.environ | {"WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                        "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+                        "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
     command = [sys.executable, os.path.abspath(__file__), *argv]
-    workers = [subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(procs)]
+    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(procs)]
+    workers = [subprocess.Popen(command, env=env | rank) for rank in ranks]
     signal.signal(signal.SIGTERM, lambda *_: [w.terminate() for w in workers])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)               # a terminal's Ctrl-C reaches the workers by itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # a terminal's Ctrl-C reaches the workers by itself
     while any(w.poll() is None for w in workers) and not any(w.returncode for w in workers):
         time.sleep(0.1)
-    for w in workers:                                          # one has failed, or all are done
+    for w in workers:                                  # one has failed, or all are done
         try:
             w.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -259,24 +291,40 @@ def launch(argv: list[str], procs: int) -> int:
 
 def bf16_is_faster() -> bool:
     """Whether this CPU multiplies matrices in bfloat16 at least 1.5 times faster than in float32."""
-    def seconds(x: Tensor) -> float:
-        times = []
-        for _ in range(9):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        return min(times)
     x = torch.ones(512, 512)
-    return seconds(x) > 1.5 * seconds(x.bfloat16())
+    fp32, bf16 = (min(timeit.repeat(lambda: m @ m, number=1, repeat=9)) for m in (x, x.bfloat16()))
+    return fp32 > 1.5 * bf16
 
 
-# ---- batches --------------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
+
+@dataclass
+class TextBatch:
+    """Texts for stage 1."""
+    ids: Tensor             # (T,)
+    lengths: list[int]      # latents of each text
+    noise: Tensor           # (Lv, Dz) of the posterior sample
+    hidden: Tensor          # (T,) bool, tokens masked for L_mask
+
+    def counts(self) -> list[float]:
+        """Tokens, masked tokens."""
+        return [self.ids.numel(), int(self.hidden.sum())]
+
+
+@dataclass
+class ImageBatch:
+    """Images of one size for stage 1b."""
+    x: Tensor               # (B, 3, H, W) in [-1, 1]
+    noise: Tensor           # (B, Cz, h, w) of the posterior sample
+
+    def counts(self) -> list[float]:
+        """Images."""
+        return [len(self.x)]
+
 
 @dataclass
 class Batch:
-    """One micro-step's samples for the prior, packed; everything random is in here already.
-
-    T tokens and Lv latents of all texts for the text VAE; L positions of the MMDiT, Lt of text and Li of images."""
+    """One micro-step's samples for the prior, packed; everything random is in here already."""
     task: int
     ids: Tensor             # (T,)
     lengths: list[int]      # latents of each text
@@ -295,46 +343,24 @@ class Batch:
     eps_image: Tensor       # (Li, Cz)
     t: Tensor               # (U,) distinct times; t[0] = 0
     t_index: Tensor         # (L,)
-    numbers: list[int]
 
     def counts(self) -> list[float]:
         """Loss positions x channels of L_image and of L_text in each task; tokens, masked tokens."""
+        image = int(self.loss_image.sum()) * self.eps_image.shape[1]
         text = int(self.loss_text.sum()) * self.eps_text.shape[1]
-        return [int(self.loss_image.sum()) * self.eps_image.shape[1], *(text * (task == self.task) for task in range(len(TASKS))),
-                self.ids.numel(), int(self.hidden.sum())]
-
-    def to(self, device) -> Batch:
-        return self if device.type == "cpu" else Batch(*(
-            x.to(device, non_blocking=True) if isinstance(x, (Tensor, Layout)) else x
-            for x in (getattr(self, f.name) for f in dataclasses.fields(self))))
+        by_task = [text * (task == self.task) for task in range(len(TASKS))]
+        return [image, *by_task, self.ids.numel(), int(self.hidden.sum())]
 
 
-@dataclass
-class TextBatch:
-    """Texts for stage 1."""
-    ids: Tensor             # (T,)
-    lengths: list[int]      # latents of each text
-    noise: Tensor           # (Lv, Dz)
-    hidden: Tensor          # (T,) bool
-
-    def counts(self) -> list[float]:
-        return [self.ids.numel(), int(self.hidden.sum())]
-
-    def to(self, device) -> TextBatch:
-        return TextBatch(self.ids.to(device), self.lengths, self.noise.to(device), self.hidden.to(device))
-
-
-@dataclass
-class ImageBatch:
-    """Images of one size for stage 1b."""
-    x: Tensor               # (B, 3, H, W) in [-1, 1]
-    noise: Tensor           # (B, Cz, h, w)
-
-    def counts(self) -> list[float]:
-        return [len(self.x)]
-
-    def to(self, device) -> ImageBatch:
-        return ImageBatch(self.x.to(device), self.noise.to(device))
+def moved(x, device: torch.device):
+    """A batch with every tensor in it on the device."""
+    if device.type == "cpu":
+        return x
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=True)
+    if dataclasses.is_dataclass(x):
+        return type(x)(*(moved(getattr(x, f.name), device) for f in dataclasses.fields(x)))
+    return x
 
 
 class Batches:
@@ -342,55 +368,66 @@ class Batches:
     def __init__(self, args: argparse.Namespace, dataset, model: Cola):
         self.args, self.dataset, self.model = args, dataset, model
         self.masking = args.vae_lr_ratio > 0 and args.lambda_mask > 0
-        self.images: dict[int, Tensor] = {}                    # image number -> clean latents (h, w, Cz): the VAE is frozen
+        self.images: dict[int, Tensor] = {}    # image number -> clean latents (h, w, Cz): the VAE is frozen
         self.loc = flow.default_loc(args.text_latent_dim) if args.text_loc is None else args.text_loc
+
+    def rng(self, k: int, purpose: int) -> np.random.Generator:
+        return data.rng(self.args.seed, k, purpose)
+
+    def item(self, task: int, k: int) -> tuple[str, int, str]:
+        """Sample k of a task: its instruction ("" where the task has none), image (-1: none) and text."""
+        item = getattr(self.dataset, TASKS[task])(k)
+        return item if task == IT2T else ("", item[1], item[0]) if task == T2I else ("", -1, item)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Tokens of a text that ends, filled up to whole blocks; one longer than seq_len is cut, to whole
+        blocks, and does not end."""
+        n, m = self.args.seq_len, self.model
+        ids, block = m.tokenizer.encode(text), m.block_len * m.text_vae.patch_size
+        return m.ids(text, end=True) if len(ids) < n else ids[:n // block * block]
+
+    def vae_noise(self, k: int, latents: int, masking: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Of sample k: noise of the posterior sample (latents, Dz), and which tokens L_mask hides, bool."""
+        vae = self.model.text_vae
+        tokens = latents * vae.patch_size
+        noise = self.rng(k, data.POSTERIOR).standard_normal((latents, vae.latent_dim), np.float32)
+        return noise, self.rng(k, data.MASK).random(tokens) < 0.15 if masking else np.zeros(tokens, bool)
 
     @torch.no_grad()
     def image_latents(self, index: list[int]) -> list[Tensor]:
         """Normalised mean latents of images, (h, w, Cz) each; computed once, up to a gigabyte of them."""
-        new, latents = sorted(set(index) - self.images.keys()), {}
+        new, latents, vae = sorted(set(index) - self.images.keys()), {}, self.model.image_vae
         for hw in {self.dataset.image_hw(i) for i in new}:
             group = [i for i in new if self.dataset.image_hw(i) == hw]
-            x = sample.to_float(np.stack(self.dataset.images(group))).to(self.model.device)                # (n, 3, H, W)
-            z = self.model.image_vae.normalize(self.model.image_vae.encode(x)[0]).permute(0, 2, 3, 1).cpu()
+            x = sample.to_float(np.stack(self.dataset.images(group))).to(self.model.device)  # (B, 3, H, W)
+            z = vae.normalize(vae.encode(x)[0]).permute(0, 2, 3, 1).cpu()                    # (B, h, w, Cz)
             latents |= dict(zip(group, z))
         if latents and len(self.images) * next(iter(latents.values())).nbytes < 1 << 30:
             self.images |= latents
         return [latents[i] if i in latents else self.images[i] for i in index]
 
-    def text_ids(self, text: str) -> list[int]:
-        """A text that ends, filled up to whole blocks; a longer one than seq_len is cut, to whole blocks, and does not end."""
-        a, m = self.args, self.model
-        ids = m.tokenizer.encode(text)
-        block = m.block_len * m.text_vae.patch_size
-        return m.ids(text, end=True) if len(ids) < a.seq_len else ids[:a.seq_len // block * block]
-
     def texts(self, numbers: range) -> list[TextBatch]:
         """Whatever the tasks would have the text VAE encode: texts, captions, instructions, answers."""
-        a, m, dz = self.args, self.model, self.args.text_latent_dim
-        ids, lengths, noise, hidden = [], [], [], []
+        ids, lengths, noise = [], [], []
         for k in numbers:
-            task = pick_task(a, data.rng(a.seed, k, data.TASK).random())
-            item = getattr(self.dataset, TASKS[task])(k)
-            new = [self.text_ids(item if task == T2T else item[-1] if task == IT2T else item[0])]
-            new += [m.ids(item[0], end=False)] if task == IT2T else []
-            ids += [i for x in new for i in x]
-            lengths += [len(x) // a.text_patch for x in new]
-            count = sum(map(len, new))
-            noise.append(data.rng(a.seed, k, data.POSTERIOR).standard_normal((count // a.text_patch, dz), np.float32))
-            hidden.append(data.rng(a.seed, k, data.MASK).random(count) < 0.15)
-        return [TextBatch(torch.tensor(ids), lengths, torch.from_numpy(np.concatenate(noise)),
-                          torch.from_numpy(np.concatenate(hidden)))]
+            prompt, _, text = self.item(pick_task(self.args, self.rng(k, data.TASK).random()), k)
+            new = [self.text_ids(text), self.model.ids(prompt, end=False)]
+            ids += new[0] + new[1]
+            latents = [len(x) // self.args.text_patch for x in new if x]
+            lengths += latents
+            noise.append(self.vae_noise(k, sum(latents), True))
+        normal, hidden = (torch.from_numpy(np.concatenate(x)) for x in zip(*noise))
+        return [TextBatch(torch.tensor(ids), lengths, normal, hidden)]
 
     def pixels(self, numbers: range) -> list[ImageBatch]:
         """Images for stage 1b, in one batch per size."""
-        vae, batches = self.model.image_vae, []
-        chosen = [(int(data.rng(self.args.seed, k, data.PICK).integers(self.dataset.num_images)), k) for k in numbers]
+        vae, batches, n = self.model.image_vae, [], self.dataset.num_images
+        chosen = [(int(self.rng(k, data.PICK).integers(n)), k) for k in numbers]
         for hw in sorted({self.dataset.image_hw(i) for i, _ in chosen}):
             group = [(i, k) for i, k in chosen if self.dataset.image_hw(i) == hw]
-            x = sample.to_float(np.stack(self.dataset.images([i for i, _ in group])))
+            x = sample.to_float(np.stack(self.dataset.images([i for i, _ in group])))        # (B, 3, H, W)
             shape = (vae.channels, hw[0] // vae.downsample, hw[1] // vae.downsample)
-            noise = [data.rng(self.args.seed, k, data.POSTERIOR).standard_normal(shape, np.float32) for _, k in group]
+            noise = [self.rng(k, data.POSTERIOR).standard_normal(shape, np.float32) for _, k in group]
             batches.append(ImageBatch(x, torch.from_numpy(np.stack(noise))))
         return batches
 
@@ -398,73 +435,75 @@ class Batches:
         """The micro-batch of these sample numbers, all of one task."""
         a, m, S = self.args, self.model, len(numbers)
         p, bl, dz, cz = m.text_vae.patch_size, m.block_len, m.text_vae.latent_dim, m.image_vae.channels
-        items = [getattr(self.dataset, TASKS[task])(k) for k in numbers]
-        pictures = self.image_latents([item[1] for item in items]) if task != T2T else [None] * S
-        samples, texts, normals, eps_text, eps_image, posterior, hidden, z_image = [], [], [], [], [], [], [], []
-        start, prompt_at, text_at, prefix_at, cut, before, slot = np.zeros((7, S), int)          # one number per sample
+        items = [self.item(task, k) for k in numbers]
+        pictures = [None] * S if task == T2T else self.image_latents([index for _, index, _ in items])
+        ids, lengths, samples, vae_noise, normals, eps_text, eps_image, z_image = ([] for _ in range(8))
+        start, prompt_at, text_at, prefix_at, cut, before, slot = np.zeros((7, S), int)  # one number a sample
 
         def add(tokens: list[int]) -> int:
             """Queue a text for the VAE; returns where its latents will begin."""
-            texts.append(tokens)
-            return sum(map(len, texts[:-1])) // p
+            ids.extend(tokens)
+            lengths.extend([len(tokens) // p] if tokens else [])
+            return (len(ids) - len(tokens)) // p
 
-        for s, (k, item, picture) in enumerate(zip(numbers, items, pictures)):
-            draw = data.rng(a.seed, k, data.DROP)
+        for s, (k, (prompt, _, text), picture) in enumerate(zip(numbers, items, pictures)):
+            draw, begin = self.rng(k, data.DROP), len(ids)
             drop = draw.random() < a.cfg_drop
-            first_text = len(texts)
-            prompt = m.ids(item[0], end=False) if task == IT2T else []
-            text = [] if drop and task == T2I else self.text_ids(item if task == T2T else item[-1] if task == IT2T else item[0])
-            n, start[s] = len(text) // p, len(prompt) // p                 # a dropped prompt still moves the answer
+            prompt = m.ids(prompt, end=False)
+            text = [] if drop and task == T2I else self.text_ids(text)
+            n, start[s] = len(text) // p, len(prompt) // p         # a dropped prompt still moves the answer
             hw = (0, 0) if task == T2T or drop and task == IT2T else tuple(picture.shape[:2])
             samples.append(Sample(task, 0 if drop else start[s], hw, 0 if drop else n, n, start[s]))
             prompt_at[s], text_at[s] = add([] if drop else prompt), add(text)
             prefix_at[s] = text_at[s]
-            if task == T2T:                                                # what comes before the cut is given, later on
-                cut[s] = draw.integers(text.index(m.tokenizer.end) if m.tokenizer.end in text else len(text)) // p
+            if task == T2T:                                        # what comes before the cut is given
+                end = m.tokenizer.end
+                cut[s] = draw.integers(text.index(end) if end in text else len(text)) // p
                 before[s] = draw.random() < 0.5
-                if cut[s] and m.text_vae.config["block_len"] > 1:          # and is encoded alone
+                if cut[s] and m.text_vae.config["block_len"] > 1:  # and is encoded alone
                     prefix_at[s] = add(text[:cut[s] * p])
-            latents = sum(map(len, texts[first_text:])) // p
-            posterior.append(data.rng(a.seed, k, data.POSTERIOR).standard_normal((latents, dz), np.float32))
-            hidden.append(data.rng(a.seed, k, data.MASK).random(latents * p) < 0.15 if self.masking else np.zeros(latents * p, bool))
-            noise, pixels = data.rng(a.seed, k, data.NOISE), hw[0] * hw[1]
+            vae_noise.append(self.vae_noise(k, (len(ids) - begin) // p, self.masking))
+            noise, pixels = self.rng(k, data.NOISE), hw[0] * hw[1]
             eps_image.append(noise.standard_normal((pixels, cz), np.float32))
             eps_text.append(noise.standard_normal((n, dz), np.float32))
-            slot[s] = 1 + sum(map(len, normals))                           # times: 0 clean, then image, block, block, ...
-            draws = data.rng(a.seed, k, data.TIME).standard_normal(1 + n // bl)
-            normals.append(draws if a.time_per == "block" else np.append(draws[0], np.full(n // bl, draws[-1])))
+            slot[s] = 1 + sum(map(len, normals))               # times: 0 clean, then image, block, block, ...
+            draws = self.rng(k, data.TIME).standard_normal(1 + n // bl)
+            if a.time_per == "sample":
+                draws[1:] = draws[-1]
+            normals.append(draws)
             if pixels:
                 z_image.append(picture.reshape(pixels, cz))
 
         layout = masks.pack(samples, bl)
-        who, segment, block = layout.sample.numpy(), layout.segment.numpy(), layout.block.numpy()            # (L,) each
-        is_image, is_noisy = segment == masks.I, segment == masks.N
-        index = layout.col.numpy() - np.where(segment == masks.P, 0, start[who])                             # in its text
+        who, segment, block = layout.sample.numpy(), layout.segment.numpy(), layout.block.numpy()  # (L,) each
+        is_image, is_noisy, is_prompt = segment == masks.I, segment == masks.N, segment == masks.P
+        index = layout.col.numpy() - np.where(is_prompt, 0, start[who])                      # in its text
         given = index < cut[who]
-        moving = is_noisy & ~(given & (block == cut[who] // bl)) | is_image & (task == T2I)                  # t > 0
-        source = np.where(segment == masks.P, prompt_at[who], np.where(given, prefix_at[who], text_at[who])) + index
+        moving = is_noisy & ~(given & (block == cut[who] // bl)) | is_image & (task == T2I)  # t > 0
+        graded = moving & (~given | (before[who] == 1))
+        source = np.where(is_prompt, prompt_at[who], np.where(given, prefix_at[who], text_at[who])) + index
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
-        targets = torch.from_numpy(moving.nonzero()[0])
-        is_block = torch.ones(sum(map(len, normals)), dtype=torch.bool)
+        z = torch.from_numpy(np.concatenate(normals)).float()                                # (U - 1,)
+        is_block = torch.ones(len(z), dtype=torch.bool)
         is_block[slot - 1] = False
-        z = torch.from_numpy(np.concatenate(normals)).float()
         shift = flow.image_shift(max(map(len, eps_image)) * cz)
         t = torch.where(is_block, flow.sample_time(z, a.time_law, self.loc, a.time_scale),
                         flow.sample_time(z, a.time_law, a.image_loc, a.time_scale, shift))
-        tensor = torch.from_numpy
+        tensor, is_text = torch.from_numpy, ~is_image
+        targets, (posterior, hidden) = tensor(moving.nonzero()[0]), map(np.concatenate, zip(*vae_noise))
         return Batch(
-            task, torch.tensor([i for x in texts for i in x]), [len(x) // p for x in texts if x],
-            tensor(np.concatenate(posterior)), tensor(np.concatenate(hidden)), layout, make_plan(layout),
-            targets, make_plan(layout.select(targets), layout),
-            tensor(source[~is_image]), tensor(moving[~is_image]),
-            tensor((moving & (~given | (before[who] == 1)))[~is_image]), tensor(eps[~is_image]),
-            torch.cat(z_image) if z_image else torch.zeros(0, cz), tensor(moving[is_image]),
-            tensor(np.concatenate(eps_image)), torch.cat([torch.zeros(1), t]),
-            tensor(np.where(moving, slot[who] + np.where(is_image, 0, 1 + block), 0)), numbers)
+            task, torch.tensor(ids), lengths, tensor(posterior), tensor(hidden),
+            layout, make_plan(layout), targets, make_plan(layout.select(targets), layout),
+            source=tensor(source[is_text]), noisy=tensor(moving[is_text]),
+            loss_text=tensor(graded[is_text]), eps_text=tensor(eps[is_text]),
+            z_image=torch.cat(z_image) if z_image else torch.zeros(0, cz),
+            loss_image=tensor(moving[is_image]), eps_image=tensor(np.concatenate(eps_image)),
+            t=torch.cat([torch.zeros(1), t]),
+            t_index=tensor(np.where(moving, slot[who] + np.where(is_image, 0, 1 + block), 0)))
 
 
-# ---- losses: one module per stage, whose forward takes a batch and the counts of the whole step ---------------------
+# ---- losses: one module per stage, whose forward takes a batch and the counts of the whole step ------------
 
 class TextStage(nn.Module):
     """Stage 1."""
@@ -473,8 +512,10 @@ class TextStage(nn.Module):
         self.vae, self.args = vae, args
 
     def forward(self, b: TextBatch, counts: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, terms = text_vae_loss(self.vae, b.ids, b.lengths, b.noise, b.hidden if self.args.lambda_mask else None,
-                                    beta=self.args.beta, lambda_mask=self.args.lambda_mask, count=counts[0],
+        """counts: TextBatch.counts of the whole step. The loss and its terms, in nats per token."""
+        a = self.args
+        loss, terms = text_vae_loss(self.vae, b.ids, b.lengths, b.noise, b.hidden if a.lambda_mask else None,
+                                    beta=a.beta, lambda_mask=a.lambda_mask, count=counts[0],
                                     mask_count=counts[1])
         return loss, terms | {"logsnr": terms["logsnr"] * b.ids.numel() / counts[0]}
 
@@ -486,6 +527,7 @@ class ImageStage(nn.Module):
         self.vae = vae
 
     def forward(self, b: ImageBatch, counts: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """counts: ImageBatch.counts of the whole step."""
         loss, terms = image_vae_loss(self.vae, b.x, b.noise)
         share = len(b.x) / counts[0]
         return loss * share, {k: v * share for k, v in terms.items()}
@@ -496,108 +538,109 @@ class PriorStage(nn.Module):
     def __init__(self, model: Cola, args: argparse.Namespace):
         super().__init__()
         self.args, self.mmdit, self.text_vae = args, model.mmdit, model.text_vae
-        self.joint, self.progress = args.vae_lr_ratio > 0, 0.0                       # progress: share of the steps done
+        self.joint, self.progress = args.vae_lr_ratio > 0, 0.0     # progress: share of the steps done
         self.text_vae.requires_grad_(self.joint)
         if args.lambda_ref:
             self.ref = copy.deepcopy(model.text_vae).requires_grad_(False)
-        if args.w_repa:                                        # features: the clean image latents (SRA-2, 2601.17830)
+        if args.w_repa:                    # features: the clean image latents (SRA-2, 2601.17830)
             self.repa = nn.Linear(args.width, model.image_vae.channels)
 
     def forward(self, b: Batch, counts: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
         """counts: Batch.counts of the whole step, over all workers. Terms come before their weights."""
+        a, vae, terms, loss = self.args, self.text_vae, {}, 0.0
         image_count, *text_counts, token_count, mask_count = counts
-        a, vae = self.args, self.text_vae
-        terms, loss = {}, 0.0
+        text_count = sum(text_counts)
+
         plan = vae.make_plan(b.lengths)
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
             mean, logvar = vae.encode(b.ids, b.lengths, plan)                        # (Lv, Dz)
         if self.joint:
-            loss, terms = text_vae_loss(vae, b.ids, b.lengths, b.posterior, b.hidden if a.lambda_mask else None, beta=a.beta,
-                                        lambda_mask=a.lambda_mask, learned_prior=True, posterior=(mean, logvar),
-                                        count=token_count, mask_count=mask_count, plan=plan)
+            loss, terms = text_vae_loss(
+                vae, b.ids, b.lengths, b.posterior, b.hidden if a.lambda_mask else None, beta=a.beta,
+                lambda_mask=a.lambda_mask, learned_prior=True, posterior=(mean, logvar), count=token_count,
+                mask_count=mask_count, plan=plan)
             loss, terms["logsnr"] = a.lambda_vae * loss, terms["logsnr"] * b.ids.numel() / token_count
         if a.lambda_ref:
             with torch.no_grad():
                 mean_ref, logvar_ref = self.ref.encode(b.ids, b.lengths, plan)
             terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / token_count
             loss = loss + a.lambda_ref * terms["ref"]
+
         z0 = vae.latents(mean, logvar, b.posterior).index_select(0, b.source)        # (Lt, Dz)
-        is_image = b.layout.segment == masks.I
-        t = b.t[b.t_index]
-        # Clean latents are detached where they enter; N is not: L_FM reaches the encoder through z_t and through v.
+        is_image, t = b.layout.segment == masks.I, b.t[b.t_index]                    # (L,) each
+        # Clean latents are detached where they enter; N is not: L_FM reaches the encoder through z_t and v.
         zt = torch.where(b.noisy[:, None], flow.interpolate(z0, b.eps_text, t[~is_image]), z0.detach())
         zt_image = flow.interpolate(b.z_image, b.eps_image, t[is_image])             # (Li, Cz)
         repa = a.w_repa if self.progress < a.repa_until and b.loss_image.any() else 0.0
-        v_text, v_image, hidden = self.mmdit(zt, zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1,
-                                             targets=(b.targets, b.target_plan))
+        v_text, v_image, hidden = self.mmdit(
+            zt, zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1,
+            targets=(b.targets, b.target_plan))
+
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
-        terms["text"] = flow.fm_loss(v_text, v, sum(text_counts), b.loss_text[b.noisy])
-        if text_counts[b.task]:                                # the same by task, for the log
-            terms[f"text_{TASKS[b.task]}"] = terms["text"] * sum(text_counts) / text_counts[b.task]
+        terms["text"] = flow.fm_loss(v_text, v, text_count, b.loss_text[b.noisy])
+        if text_counts[b.task]:            # the same by task, for the log
+            terms[f"text_{TASKS[b.task]}"] = terms["text"] * text_count / text_counts[b.task]
         loss = loss + a.lambda_fm * a.w_text * terms["text"]
         if v_image is not None:
             v = flow.velocity(b.z_image, b.eps_image)[b.loss_image]                  # (targets of images, Cz)
             terms["image"] = flow.fm_loss(v_image, v, image_count)
             loss = loss + a.lambda_fm * terms["image"]
         if repa:
-            cosine = F.cosine_similarity(self.repa(hidden[is_image].float()), b.z_image, dim=-1)                # (Li,)
+            cosine = F.cosine_similarity(self.repa(hidden[is_image].float()), b.z_image, dim=-1)     # (Li,)
             terms["repa"] = (1 - cosine)[b.loss_image].sum() * b.z_image.shape[1] / image_count
             loss = loss + a.lambda_fm * repa * terms["repa"]
-        unused = sum(p.view(-1)[0] * 0.0 for p in self.parameters() if p.requires_grad)      # DDP: every parameter, every task
+        # DDP waits for every parameter, whatever the task.
+        unused = sum(p.view(-1)[0] * 0.0 for p in self.parameters() if p.requires_grad)
         return loss + unused, {k: v.detach() for k, v in terms.items()}
 
 
-# ---- the run --------------------------------------------------------------------------------------------------------
-
-RUN_FLAGS = {"out_dir", "stage", "resume", "init_from", "eval_only", "device", "procs", "given", "eval_samples", "save_every",
-             "guidance", "text_guidance", "sample_steps", "scale", "data", "text", "strict_data"}
-ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads", "vae_block_len",
-                "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample", "image_vae_width", "width", "layers",
-                "heads", "streams"}
-
+# ---- the run -----------------------------------------------------------------------------------------------
 
 def new_model(args: argparse.Namespace, dataset) -> Cola:
     """A system with fresh weights: the same on every worker, as all start from one seed."""
+    if args.width % (2 * args.heads):
+        raise ValueError(f"--width {args.width} does not split into --heads {args.heads} of even width")
     tokenizer = data.Tokenizer.named(args.tokenizer) if args.tokenizer else \
         data.Tokenizer.train(dataset.corpus(4000), args.vocab_size)
     torch.manual_seed(args.seed)
-    vae = TextVAE(tokenizer.n_vocab, args.text_vae_width, 4 * args.text_vae_width, args.text_vae_heads, args.text_vae_layers,
-                  args.text_vae_layers, args.text_latent_dim, args.text_patch, args.vae_block_len,
-                  None if args.vae_logsnr == "learned" else float(args.vae_logsnr))
-    image_vae = ImageVAE(width=args.image_vae_width, latent_channels=args.image_latent_dim, downsample=args.downsample)
-    head_dim = args.width // args.heads
-    if args.width % (2 * args.heads):
-        raise ValueError(f"--width {args.width} does not split into --heads {args.heads} of even width")
-    config = MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads, head_dim, args.layers,
-                         emb_dim=args.width, rope_dim=head_dim, streams=args.streams)
-    hw = (args.image_size[0], args.image_size[-1])
+    width, layers = args.text_vae_width, args.text_vae_layers
+    text_vae = TextVAE(tokenizer.n_vocab, width, 4 * width, args.text_vae_heads, layers, layers,
+                       args.text_latent_dim, args.text_patch, args.vae_block_len,
+                       None if args.vae_logsnr == "learned" else float(args.vae_logsnr))
+    image_vae = ImageVAE(args.image_latent_dim, args.downsample, args.image_vae_width,
+                         tuple(args.image_vae_levels), args.image_vae_blocks, args.image_vae_patch)
+    hw, head_dim = (args.image_size[0], args.image_size[-1]), args.width // args.heads
     image_vae.check_size(*hw)
-    return Cola(vae, image_vae, MMDiT(config), tokenizer, args.block_len, hw)
+    mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads, head_dim,
+                              args.layers, emb_dim=args.width, rope_dim=head_dim, streams=args.streams))
+    return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw)
+
+
+def parts(model: Cola) -> dict[str, nn.Module]:
+    return {"text_vae": model.text_vae, "image_vae": model.image_vae, "mmdit": model.mmdit}
 
 
 class Run:
     """Everything a run carries along: the system, its average, where it stands, and its log."""
     def __init__(self, args: argparse.Namespace, worker: Worker, model: Cola, dataset):
         self.args, self.worker, self.model, self.dataset = args, worker, model, dataset
-        self.batches = Batches(args, dataset, model)
-        self.progress = dict.fromkeys(STAGES, 0)
-        self.seconds = 0.0
-        self.ema: dict[str, dict[str, Tensor]] = {}
+        self.batches, self.out = Batches(args, dataset, model), Path(args.out_dir)
+        self.progress = dict.fromkeys(STAGES, 0)               # steps done
+        self.seconds = 0.0                                     # of training
+        self.ema: dict[str, dict[str, Tensor]] = {}            # averaged weights, by part
         self.optimizer_state: list[dict] = []
         self.stop = 0                                          # the signal that asked us to leave
-        self.out = Path(args.out_dir)
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"text_vae": self.model.text_vae, "image_vae": self.model.image_vae, "mmdit": self.model.mmdit}
 
     def state(self) -> dict:
+        """The checkpoint: plain types and tensors."""
         m = self.model
-        weights = {name: module.state_dict() for name, module in self.modules().items()}
-        return {"format": sample.FORMAT, "tokenizer": m.tokenizer.to_dict(), "model": weights, "ema": weights | self.ema,
-                "config": {"text_vae": m.text_vae.config, "image_vae": m.image_vae.config,
-                           "mmdit": dataclasses.asdict(m.mmdit.config), "block_len": m.block_len, "image_hw": list(m.image_hw)},
-                "args": {k: v for k, v in vars(self.args).items() if k != "given"}, "progress": self.progress,
-                "optimizers": self.optimizer_state, "seconds": self.seconds}
+        weights = {name: module.state_dict() for name, module in parts(m).items()}
+        config = {"text_vae": m.text_vae.config, "image_vae": m.image_vae.config,
+                  "mmdit": dataclasses.asdict(m.mmdit.config),
+                  "block_len": m.block_len, "image_hw": list(m.image_hw)}
+        return {"format": sample.FORMAT, "config": config, "args": plain(self.args),
+                "tokenizer": m.tokenizer.to_dict(), "model": weights, "ema": weights | self.ema,
+                "progress": self.progress, "optimizers": self.optimizer_state, "seconds": self.seconds}
 
     def save(self) -> None:
         """Write out/ckpt.pt whole or not at all."""
@@ -612,77 +655,88 @@ class Run:
 
     def restore(self, checkpoint: dict) -> None:
         """Weights, average, optimizers and place of a checkpoint of the same architecture."""
-        for name, module in self.modules().items():
+        for name, module in parts(self.model).items():
             module.load_state_dict(checkpoint["model"][name])
         self.ema = {k: v for k, v in checkpoint["ema"].items() if k != "image_vae"}
         self.progress, self.seconds = dict(checkpoint["progress"]), checkpoint["seconds"]
         self.optimizer_state = checkpoint["optimizers"]
 
-    def fit(self, stage: str, module: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int, make, average=(),
-            at_end=lambda: None) -> None:
-        """Train one stage. make(step) -> this worker's micro-batches of a step; average: parts kept as EMA, by name;
-        at_end is called before the last save."""
+    def step(self, wrapped: nn.Module, optimizers: list[torch.optim.Optimizer], batches: list,
+             amp: torch.autocast) -> tuple[dict[str, float], float]:
+        """One step on this worker's micro-batches: its share of each loss term, and the gradient's norm."""
+        world, sums = self.worker.world, {}
+        counts = self.worker.sum(np.sum([b.counts() for b in batches], 0).tolist())
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                with amp:
+                    loss, terms = wrapped(batch, counts)
+                (loss * world).backward()  # the wrapper averages over workers; the loss is a share of a sum
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        norm = nn.utils.clip_grad_norm_(wrapped.parameters(), self.args.clip)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        return sums, float(norm)
+
+    def average(self, names: tuple[str, ...], step: int) -> None:
+        """Let the averaged weights of these parts follow, faster in the first steps."""
+        decay = min(self.args.ema, (1 + step) / (10 + step))
+        for name in names:
+            now, ema = parts(self.model)[name].state_dict(), self.ema[name]
+            floats = [k for k, v in now.items() if v.is_floating_point()]
+            torch._foreach_lerp_([ema[k] for k in floats], [now[k] for k in floats], 1 - decay)
+
+    def fit(self, stage: str, module: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int,
+            make: Callable[[int], list], averaged: tuple[str, ...] = (), at_end=lambda: None) -> None:
+        """Train one stage. make(step) -> this worker's micro-batches of a step; averaged: parts kept as EMA;
+        at_end is called before the last save. KeyboardInterrupt when a signal asks, after saving."""
         a, worker, start = self.args, self.worker, self.progress[stage]
         if start >= steps:
             return
-        for o, state in zip(optimizers, self.optimizer_state if start else []):
-            o.load_state_dict(state)
-        peak = [[g["lr"] for g in o.param_groups] for o in optimizers] if not start else \
-            [[g["peak"] for g in o.param_groups] for o in optimizers]
-        for o, lrs in zip(optimizers, peak):
-            for group, lr in zip(o.param_groups, lrs):
-                group["peak"] = lr
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        if not start:
-            self.ema |= {name: {k: v.clone() for k, v in self.modules()[name].state_dict().items()} for name in average}
+        if start:
+            for o, state in zip(optimizers, self.optimizer_state):
+                o.load_state_dict(state)
+        else:
+            self.ema |= {name: {k: v.clone() for k, v in parts(self.model)[name].state_dict().items()}
+                         for name in averaged}
+        groups = [g for o in optimizers for g in o.param_groups]
+        for g in groups:
+            g.setdefault("peak", g["lr"])      # a checkpoint brings its own
         wrapped = DistributedDataParallel(module) if worker.world > 1 else module
-        amp = torch.autocast(worker.device.type, torch.bfloat16, enabled=a.bf16 == "on" and stage != "text_vae")
-        bar = tqdm(total=steps, initial=start, desc=stage, unit="step", disable=worker.rank > 0, mininterval=1.0)
+        bf16 = a.bf16 == "on" and stage != "text_vae"
+        amp = torch.autocast(worker.device.type, torch.bfloat16, enabled=bf16)
         log = open(self.out / "log.jsonl", "a") if worker.rank == 0 else None
+        bar = tqdm(desc=stage, unit="step", total=steps, initial=start, mininterval=1, disable=log is None)
         last = time.perf_counter()
         for step in range(start, steps):
-            rate = min(1.0, (step + 1) / (a.warmup * steps + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            for o in optimizers:
-                for group in o.param_groups:
-                    group["lr"] = group["peak"] * rate
+            warmup = min(1.0, (step + 1) / (a.warmup * steps + 1))
+            for g in groups:
+                g["lr"] = g["peak"] * (warmup * 0.5 * (1 + math.cos(math.pi * step / steps)))
             module.progress, began = step / steps, time.perf_counter()
-            batches = [b.to(worker.device) for b in make(step)]
+            batches = [moved(b, worker.device) for b in make(step)]
             prepared = time.perf_counter() - began
-            counts = worker.sum(np.sum([b.counts() for b in batches], 0).tolist())
-            sums: dict[str, float] = {}
-            for i, batch in enumerate(batches):
-                last_one = i == len(batches) - 1
-                with contextlib.nullcontext() if last_one or worker.world == 1 else wrapped.no_sync():
-                    with amp:
-                        loss, terms = wrapped(batch, counts)
-                    (loss * worker.world).backward()           # the wrapper averages over workers; the loss is a share of a sum
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0.0) + value.item()
-            norm = nn.utils.clip_grad_norm_(parameters, a.clip)
-            for o in optimizers:
-                o.step()
-                o.zero_grad(set_to_none=True)
-            decay = min(a.ema, (1 + step) / (10 + step))
-            for name in average:
-                now = self.modules()[name].state_dict()
-                floats = [k for k, v in now.items() if v.is_floating_point()]
-                torch._foreach_lerp_([self.ema[name][k] for k in floats], [now[k] for k in floats], 1 - decay)
+            sums, norm = self.step(wrapped, optimizers, batches, amp)
+            self.average(averaged, step)
             names = sorted(sums)
             signal_seen, *values = worker.sum([float(self.stop), *(sums[n] for n in names)])
             now = time.perf_counter()
             took, last = now - last, now
             self.seconds += took
-            self.progress[stage] = step + 1
+            self.progress[stage], done = step + 1, step + 1 == steps
             if log:
-                entry = {"stage": stage, "step": step + 1, **dict(zip(names, values)), "lr": optimizers[0].param_groups[0]["lr"],
-                         "norm": float(norm), "seconds": round(took, 4), "data_seconds": round(prepared, 4),
-                         "positions": int(sum(len(b.layout) for b in batches)) * worker.world if stage == "mmdit" else None}
-                log.write(json.dumps({k: v for k, v in entry.items() if v is not None}) + "\n")
-                bar.set_postfix({n: f"{v:.4f}" for n, v in zip(names, values)}, refresh=False)
+                terms = dict(zip(names, values))
+                entry = {"stage": stage, "step": step + 1, **terms, "lr": groups[0]["lr"], "norm": norm,
+                         "seconds": round(took, 4), "data_seconds": round(prepared, 4)}
+                if stage == "mmdit":
+                    entry["positions"] = sum(len(b.layout) for b in batches) * worker.world
+                log.write(json.dumps(entry) + "\n")
+                bar.set_postfix({n: f"{v:.4f}" for n, v in terms.items()}, refresh=False)
                 bar.update()
-            if (step + 1) % a.save_every == 0 or step + 1 == steps or signal_seen:
-                self.optimizer_state = [o.state_dict() for o in optimizers] if step + 1 < steps else []
-                if step + 1 == steps:
+            if (step + 1) % a.save_every == 0 or done or signal_seen:
+                self.optimizer_state = [] if done else [o.state_dict() for o in optimizers]
+                if done:
                     at_end()
                 if log:
                     log.flush()
@@ -693,8 +747,10 @@ class Run:
         bar.close()
 
 
-def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW, and where `muon` says so Muon for the matrices inside the blocks; in stage 2 the text VAE at its own rate."""
+def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float,
+                   muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW, and where `muon` says so Muon for the matrices inside the blocks; in stage 2 the text VAE at its
+    own rate."""
     hidden, rest, vae = [], [], []
     for name, p in stage.named_parameters():
         if p.requires_grad:
@@ -709,209 +765,239 @@ def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float, muon: 
 
 def train_stages(run: Run) -> None:
     """Stage 1, stage 1b, stage 2, as far as --stage says."""
-    a, w, model = run.args, run.worker, run.model
+    a, w, model, batches = run.args, run.worker, run.model, run.batches
     w.training = True
-    wanted = STAGES if a.stage == "all" else (a.stage,)
+    wanted, muon = STAGES if a.stage == "all" else (a.stage,), a.optimizer == "muon"
     scaled = lambda steps: max(1, round(steps * a.scale))
-    muon = a.optimizer == "muon"
     if "text_vae" in wanted:
         stage = TextStage(model.text_vae, a)
         run.fit("text_vae", stage, optimizers_for(a, stage, a.text_vae_lr, False), scaled(a.text_vae_steps),
-                lambda step: run.batches.texts(w.share(step * a.text_vae_batch, a.text_vae_batch)))
+                lambda step: batches.texts(w.share(step * a.text_vae_batch, a.text_vae_batch)))
     if "image_vae" in wanted and run.dataset.num_images:
         model.image_vae.train()
         stage = ImageStage(model.image_vae)
-        steps = scaled(a.image_vae_steps)
-        shown = [b.x.to(w.device) for b in run.batches.pixels(range(1024))]
-        run.fit("image_vae", stage, optimizers_for(a, stage, a.image_vae_lr, muon), steps,
-                lambda step: run.batches.pixels(w.share(step * a.image_vae_batch, a.image_vae_batch)),
+        shown = [b.x.to(w.device) for b in batches.pixels(range(1024))]
+        run.fit("image_vae", stage, optimizers_for(a, stage, a.image_vae_lr, muon), scaled(a.image_vae_steps),
+                lambda step: batches.pixels(w.share(step * a.image_vae_batch, a.image_vae_batch)),
                 at_end=lambda: model.image_vae.set_statistics(shown))
-        model.image_vae.eval().requires_grad_(False)
+    model.image_vae.eval().requires_grad_(False)
     if "mmdit" in wanted:
-        model.image_vae.eval().requires_grad_(False)
-        prior = PriorStage(model, a)
-        steps = scaled(a.steps)
+        stage, M, n = PriorStage(model, a), a.micro_steps, a.batch_size
 
         def make(step: int) -> list[Batch]:
-            place = data.rng(a.seed, step, data.TASK).random()
-            batches = []
-            for micro in range(a.micro_steps):                 # the tasks of a step lie evenly spread over the ratios
-                first = (step * a.micro_steps + micro) * a.batch_size
-                batches.append(run.batches.make(pick_task(a, (micro + place) / a.micro_steps), w.share(first, a.batch_size)))
-            return batches
-        run.fit("mmdit", prior, optimizers_for(a, prior, a.lr, muon), steps, make,
-                average=("mmdit", "text_vae") if prior.joint else ("mmdit",))
+            place = data.rng(a.seed, step, data.TASK).random()     # tasks lie evenly spread over the ratios
+            return [batches.make(pick_task(a, (m + place) / M), w.share((step * M + m) * n, n))
+                    for m in range(M)]
+        run.fit("mmdit", stage, optimizers_for(a, stage, a.lr, muon), scaled(a.steps), make,
+                averaged=("mmdit", "text_vae") if stage.joint else ("mmdit",))
 
 
-# ---- evaluation: generated images and texts are judged by the exact reader alone ------------------------------------
+# ---- evaluation: generated images and texts are judged by the exact reader alone ---------------------------
+
+Rows = Iterator[tuple[str, bool]]          # the name of a rate, and whether this sample counts towards it
+
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a rate seen in n samples."""
-    z = 1.96
-    middle, spread = (rate + z * z / (2 * n)) / (1 + z * z / n), math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, middle - spread * z / (1 + z * z / n)), min(1.0, middle + spread * z / (1 + z * z / n))
+    z2 = 1.96 ** 2
+    middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    spread = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
-def chunks(numbers: range, size: int = 64):
-    return (list(numbers[i:i + size]) for i in range(0, len(numbers), size))
-
-
-@torch.no_grad()
-def evaluate(model: Cola, args: argparse.Namespace, worker: Worker) -> dict:
-    """Rates of DESIGN's metrics.json on scenes the training never drew: seen compositions and held-out ones."""
-    image, text = [dataclasses.replace(s, steps=args.sample_steps, guidance=g, seed=args.seed)
-                   for s, g in ((sample.IMAGE, args.guidance), (sample.TEXT, args.text_guidance))]
-    seed, n = args.seed + 1_000_003, args.eval_samples
-    metrics: dict = {"n": n}
-    work = [(split, k) for split in ("seen", "heldout") for k in range(0, 3 * n, 64)]
-    bar = tqdm(total=len(work), desc="evaluate", disable=worker.rank > 0)
-    for split in ("seen", "heldout"):
-        rows: list[tuple[str, bool]] = []
-        draw = lambda k, count: scenes.sample_scene(data.rng(seed, k, data.EVAL), heldout=split == "heldout", count=count)
-        for numbers in chunks(worker.share(0, 3 * n)):         # n scenes of each count
-            world = [draw(k, 1 + k % 3) for k in numbers]
-            captions = [scenes.caption(s, data.rng(seed, k, data.CAPTION)) for s, k in zip(world, numbers)]
-            pictures = sample.generate_images(model, captions, image, first=numbers[0])
-            for caption, picture, s in zip(captions, pictures, world):
-                found = scenes.matches(scenes.read_image(picture), scenes.read_caption(caption))
-                rows += [(f"t2i.{name}", value) for name, value in found.items() if name != "relation" or len(s.objects) > 1]
-                rows.append((f"t2i.by_count.{len(s.objects)}", found["scene"]))
-            bar.update(worker.world)
-        for numbers in chunks(worker.share(0, n)):
-            world = [draw(k, 1 + k % 3) for k in numbers]
-            pictures = [scenes.render(s, model.image_hw) for s in world]
-            captions = sample.generate_text(model, [""] * len(world), ["describe the image."] * len(world), pictures, text,
-                                            first=numbers[0])
-            for s, caption in zip(world, captions):
-                told = scenes.read_caption(caption)
-                rows += [("it2t.exact", scenes.is_exact(told, s)), ("it2t.true", scenes.is_true(told, s))]
-            asked = [scenes.question(s, data.rng(seed, k, data.CAPTION))[0] for s, k in zip(world, numbers)]
-            replies = sample.generate_text(model, [""] * len(world), asked, pictures, text, first=numbers[0])
-            rows += [("it2t.vqa", scenes.check_answer(s, q, r)) for s, q, r in zip(world, asked, replies)]
-            stories, prefixes = [], []
-            for s, k in zip(world, numbers):
-                words = data.rng(seed, k, data.WINDOW)
-                sentences = scenes.story(s, words).split(". ")
-                cut = int(words.integers(1, max(len(sentences), 2)))
-                prefixes.append(". ".join(sentences[:cut]).rstrip(".") + ".")
-                stories.append(". ".join(sentences))
-            rest = sample.generate_text(model, prefixes, s=text, first=numbers[0])
-            rows += [("t2t.consistent", scenes.consistent(p, r)) for p, r in zip(prefixes, rest)]
-            if split == "seen":
-                z = model.encode_images(pictures)
-                h, w = (side // model.image_vae.downsample for side in model.image_hw)
-                again = model.decode_images(z, (h, w))
-                rows += [("ceiling.image", scenes.matches(scenes.read_image(x), scenes.read_caption(scenes.caption(
-                    s, data.rng(seed, 0, data.CAPTION))))["scene"]) for x, s in zip(again, world)]
-                for texts in (captions_of(world, seed, numbers), stories):
-                    ids = [model.ids(x, end=True) for x in texts]
-                    z_text, lengths = model.encode_text(ids)
-                    back = model.text_vae.decode(z_text, lengths).argmax(-1).split([len(i) for i in ids])
-                    rows += [("ceiling.text", b.tolist() == i) for b, i in zip(back, ids)]
-        rates: dict[str, list[bool]] = {}
-        for name, value in worker.gather(rows):
-            rates.setdefault(name, []).append(bool(value))
-        for name, values in rates.items():
-            *path, leaf = (name if name.startswith("ceiling") else f"{split}.{name}").split(".")
-            at = metrics
-            for key in path:
-                at = at.setdefault(key, {})
-            at[leaf] = sum(values) / len(values)
-    bar.close()
-    return metrics
+def draw_scenes(split: str, seed: int, numbers: range) -> Iterator[tuple[list, int, list[int]]]:
+    """Scenes of these numbers, 64 at a time: (scenes, seed, numbers), as the judges take them."""
+    for i in range(0, len(numbers), 64):
+        some = list(numbers[i:i + 64])
+        yield [scenes.sample_scene(data.rng(seed, k, data.EVAL), split == "heldout", 1 + k % 3)
+               for k in some], seed, some
 
 
 def captions_of(world: list, seed: int, numbers: list[int]) -> list[str]:
     return [scenes.caption(s, data.rng(seed, k, data.CAPTION)) for s, k in zip(world, numbers)]
 
 
+def judge_images(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
+    """T2I: what the image drawn for a caption shows of it."""
+    captions = captions_of(world, seed, numbers)
+    pictures = sample.generate_images(model, captions, s, first=numbers[0])
+    for caption, picture, scene in zip(captions, pictures, world):
+        n = len(scene.objects)
+        found = scenes.matches(scenes.read_image(picture), scenes.read_caption(caption))
+        yield from ((f"t2i.{name}", ok) for name, ok in found.items() if name != "relation" or n > 1)
+        yield f"t2i.by_count.{n}", found["scene"]
+
+
+def judge_answers(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
+    """IT2T: descriptions of pictures, and answers to questions about them."""
+    pictures, blank = [scenes.render(scene, model.image_hw) for scene in world], [""] * len(world)
+    ask = lambda prompts: sample.generate_text(model, blank, prompts, pictures, s, first=numbers[0])
+    for scene, caption in zip(world, ask(["describe the image."] * len(world))):
+        told = scenes.read_caption(caption)
+        yield "it2t.exact", scenes.is_exact(told, scene)
+        yield "it2t.true", scenes.is_true(told, scene)
+    asked = [scenes.question(scene, data.rng(seed, k, data.CAPTION))[0] for scene, k in zip(world, numbers)]
+    for scene, question, reply in zip(world, asked, ask(asked)):
+        yield "it2t.vqa", scenes.check_answer(scene, question, reply)
+
+
+def judge_stories(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
+    """T2T: continuations of stories that are cut between two sentences."""
+    prefixes = []
+    for scene, k in zip(world, numbers):
+        words = data.rng(seed, k, data.WINDOW)
+        sentences = scenes.story(scene, words).split(". ")
+        cut = int(words.integers(1, max(len(sentences), 2)))
+        prefixes.append(". ".join(sentences[:cut]).rstrip(".") + ".")
+    for prefix, rest in zip(prefixes, sample.generate_text(model, prefixes, s=s, first=numbers[0])):
+        yield "t2t.consistent", scenes.consistent(prefix, rest)
+
+
+def judge_vaes(model: Cola, world: list, seed: int, numbers: list[int]) -> Rows:
+    """What the VAEs alone keep: scenes that are still read right, texts (captions, then stories) whose every
+    token comes back."""
+    grid = tuple(side // model.image_vae.downsample for side in model.image_hw)
+    z = model.encode_images([scenes.render(scene, model.image_hw) for scene in world])           # (B h w, Cz)
+    for scene, picture in zip(world, model.decode_images(z, grid)):
+        told = scenes.read_caption(scenes.caption(scene, data.rng(seed, 0, data.CAPTION)))
+        yield "ceiling.image", scenes.matches(scenes.read_image(picture), told)["scene"]
+    stories = [scenes.story(scene, data.rng(seed, k, data.WINDOW)) for scene, k in zip(world, numbers)]
+    for texts in (captions_of(world, seed, numbers), stories):
+        ids = [model.ids(text, end=True) for text in texts]
+        logits = model.text_vae.decode(*model.encode_text(ids))                                  # (T, V)
+        for i, back in zip(ids, logits.argmax(-1).split([len(i) for i in ids])):
+            yield "ceiling.text", back.tolist() == i
+
+
+def settings(args: argparse.Namespace, seed: int = 0) -> tuple[sample.Settings, sample.Settings]:
+    """How images and texts are generated."""
+    more = {"steps": args.sample_steps, "seed": seed}
+    return (dataclasses.replace(sample.IMAGE, guidance=args.guidance, **more),
+            dataclasses.replace(sample.TEXT, guidance=args.text_guidance, **more))
+
+
+@torch.no_grad()
+def evaluate(model: Cola, args: argparse.Namespace, worker: Worker) -> dict:
+    """Rates in [0, 1] on scenes the training never drew, of seen compositions and of held-out ones.
+
+    Each is a mean over n = --eval_samples scenes, those of T2I over n of each number of objects; the samples
+    are split among the workers, and all of them get the result."""
+    (image, text), seed, n = settings(args, args.seed), args.seed + 1_000_003, args.eval_samples
+    rows: list[tuple[str, bool]] = []
+    bar = tqdm(total=2 * math.ceil(3 * n / 64), desc="evaluate", disable=worker.rank > 0)
+    for split in ("seen", "heldout"):
+        for drawn in draw_scenes(split, seed, worker.share(0, 3 * n)):
+            rows += [(f"{split}.{name}", ok) for name, ok in judge_images(model, *drawn, image)]
+            bar.update(worker.world)
+        for drawn in draw_scenes(split, seed, worker.share(0, n)):
+            for judge in (judge_answers, judge_stories):
+                rows += [(f"{split}.{name}", ok) for name, ok in judge(model, *drawn, text)]
+            rows += judge_vaes(model, *drawn) if split == "seen" else []
+    bar.close()
+    rates: dict[str, list[bool]] = {}
+    for name, ok in worker.gather(rows):
+        rates.setdefault(name, []).append(bool(ok))
+    metrics: dict = {"n": n}
+    for name, values in rates.items():         # "seen.t2i.scene" -> metrics["seen"]["t2i"]["scene"]
+        *path, leaf = name.split(".")
+        at = metrics
+        for key in path:
+            at = at.setdefault(key, {})
+        at[leaf] = sum(values) / len(values)
+    return metrics
+
+
 def table(metrics: dict) -> str:
     """The rates with their intervals, seen beside held-out."""
-    n, lines = metrics["n"], []
+    n = metrics["n"]
 
-    def cell(rate: float | None, count: int) -> str:
+    def cell(path: str, count: int) -> str:
+        rate = metrics
+        for key in path.split("."):
+            rate = rate.get(key) if rate else None
         if rate is None:
             return " " * 20
         low, high = wilson(rate, count)
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
-    rows = [("t2i scene, 1-3 objects", ("t2i", "scene"), 3 * n)]
-    rows += [(f"t2i scene, {c} object{'s' if c > 1 else ''}", ("t2i", "by_count", str(c)), n) for c in (1, 2, 3)]
-    rows += [(f"t2i {x}", ("t2i", x), 3 * n) for x in ("count", "color", "shape", "size", "relation", "background")]
-    rows += [(f"it2t {x}", ("it2t", x), n) for x in ("exact", "true", "vqa")] + [("t2t consistent", ("t2t", "consistent"), n)]
-    for title, path, count in rows:
-        cells = []
-        for split in ("seen", "heldout"):
-            value = metrics[split]
-            for key in path:
-                value = value.get(key) if value else None
-            cells.append(cell(value, count))
-        lines.append(f"{title:26s}{cells[0]:24s}{cells[1]}")
-    lines += [f"ceiling {x:18s}{cell(metrics['ceiling'][x], n)}" for x in ("image", "text")]
-    return "\n".join([f"{'rate [95 % interval]':26s}{'seen':24s}held-out", *lines])
+    rows = [("t2i scene, 1-3 objects", "t2i.scene", 3 * n)]
+    rows += [(f"t2i scene, {c} object{'s' if c > 1 else ''}", f"t2i.by_count.{c}", n) for c in (1, 2, 3)]
+    attributes = ("count", "color", "shape", "size", "relation", "background")
+    rows += [(f"t2i {x}", f"t2i.{x}", 3 * n) for x in attributes]
+    rows += [(x.replace(".", " "), x, n) for x in ("it2t.exact", "it2t.true", "it2t.vqa", "t2t.consistent")]
+    lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
+    for title, x, count in rows:
+        lines.append(f"{title:26s}{cell(f'seen.{x}', count):24s}{cell(f'heldout.{x}', count)}")
+    return "\n".join(lines + [f"ceiling {x:18s}{cell(f'ceiling.{x}', n)}" for x in ("image", "text")])
 
 
-# ---- pictures of the run --------------------------------------------------------------------------------------------
+# ---- pictures of the run -----------------------------------------------------------------------------------
 
 def sample_grid(model: Cola, run: Run, path: Path) -> None:
-    """Images drawn for captions, and captions or answers given to images; texts are continued on the terminal."""
-    args, tile, cells, numbers = run.args, 160, [], range(10 ** 9, 10 ** 9 + 6)       # far from any sample of training
-    text = dataclasses.replace(sample.TEXT, guidance=args.text_guidance, steps=args.sample_steps)
-    tasks = {name for name, ratio in task_ratios(args.tasks).items() if ratio}
+    """Images drawn for captions, captions or answers given to images; texts are continued on the terminal."""
+    image, text = settings(run.args)
+    dataset, cells, numbers = run.dataset, [], range(10 ** 9, 10 ** 9 + 6)   # far from any sample of training
+    tasks = {name for name, ratio in task_ratios(run.args.tasks).items() if ratio}
     if "t2i" in tasks:
-        captions = [run.dataset.t2i(k)[0] for k in numbers]
-        cells += zip(sample.generate_images(model, captions, dataclasses.replace(
-            sample.IMAGE, guidance=args.guidance, steps=args.sample_steps)), captions)
+        captions = [dataset.t2i(k)[0] for k in numbers]
+        cells += zip(sample.generate_images(model, captions, image), captions)
     if "it2t" in tasks:
-        for prompt, index, _ in map(run.dataset.it2t, numbers):
-            picture = run.dataset.images([index])[0]
-            cells.append((picture, f"{prompt} {sample.generate_text(model, [''], [prompt], [picture], text)[0]}"))
+        for prompt, index, _ in map(dataset.it2t, numbers):
+            picture = dataset.images([index])[0]
+            answer = sample.generate_text(model, [""], [prompt], [picture], text)[0]
+            cells.append((picture, f"{prompt} {answer}"))
     if "t2t" in tasks:
         for k in numbers[:3]:
-            prefix = " ".join(run.dataset.t2t(k).split()[:6])
+            prefix = " ".join(dataset.t2t(k).split()[:6])
             print(f"{prefix} |{sample.generate_text(model, [prefix], s=text)[0]}")
-    if not cells:
-        return
-    canvas = Image.new("RGB", (6 * (tile + 8) + 8, -(-len(cells) // 6) * (tile + 72) + 8), "white")
+    if cells:
+        captioned_grid(cells).save(path)
+
+
+def captioned_grid(cells: list[tuple[np.ndarray, str]], columns: int = 6, tile: int = 160) -> Image.Image:
+    """Pictures uint8 (H, W, 3), each scaled to fit a tile, above their words."""
+    rows = -(-len(cells) // columns)
+    canvas = Image.new("RGB", (columns * (tile + 8) + 8, rows * (tile + 72) + 8), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (picture, words) in enumerate(cells):
-        x, y = 8 + (i % 6) * (tile + 8), 8 + (i // 6) * (tile + 72)
+        x, y = 8 + i % columns * (tile + 8), 8 + i // columns * (tile + 72)
         scale = tile / max(picture.shape[:2])
         size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
         canvas.paste(Image.fromarray(picture).resize(size, Image.NEAREST), (x, y))
         pen.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), outline="lightgray")
-        lines, line = [], ""
+        lines = [""]
         for word in words.split():
-            if pen.textlength(f"{line} {word}") > tile and line:
-                lines.append(line)
-                line = ""
-            line = f"{line} {word}".strip()
-        pen.multiline_text((x, y + tile + 4), "\n".join([*lines, line][:5]), fill="black")
-    canvas.save(path)
+            longer = f"{lines[-1]} {word}".strip()
+            if lines[-1] and pen.textlength(longer) > tile:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+        pen.multiline_text((x, y + tile + 4), "\n".join(lines[:5]), fill="black")
+    return canvas
 
 
 def loss_plot(log: Path, path: Path) -> None:
-    """Every loss of log.jsonl against its step, one panel a stage, on a log scale, smoothed over 2 % of the steps."""
+    """Every loss of log.jsonl against its step, a panel a stage, on a log scale, smoothed over 2 %."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     colors = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
+    skip = {"stage", "step", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q", "psnr"}
     canvas = Image.new("RGB", (3 * 420, 320), "white")
     pen = ImageDraw.Draw(canvas)
-    skip = {"stage", "step", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q", "psnr"}
     for panel, stage in enumerate(STAGES):
         mine, x0 = [e for e in entries if e["stage"] == stage], panel * 420 + 50
         pen.text((x0, 6), stage, fill="black")
         pen.rectangle((x0, 24, x0 + 350, 290), outline="gray")
-        names = sorted({k for e in mine for k, v in e.items() if k not in skip})
         curves = {}
-        for name in names:
-            points = [(e["step"], e[name]) for e in mine if e.get(name, 0) > 0]
-            width = max(1, len(points) // 50)
-            curves[name] = [(points[min(i + width // 2, len(points) - 1)][0],
-                             sum(v for _, v in points[i:i + width]) / len(points[i:i + width]))
-                            for i in range(0, len(points), width)]
-        values = [v for c in curves.values() for _, v in c]
-        if not values:
+        for name in sorted({k for e in mine for k in e} - skip):
+            points = np.array([(e["step"], e[name]) for e in mine if e.get(name, 0) > 0])        # (n, 2)
+            width, last = max(1, len(points) // 50), len(points) - 1
+            if len(points):
+                curves[name] = [(points[min(i + width // 2, last), 0], points[i:i + width, 1].mean())
+                                for i in range(0, len(points), width)]
+        if not curves:
             continue
-        low, high, last = math.log10(min(values)), math.log10(max(values)) + 1e-6, max(e["step"] for e in mine)
+        values = [v for curve in curves.values() for _, v in curve]
+        low, high = math.log10(min(values)), math.log10(max(values)) + 1e-6
+        last = max(e["step"] for e in mine)
         for i, (name, curve) in enumerate(curves.items()):
             line = [(x0 + 350 * s / last, 290 - 266 * (math.log10(v) - low) / (high - low)) for s, v in curve]
             pen.line(line, fill=colors[i % 6], width=2)
@@ -922,40 +1008,51 @@ def loss_plot(log: Path, path: Path) -> None:
     canvas.save(path)
 
 
-# ---- main -----------------------------------------------------------------------------------------------------------
+# ---- main --------------------------------------------------------------------------------------------------
+
+RUN_FLAGS = {"out_dir", "resume", "init_from", "eval_only", "device", "procs", "save_every", "strict_data",
+             "eval_samples", "guidance", "text_guidance", "sample_steps"}      # never a checkpoint's
+GOAL_FLAGS = {"stage", "scale", "data", "text"}        # a checkpoint's only where its own run goes on
+ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
+                "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",
+                "image_vae_width", "image_vae_levels", "image_vae_blocks", "image_vae_patch",
+                "width", "layers", "heads", "streams"}
+
 
 def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
-    """Settle what to start from: the checkpoint to continue, or None; its flags become the defaults. Before any work."""
+    """Settle what to start from, before any work: the checkpoint to continue, or None; its flags become the
+    defaults. ValueError for a run that would be overwritten and for flags that contradict the checkpoint."""
     path = Path(args.out_dir) / "ckpt.pt"
-    source = None
-    if args.eval_only or args.resume == "auto" and path.exists():
-        source = path
-    elif path.exists():
+    goes_on = args.eval_only or args.resume == "auto" and path.exists()
+    if path.exists() and not goes_on:
         raise ValueError(f"{path} exists; continue it with --resume auto, or choose another --out_dir")
-    elif args.init_from:
-        source = Path(args.init_from)
-    if source is None:
+    if not goes_on and not args.init_from:
         return None, args
+    source = path if goes_on else Path(args.init_from)
     checkpoint = sample.read_checkpoint(source)
+    kept = args.given | RUN_FLAGS | (set() if goes_on else GOAL_FLAGS)
     for name, value in checkpoint["args"].items():
-        keep = name in args.given or name in RUN_FLAGS and not (source == path and name in ("data", "text", "scale", "stage"))
-        if name in ARCHITECTURE and name in args.given and getattr(args, name) != value:
-            raise ValueError(f"--{name} {getattr(args, name)}: {source} has {value}; leave the flag out, or train from nothing")
-        if not keep and hasattr(args, name):
+        if name in ARCHITECTURE & args.given and getattr(args, name) != value:
+            raise ValueError(f"--{name} {getattr(args, name)}: {source} has {value}; leave the flag out, "
+                             f"or train from nothing")
+        if name not in kept and hasattr(args, name):
             setattr(args, name, value)
+    if not goes_on:                                    # its weights alone
+        checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": [], "seconds": 0.0}
     return checkpoint, args
 
 
 def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> None:
-    """One worker's run, from data to metrics."""
-    out = Path(args.out_dir)
+    """One worker's run, from data to metrics. ValueError or OSError where flags and data do not fit."""
     hw = (args.image_size[0], args.image_size[-1])
+    generated = {} if args.data or args.text else \
+        {"pool": args.pool, "any_order": args.any_order, "questions": args.questions}
     dataset = data.open_data(args.seed, args.data, args.text, hw, args.seq_len, args.aspect, args.downsample,
-                             args.strict_data, **({} if args.data or args.text else
-                                                  dict(pool=args.pool, any_order=args.any_order, questions=args.questions)))
-    missing = [n for n, r in task_ratios(args.tasks).items() if r and n not in dataset.tasks]
+                             args.strict_data, **generated)
+    missing = [name for name, share in task_ratios(args.tasks).items() if share and name not in dataset.tasks]
     if missing and not args.eval_only:
-        raise ValueError(f"--tasks asks for {', '.join(missing)}, but this data serves {', '.join(sorted(dataset.tasks))} only")
+        raise ValueError(f"--tasks asks for {', '.join(missing)}, but this data serves "
+                         f"{', '.join(sorted(dataset.tasks))} only")
     if checkpoint is None:
         model = new_model(args, dataset)
     else:
@@ -964,17 +1061,15 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         model.image_vae.check_size(*hw)
     for item in getattr(getattr(dataset, "pictures", dataset), "items", ()):
         if (n := len(model.tokenizer.encode(item.text))) >= args.seq_len:
-            raise ValueError(f"{item.name}: its caption has {n} tokens, which with the end token is more than "
-                             f"--seq_len {args.seq_len}; raise it to {n + 1} or shorten the caption")
-    for module in (model.text_vae, model.image_vae, model.mmdit):
+            raise ValueError(f"{item.name}: its caption has {n} tokens, which with the end token is more "
+                             f"than --seq_len {args.seq_len}; raise it to {n + 1} or shorten the caption")
+    for module in parts(model).values():
         module.to(worker.device)
     run = Run(args, worker, model, dataset)
     if checkpoint is not None:
         run.restore(checkpoint)
-        if args.init_from and not (args.resume == "auto" and (out / "ckpt.pt").exists()) and not args.eval_only:
-            run.progress, run.optimizer_state, run.seconds = dict.fromkeys(STAGES, 0), [], 0.0
     if not args.eval_only:
-        out.mkdir(parents=True, exist_ok=True)
+        run.out.mkdir(parents=True, exist_ok=True)
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda number, frame: setattr(run, "stop", number))
         train_stages(run)
@@ -983,53 +1078,47 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
 
 def finish(run: Run) -> None:
     """Evaluate the averaged weights; write metrics.json, samples.png, loss.png; say what to try next."""
-    args, out, worker = run.args, run.out, run.worker
+    args, out, worker, metrics = run.args, run.out, run.worker, None
     model = sample.build(run.state())
-    for module in (model.text_vae, model.image_vae, model.mmdit):
+    for module in parts(model).values():
         module.to(worker.device)
-    generated = not args.data and not args.text
-    amp = torch.autocast(worker.device.type, torch.bfloat16, enabled=args.bf16 == "on")
-    if worker.rank == 0:
-        if (out / "log.jsonl").exists():
-            loss_plot(out / "log.jsonl", out / "loss.png")
-        with amp:
-            sample_grid(model, run, out / "samples.png")
-    if generated and args.eval_samples and args.stage in ("all", "mmdit"):
-        with amp:
-            metrics = evaluate(model, args, worker)
+    with torch.autocast(worker.device.type, torch.bfloat16, enabled=args.bf16 == "on"):
         if worker.rank == 0:
-            metrics |= {"seconds": round(run.seconds, 1), "config": {k: v for k, v in vars(args).items() if k != "given"}}
-            (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-            print(table(metrics))
-    if worker.rank == 0:
-        print(f"{run.seconds / 60:.1f} minutes of training; {out}/ckpt.pt, samples.png, loss.png, log.jsonl. Try:\n"
-              f'  python sample.py t2i "a large red circle above a small blue square on a gray background" --checkpoint {out}/ckpt.pt --out a.png\n'
-              f'  python sample.py it2t a.png "describe the image." --checkpoint {out}/ckpt.pt\n'
-              f'  python sample.py t2t "there is a red circle." --checkpoint {out}/ckpt.pt')
+            if (out / "log.jsonl").exists():
+                loss_plot(out / "log.jsonl", out / "loss.png")
+            sample_grid(model, run, out / "samples.png")
+        if not args.data and not args.text and args.eval_samples and args.stage in ("all", "mmdit"):
+            metrics = evaluate(model, args, worker)
+    if worker.rank:
+        return
+    if metrics:
+        metrics |= {"seconds": round(run.seconds, 1), "config": plain(args)}
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        print(table(metrics))
+    checkpoint = f"--checkpoint {out}/ckpt.pt"
+    caption = "a large red circle above a small blue square on a gray background"
+    print(f"{run.seconds / 60:.1f} minutes of training; {out}/ckpt.pt, samples.png, loss.png, log.jsonl. "
+          f'Try:\n  python sample.py t2i "{caption}" {checkpoint} --out a.png\n'
+          f'  python sample.py it2t a.png "describe the image." {checkpoint}\n'
+          f'  python sample.py t2t "there is a red circle." {checkpoint}')
 
 
 def main(argv: list[str] | None = None) -> int:
-    worker = Worker()
+    """The exit status: 0, 2 for a user's mistake, 130 for a run that was stopped."""
+    argv, worker = sys.argv[1:] if argv is None else argv, Worker()
     try:
-        args = parse(argv)
-        checkpoint, args = prepare(args)
+        checkpoint, args = prepare(parse(argv))
         if "RANK" not in os.environ and args.device == "cpu":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             if (args.procs or cores) > 1:
-                return launch(sys.argv[1:] if argv is None else argv, args.procs or cores)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            device = torch.device(args.device, int(os.environ["LOCAL_RANK"])) if args.device == "cuda" else torch.device("cpu")
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-            worker = Worker(rank, world, device)
-        elif args.device != "cpu":
-            worker = Worker(device=torch.device(args.device))
+                return launch(argv, args.procs or cores)
+        worker = join(args.device)
         if args.device == "cpu":
             torch.set_num_threads(1)
         if args.bf16 == "auto":
             args.bf16 = "on" if args.device != "cpu" or bf16_is_faster() else "off"
         work(args, checkpoint, worker)
-    except (ValueError, OSError) as error:                     # the same on every worker until training starts
+    except (ValueError, OSError) as error:             # the same on every worker until training starts
         if worker.rank == 0 or worker.training:
             print(f"train.py: {error}", file=sys.stderr)
         return 2

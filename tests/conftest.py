@@ -7,8 +7,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
-TINY = ("--procs 1 --pool 64 --text_vae_width 24 --text_vae_heads 2 --text_vae_layers 1 --text_vae_steps 3 --text_vae_batch 8 "
-        "--image_vae_width 16 --image_vae_steps 3 --image_vae_batch 8 --width 32 --heads 2 --layers 2 --steps 4 --batch_size 4 "
+TINY = ("--text_vae_width 24 --text_vae_heads 2 --text_vae_layers 1 --text_vae_steps 3 --text_vae_batch 8 "
+        "--image_vae_width 16 --image_vae_steps 3 --image_vae_batch 8 "
+        "--width 32 --heads 2 --layers 2 --steps 4 --batch_size 4 --pool 64 --procs 1 "
         "--eval_samples 2 --sample_steps 2 --vocab_size 300 --bf16 off").split()
 
 

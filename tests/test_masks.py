@@ -39,8 +39,8 @@ def brute_force(q, k):
     for i in range(len(q)):
         for j in range(len(k)):
             if q.sample[i] == k.sample[j]:
-                task = int(q.task[q.sample[i]])
-                want[i, j] = allowed(task, *(int(x) for x in (q.segment[i], k.segment[j], q.block[i], k.block[j])))
+                case = q.task[q.sample[i]], q.segment[i], k.segment[j], q.block[i], k.block[j]
+                want[i, j] = allowed(*(int(x) for x in case))
     return want
 
 
@@ -53,7 +53,8 @@ def test_dense_against_loops(seed, block_len):
 
 @pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
 def test_each_task_alone_against_loops(task):
-    layout = pack(random_samples(3, 4, (task,)) + [Sample(task, 2 * (task == IT2T), (2, 2) if task else (0, 0), 5, 5)], 2)
+    every = Sample(task, 2 * (task == IT2T), (2, 2) if task != T2T else (0, 0), 5, 5)
+    layout = pack(random_samples(3, 4, (task,)) + [every], 2)
     assert torch.equal(masks.dense(layout, layout), brute_force(layout, layout))
 
 
@@ -68,7 +69,8 @@ def test_blog_example_by_hand():
 
 
 def test_pack_lays_out_segments_blocks_and_coordinates():
-    layout = pack([Sample(IT2T, prompt=2, image=(2, 2), clean=3, noisy=3, start=2), Sample(T2I, image=(1, 3))], 2)
+    answer = Sample(IT2T, prompt=2, image=(2, 2), clean=3, noisy=3, start=2)
+    layout = pack([answer, Sample(T2I, image=(1, 3))], 2)
     assert "".join(masks.SEGMENTS[s] for s in layout.segment) == "PPIIIICCCNNNIII"
     assert layout.block.tolist() == [0] * 6 + [0, 0, 1] * 2 + [0] * 3
     assert layout.row.tolist() == [0, 1, 0, 0, 1, 1, 2, 3, 4, 2, 3, 4, 0, 0, 0]
@@ -111,18 +113,16 @@ def test_attention_against_fp64(backend, seed):
         g = torch.Generator().manual_seed(seed)
         q, k, v = (torch.randn(n, 2, 8, generator=g, dtype=torch.float64, requires_grad=True)
                    for n in (len(plan.q), len(plan.k), len(plan.k)))
-        mask = brute_force(plan.q, plan.k)
-        want = torch.zeros_like(q)
         rows = []
-        for i in range(len(plan.q)):
-            keys = mask[i].nonzero()[:, 0]
-            s = torch.einsum("hd,jhd->hj", q[i], k[keys]) / 8 ** 0.5
-            rows.append(torch.einsum("hj,jhd->hd", s.softmax(-1), v[keys]) if len(keys) else torch.zeros(2, 8).double())
+        for q_i, sees in zip(q, brute_force(plan.q, plan.k)):
+            s = torch.einsum("hd,jhd->hj", q_i, k[sees]) / 8 ** 0.5
+            rows.append(torch.einsum("hj,jhd->hd", s.softmax(-1), v[sees]))          # 0 where it sees nothing
         want = torch.stack(rows)
         got = attention(q, k, v, plan, backend)
         torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
         upstream = torch.randn(want.shape, generator=g, dtype=torch.float64)
-        for a, b in zip(torch.autograd.grad(got, (q, k, v), upstream), torch.autograd.grad(want, (q, k, v), upstream)):
+        grads = (torch.autograd.grad(o, (q, k, v), upstream) for o in (got, want))
+        for a, b in zip(*grads):
             torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
         single = attention(*(x.detach().float() for x in (q, k, v)), plan, backend)
         torch.testing.assert_close(single.double(), want, atol=1e-5, rtol=0)
@@ -139,14 +139,16 @@ def test_long_rows_take_the_fused_kernel_and_agree(monkeypatch):
 
 def test_a_made_up_task_needs_only_a_table():
     """Image editing, say: the new image N sees the old image I and the instruction P, and nothing sees N."""
-    table = torch.tensor([[masks.ALWAYS, 0, masks.ALWAYS, 0], [0] * 4, [masks.ALWAYS, 0, masks.ALWAYS, 0],
-                          [masks.ALWAYS, 0, masks.ALWAYS, masks.EQ]], dtype=torch.uint8)
+    a, e = masks.ALWAYS, masks.EQ
+    table = torch.tensor([[a, 0, a, 0], [0, 0, 0, 0], [a, 0, a, 0], [a, 0, a, e]], dtype=torch.uint8)
     rules = torch.cat([masks.RULES, table[None]])
-    layout = pack([Sample(3, prompt=2, image=(2, 2), noisy=4), Sample(T2I, clean=2, image=(1, 2), noisy=2)], 4)
+    edit = Sample(3, prompt=2, image=(2, 2), noisy=4)
+    layout = pack([edit, Sample(T2I, clean=2, image=(1, 2), noisy=2)], 4)
     mask = masks.dense(layout, layout, rules)
     mine = layout.sample == 0
     noisy = mine & (layout.segment == N)
-    assert mask[noisy][:, mine].all() and not mask[mine & ~noisy][:, noisy].any() and not mask[mine][:, ~mine].any()
+    assert mask[noisy][:, mine].all() and not mask[mine & ~noisy][:, noisy].any()
+    assert not mask[mine][:, ~mine].any()
     q, k, v = (torch.randn(len(layout), 1, 8, dtype=torch.float64) for _ in range(3))
     plan = make_plan(layout, rules=rules)
     torch.testing.assert_close(attention(q, k, v, plan, "padded"), attention(q, k, v, plan, "reference"))

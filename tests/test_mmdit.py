@@ -13,7 +13,8 @@ from mmdit import Cache, MMDiT, MMDiTConfig
 from text_vae import read_safetensors
 
 TINY = Path(__file__).parent / "official_tiny"
-CONFIG = dict(text_channels=6, image_channels=5, width=32, heads=2, head_dim=16, layers=2, emb_dim=24, rope_dim=12)
+CONFIG = dict(text_channels=6, image_channels=5, width=32, layers=2,
+              heads=2, head_dim=16, rope_dim=12, emb_dim=24)
 
 
 def random_model(**changes) -> MMDiT:
@@ -27,7 +28,8 @@ def random_model(**changes) -> MMDiT:
 def inputs(layout, seed=1):
     g = torch.Generator().manual_seed(seed)
     is_image = layout.segment == masks.I
-    text, image = torch.randn(int((~is_image).sum()), 6, generator=g), torch.randn(int(is_image.sum()), 5, generator=g)
+    text = torch.randn(int((~is_image).sum()), 6, generator=g)
+    image = torch.randn(int(is_image.sum()), 5, generator=g)
     t = torch.tensor([0.0, 0.3, 0.8])
     t_index = torch.tensor([0, 0, 2, 1])[layout.segment]
     return text, image, t, t_index
@@ -53,13 +55,13 @@ def test_official_tensors(folder):
 
         n, m = len(want["gen_prefix"]), len(want["gen_z"])
         prefix, block = pack([Sample(T2T, clean=n)], bl), pack([Sample(T2T, noisy=m, first=n)], bl)
-        cache = Cache()
-        model(want["gen_prefix"], None, torch.zeros(1), torch.zeros(n, dtype=torch.long), prefix, make_plan(prefix), cache, True)
-        keys = masks.concat(prefix, block)
-        zeros, t = torch.zeros(m, dtype=torch.long), torch.tensor([0.7])
-        cond = model(want["gen_z"], None, t, zeros, block, make_plan(block, keys), cache)[0]
+        cache, zeros = Cache(), torch.zeros(n + m, dtype=torch.long)
+        plan, keys = make_plan(prefix), masks.concat(prefix, block)
+        model(want["gen_prefix"], None, torch.zeros(1), zeros[:n], prefix, plan, cache, commit=True)
+        t = torch.tensor([0.7])
+        cond = model(want["gen_z"], None, t, zeros[n:], block, make_plan(block, keys), cache)[0]
         torch.testing.assert_close(cond, want["gen_v_cond"], atol=1e-4, rtol=0)
-        uncond = model(want["gen_z"], None, t, zeros, block, make_plan(block))[0]
+        uncond = model(want["gen_z"], None, t, zeros[n:], block, make_plan(block))[0]
         torch.testing.assert_close(uncond, want["gen_v_uncond"], atol=1e-4, rtol=0)
 
 
@@ -100,7 +102,7 @@ def test_time_embedding():
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("sample", EXAMPLES, ids=masks.TASKS)
 def test_nothing_leaks(sample, streams):
-    """Change one position: outputs that it cannot reach through any number of layers stay bit-identical, others move."""
+    """Change one position: outputs that no path of layers joins to it stay bit-identical, the others move."""
     model = random_model(streams=streams)
     layout = pack([EXAMPLES[0], sample], block_len=2)
     text, image, t, t_index = inputs(layout)
@@ -136,29 +138,30 @@ def test_packing_changes_nothing(streams):
         v_text, v_image, _ = model(text, image, t, t_index, together, make_plan(together))
         for s, sample in enumerate(EXAMPLES):
             alone, mine = pack([sample], block_len=2), together.sample == s
-            a_text, a_image, _ = model(text[mine[~is_image]], image[mine[is_image]], t, t_index[mine], alone, make_plan(alone))
-            torch.testing.assert_close(a_text, v_text[mine[~is_image]], atol=1e-5, rtol=1e-5)
-            if a_image is not None:
-                torch.testing.assert_close(a_image, v_image[mine[is_image]], atol=1e-5, rtol=1e-5)
+            text_s, image_s = mine[~is_image], mine[is_image]
+            got = model(text[text_s], image[image_s], t, t_index[mine], alone, make_plan(alone))
+            torch.testing.assert_close(got[0], v_text[text_s], atol=1e-5, rtol=1e-5)
+            if got[1] is not None:
+                torch.testing.assert_close(got[1], v_image[image_s], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
 def test_cache_equals_the_whole_pass(streams):
     """P and I, then clean blocks one at a time, then a noisy block: the same velocity as in one pass."""
     model = random_model(streams=streams)
-    full = pack([Sample(IT2T, prompt=3, image=(2, 2), clean=4, noisy=6, start=3), Sample(T2I, clean=4, image=(2, 2))], 2)
+    answer = Sample(IT2T, prompt=3, image=(2, 2), clean=4, noisy=6, start=3)
+    full = pack([answer, Sample(T2I, clean=4, image=(2, 2))], 2)
     text, image, t, t_index = inputs(full)
     is_image = full.segment == masks.I
     with torch.no_grad():
         v_text, v_image, _ = model(text, image, t, t_index, full, make_plan(full))
         first = (full.sample == 0) & ((full.segment == masks.P) | is_image)
         queries = (full.segment == masks.N) & (full.block == 2) | is_image & (full.sample == 1)
-        steps = [first, (full.segment == masks.C) & (full.block == 0), (full.segment == masks.C) & (full.block == 1)]
-        cache = Cache()
-        for chosen in steps:
-            part = full.select(chosen)
-            keys = part if cache.layout is None else masks.concat(cache.layout, part)
-            model(text[chosen[~is_image]], image[chosen[is_image]], t, t_index[chosen], part, make_plan(part, keys), cache, True)
+        clean, cache = full.segment == masks.C, Cache()
+        for chosen in (first, clean & (full.block == 0), clean & (full.block == 1)):
+            part, latents = full.select(chosen), (text[chosen[~is_image]], image[chosen[is_image]])
+            plan = make_plan(part, part if cache.layout is None else masks.concat(cache.layout, part))
+            model(*latents, t, t_index[chosen], part, plan, cache, commit=True)
         part = full.select(queries)
         got = model(text[queries[~is_image]], image[queries[is_image]], t, t_index[queries], part,
                     make_plan(part, masks.concat(cache.layout, part)), cache)
@@ -176,7 +179,8 @@ def test_targets_are_what_the_whole_pass_gives_there(streams):
     is_image, plan = layout.segment == masks.I, make_plan(layout)
     with torch.no_grad():
         whole = model(text, image, t, t_index, layout, plan)
-        some = model(text, image, t, t_index, layout, plan, targets=(index, make_plan(layout.select(index), layout)))
+        targets = index, make_plan(layout.select(index), layout)
+        some = model(text, image, t, t_index, layout, plan, targets=targets)
     torch.testing.assert_close(some[0], whole[0][chosen[~is_image]], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(some[1], whole[1][chosen[is_image]], atol=1e-5, rtol=1e-5)
 
