@@ -112,7 +112,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("vae_logsnr", "2.5", "'learned', or a fixed log(mu^2 / sigma^2): lower is noisier and more robust")
     flag("beta", 1e-3, "weight of KL(q || N(0, I)), and of E log q in stage 2")
     flag("lambda_mask", 0.1, "weight of the masking loss; 0 saves a pass")
-    flag("text_vae_steps", 220, "steps of stage 1")
+    flag("text_vae_steps", 200, "steps of stage 1")
     flag("text_vae_batch", 48, "texts a step")
     flag("text_vae_lr", 4e-3, "peak learning rate of AdamW")
 
@@ -124,7 +124,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
          nargs="+", type=int)
     flag("image_vae_blocks", 2, "residual blocks a level; 3 at 256 pixels")
     flag("image_vae_patch", 4, "pixels a side folded into channels at once; 2 at 256 pixels")
-    flag("image_vae_steps", 1800, "steps of stage 1b")
+    flag("image_vae_steps", 1200, "steps of stage 1b")
     flag("image_vae_batch", 32, "images a step")
     flag("image_vae_lr", 4e-3, "peak learning rate of AdamW")
 
@@ -134,9 +134,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("heads", 4, "attention heads; the release has 16")
     flag("streams", 1, "2 gives text and image their own weights, joined in attention")
     flag("block_len", 16, "text latents generated together")
-    flag("steps", 2300, "steps of stage 2")
-    flag("batch_size", 96, "samples a micro-step, over all workers")
-    flag("micro_steps", 1, "micro-steps a step, each of one task; more fit a large batch into little memory")
+    flag("steps", 2100, "steps of stage 2")
+    flag("batch_size", 32, "samples a micro-step, over all workers")
+    flag("micro_steps", 3, "micro-steps a step, each of one task")
+    flag("accumulate", False, "a pass for each micro-step, not one for all: less memory, the same result",
+         action="store_true")
     flag("optimizer", "muon", "for the matrices inside the blocks of the prior and the image VAE",
          choices=("muon", "adamw"))
     flag("muon_lr", 0.02, "peak learning rate of Muon")
@@ -324,8 +326,7 @@ class ImageBatch:
 
 @dataclass
 class Batch:
-    """One micro-step's samples for the prior, packed; everything random is in here already."""
-    task: int
+    """Samples for the prior, packed, of any tasks; everything random is in here already."""
     ids: Tensor             # (T,)
     lengths: list[int]      # latents of each text
     posterior: Tensor       # (Lv, Dz) noise of the posterior sample
@@ -347,9 +348,12 @@ class Batch:
     def counts(self) -> list[float]:
         """Loss positions x channels of L_image and of L_text in each task; tokens, masked tokens."""
         image = int(self.loss_image.sum()) * self.eps_image.shape[1]
-        text = int(self.loss_text.sum()) * self.eps_text.shape[1]
-        by_task = [text * (task == self.task) for task in range(len(TASKS))]
-        return [image, *by_task, self.ids.numel(), int(self.hidden.sum())]
+        text = torch.bincount(self.text_task()[self.loss_text], minlength=len(TASKS)) * self.eps_text.shape[1]
+        return [image, *text.tolist(), self.ids.numel(), int(self.hidden.sum())]
+
+    def text_task(self) -> Tensor:
+        """(Lt,) the task of each text position."""
+        return self.layout.task[self.layout.sample[self.layout.segment != masks.I]]
 
 
 def moved(x, device: torch.device):
@@ -431,12 +435,12 @@ class Batches:
             batches.append(ImageBatch(x, torch.from_numpy(np.stack(noise))))
         return batches
 
-    def make(self, task: int, numbers: range) -> Batch:
-        """The micro-batch of these sample numbers, all of one task."""
-        a, m, S = self.args, self.model, len(numbers)
+    def make(self, work: list[tuple[int, int]]) -> Batch:
+        """The packed batch of these samples, each a task and a number."""
+        a, m, S = self.args, self.model, len(work)
         p, bl, dz, cz = m.text_vae.patch_size, m.block_len, m.text_vae.latent_dim, m.image_vae.channels
-        items = [self.item(task, k) for k in numbers]
-        pictures = [None] * S if task == T2T else self.image_latents([index for _, index, _ in items])
+        items = [self.item(task, k) for task, k in work]
+        pictures = iter(self.image_latents([index for _, index, _ in items if index >= 0]))
         ids, lengths, samples, vae_noise, normals, eps_text, eps_image, z_image = ([] for _ in range(8))
         start, prompt_at, text_at, prefix_at, cut, before, slot = np.zeros((7, S), int)  # one number a sample
 
@@ -446,7 +450,8 @@ class Batches:
             lengths.extend([len(tokens) // p] if tokens else [])
             return (len(ids) - len(tokens)) // p
 
-        for s, (k, (prompt, _, text), picture) in enumerate(zip(numbers, items, pictures)):
+        for s, ((task, k), (prompt, _, text)) in enumerate(zip(work, items)):
+            picture = None if task == T2T else next(pictures)
             draw, begin = self.rng(k, data.DROP), len(ids)
             drop = draw.random() < a.cfg_drop
             prompt = m.ids(prompt, end=False)
@@ -476,6 +481,7 @@ class Batches:
 
         layout = masks.pack(samples, bl)
         who, segment, block = layout.sample.numpy(), layout.segment.numpy(), layout.block.numpy()  # (L,) each
+        task = layout.task.numpy()[who]
         is_image, is_noisy, is_prompt = segment == masks.I, segment == masks.N, segment == masks.P
         index = layout.col.numpy() - np.where(is_prompt, 0, start[who])                      # in its text
         given = index < cut[who]
@@ -493,7 +499,7 @@ class Batches:
         tensor, is_text = torch.from_numpy, ~is_image
         targets, (posterior, hidden) = tensor(moving.nonzero()[0]), map(np.concatenate, zip(*vae_noise))
         return Batch(
-            task, torch.tensor(ids), lengths, tensor(posterior), tensor(hidden),
+            torch.tensor(ids, dtype=torch.long), lengths, tensor(posterior), tensor(hidden),
             layout, make_plan(layout), targets, make_plan(layout.select(targets), layout),
             source=tensor(source[is_text]), noisy=tensor(moving[is_text]),
             loss_text=tensor(graded[is_text]), eps_text=tensor(eps[is_text]),
@@ -571,19 +577,22 @@ class PriorStage(nn.Module):
         # Clean latents are detached where they enter; N is not: L_FM reaches the encoder through z_t and v.
         zt = torch.where(b.noisy[:, None], flow.interpolate(z0, b.eps_text, t[~is_image]), z0.detach())
         zt_image = flow.interpolate(b.z_image, b.eps_image, t[is_image])             # (Li, Cz)
-        repa = a.w_repa if self.progress < a.repa_until and b.loss_image.any() else 0.0
+        repa = a.w_repa if self.progress < a.repa_until and image_count else 0.0
         v_text, v_image, hidden = self.mmdit(
             zt, zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1,
             targets=(b.targets, b.target_plan))
 
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
-        terms["text"] = flow.fm_loss(v_text, v, text_count, b.loss_text[b.noisy])
-        if text_counts[b.task]:            # the same by task, for the log
-            terms[f"text_{TASKS[b.task]}"] = terms["text"] * text_count / text_counts[b.task]
+        graded, task = b.loss_text[b.noisy], b.text_task()[b.noisy]
+        terms["text"] = flow.fm_loss(v_text, v, text_count, graded)
+        for i, name in enumerate(TASKS):                       # the same by task, for the log
+            if text_counts[i]:
+                terms[f"text_{name}"] = flow.fm_loss(v_text.detach(), v.detach(), text_counts[i],
+                                                     graded & (task == i))
         loss = loss + a.lambda_fm * a.w_text * terms["text"]
-        if v_image is not None:
+        if image_count:                                        # over all workers: each logs the same terms
             v = flow.velocity(b.z_image, b.eps_image)[b.loss_image]                  # (targets of images, Cz)
-            terms["image"] = flow.fm_loss(v_image, v, image_count)
+            terms["image"] = flow.fm_loss(v if v_image is None else v_image, v, image_count)
             loss = loss + a.lambda_fm * terms["image"]
         if repa:
             cosine = F.cosine_similarity(self.repa(hidden[is_image].float()), b.z_image, dim=-1)     # (Li,)
@@ -786,8 +795,9 @@ def train_stages(run: Run) -> None:
 
         def make(step: int) -> list[Batch]:
             place = data.rng(a.seed, step, data.TASK).random()     # tasks lie evenly spread over the ratios
-            return [batches.make(pick_task(a, (m + place) / M), w.share((step * M + m) * n, n))
-                    for m in range(M)]
+            micro = [[(pick_task(a, (m + place) / M), k) for k in w.share((step * M + m) * n, n)]
+                     for m in range(M)]
+            return [batches.make(work) for work in (micro if a.accumulate else [sum(micro, [])])]
         run.fit("mmdit", stage, optimizers_for(a, stage, a.lr, muon), scaled(a.steps), make,
                 averaged=("mmdit", "text_vae") if stage.joint else ("mmdit",))
 

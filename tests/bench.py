@@ -94,7 +94,7 @@ def growth() -> None:
     times, sizes = [], []
     print("samples   positions   (a) step       (b) kept for backward")
     for n in SIZES:
-        batch = batches.make(T2I, range(n))
+        batch = batches.make([(T2I, k) for k in range(n)])
         sizes.append(kept_bytes(stage, batch))
         times.append(seconds(lambda: step(stage, optimizers, [batch])))
         took, kept = times[-1] * 1e3, sizes[-1] / 2 ** 20
@@ -114,8 +114,8 @@ def preparation(steps: int = 45) -> None:
     optimizers, times, B = train.optimizers_for(args, stage, args.lr, True), [], args.batch_size
     for i in range(steps):
         times.append([time.process_time()])
-        numbers = [range(first, first + B) for first in range(3 * i * B, 3 * (i + 1) * B, B)]
-        made = [batches.make(task, k) for task, k in zip((T2T, T2I, IT2T), numbers)]
+        numbers = range(3 * i * B, 3 * (i + 1) * B)
+        made = [batches.make([((T2T, T2I, IT2T)[k // B % 3], k) for k in numbers])]
         times[-1].append(time.process_time())
         step(stage, optimizers, made)
         times[-1].append(time.process_time())

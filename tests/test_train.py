@@ -76,11 +76,11 @@ def test_resume_equals_the_uninterrupted_run(tiny, tmp_path, monkeypatch):
     out, whole = tmp_path / "out", sample.read_checkpoint(tiny / "ckpt.pt")
     make, calls = train.Batches.make, []
 
-    def interrupted(self, task, numbers):
-        calls.append(task)
+    def interrupted(self, work):
+        calls.append(work)
         if len(calls) == 3:                # two steps are done
             raise KeyboardInterrupt
-        return make(self, task, numbers)
+        return make(self, work)
     monkeypatch.setattr(train.Batches, "make", interrupted)
     assert train.main([*TINY, "--save_every", "1", "--out_dir", str(out)]) == 130
     monkeypatch.setattr(train.Batches, "make", make)
@@ -114,6 +114,14 @@ def test_two_workers_equal_one(tiny, tmp_path):
             assert a[name] == b[name] or abs(a[name] - b[name]) < 1e-5 * max(1, abs(a[name])), (a, b, name)
 
 
+def test_accumulation_changes_nothing(tiny, tmp_path):
+    out = tmp_path / "out"
+    assert train.main([*TINY, "--out_dir", str(out), "--eval_samples", "0", "--accumulate"]) == 0
+    for a, b in zip(log_of(tiny), log_of(out), strict=True):
+        for name in set(a) - {"seconds", "data_seconds"}:
+            assert a[name] == b[name] or abs(a[name] - b[name]) < 1e-5 * max(1, abs(a[name])), (a, b, name)
+
+
 def test_init_from_at_another_size(tiny, tmp_path):
     out = tmp_path / "out"
     assert train.main([*TINY, "--init_from", str(tiny / "ckpt.pt"), "--image_size", "32", "48",
@@ -128,7 +136,7 @@ def test_init_from_at_another_size(tiny, tmp_path):
 def test_batch_against_its_samples(system, task):
     """Every position of a batch, one by one, from the sample's own tokens, picture, cut and times."""
     args, dataset, model = system
-    b = train.Batches(args, dataset, model).make(task, range(40))
+    b = train.Batches(args, dataset, model).make([(task, k) for k in range(40)])
     starts, place = np.cumsum([0, *b.lengths]), {"text": 0, "image": 0}
     texts = [b.ids[s:e].tolist() for s, e in zip(starts, starts[1:])]
     owner = lambda source: int(np.searchsorted(starts, source, side="right")) - 1
@@ -182,7 +190,7 @@ def test_sample_k_does_not_depend_on_its_batch(system):
     args, dataset, model = system
     batches = train.Batches(args, dataset, model)
     for task in (T2T, T2I, IT2T):
-        all_, tail = batches.make(task, range(6)), batches.make(task, range(4, 6))
+        all_, tail = (batches.make([(task, k) for k in r]) for r in (range(6), range(4, 6)))
         mine = all_.layout.sample >= 4
         text, tail_text = mine[all_.layout.segment != masks.I], tail.layout.segment != masks.I
         assert torch.equal(all_.eps_text[text], tail.eps_text)
@@ -207,7 +215,8 @@ def stage_and_batch(system, task, *flags):
     torch.manual_seed(1)
     for p in model.mmdit.parameters():
         p.data.normal_(std=0.1)
-    return train.PriorStage(model, args), train.Batches(args, dataset, model).make(task, range(4))
+    batch = train.Batches(args, dataset, model).make([(task, k) for k in range(4)])
+    return train.PriorStage(model, args), batch
 
 
 def test_image_loss_reaches_what_processes_the_caption_but_not_its_latents(system):
@@ -255,7 +264,7 @@ def test_one_batch_overfits(system, task):
     args = args_for("--cfg_drop", "0")
     model = copy.deepcopy(model)
     stage = train.PriorStage(model, args)
-    b = train.Batches(args, dataset, model).make(task, range(4))
+    b = train.Batches(args, dataset, model).make([(task, k) for k in range(4)])
     optimizers = train.optimizers_for(args, stage, args.lr, True)
     name, losses = "image" if task == T2I else "text", []
     for _ in range(200):
