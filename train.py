@@ -186,6 +186,8 @@ def check(args: argparse.Namespace) -> None:
     if args.scale <= 0 or args.seed < 0 or args.eval_samples < 0:
         raise ValueError(f"--scale {args.scale} must be above 0, --seed {args.seed} and --eval_samples "
                          f"{args.eval_samples} at least 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.seq_len < args.block_len * args.text_patch:
         raise ValueError(f"--seq_len {args.seq_len} is less than a block: --block_len {args.block_len} x "
                          f"--text_patch {args.text_patch} tokens")
@@ -259,8 +261,10 @@ def join(device: str) -> Worker:
     """This process's place among those that `launch` or torchrun started; alone where nobody did."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Worker(device=torch.device(device))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
     return Worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device(device))
 
 
@@ -704,15 +708,15 @@ class Run:
         a, worker, start = self.args, self.worker, self.progress[stage]
         if start >= steps:
             return
+        groups = [g for o in optimizers for g in o.param_groups]
+        peaks = [g["lr"] for g in groups]
         if start:
             for o, state in zip(optimizers, self.optimizer_state):
                 o.load_state_dict(state)
+            groups = [g for o in optimizers for g in o.param_groups]
         else:
             self.ema |= {name: {k: v.clone() for k, v in parts(self.model)[name].state_dict().items()}
                          for name in averaged}
-        groups = [g for o in optimizers for g in o.param_groups]
-        for g in groups:
-            g.setdefault("peak", g["lr"])      # a checkpoint brings its own
         wrapped = DistributedDataParallel(module) if worker.world > 1 else module
         bf16 = a.bf16 == "on" and stage != "text_vae"
         amp = torch.autocast(worker.device.type, torch.bfloat16, enabled=bf16)
@@ -721,8 +725,8 @@ class Run:
         last = time.perf_counter()
         for step in range(start, steps):
             warmup = min(1.0, (step + 1) / (a.warmup * steps + 1))
-            for g in groups:
-                g["lr"] = g["peak"] * (warmup * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            for g, peak in zip(groups, peaks):
+                g["lr"] = peak * (warmup * 0.5 * (1 + math.cos(math.pi * step / steps)))
             module.progress, began = step / steps, time.perf_counter()
             batches = [moved(b, worker.device) for b in make(step)]
             prepared = time.perf_counter() - began
@@ -1120,13 +1124,15 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint, args = prepare(parse(argv))
         if "RANK" not in os.environ and args.device == "cpu":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            if (args.procs or cores) > 1:
-                return launch(argv, args.procs or cores)
+            procs = args.procs or min(cores, args.batch_size, args.text_vae_batch, args.image_vae_batch)
+            if procs > 1:
+                return launch(argv, procs)
         worker = join(args.device)
         if args.device == "cpu":
             torch.set_num_threads(1)
         if args.bf16 == "auto":
-            args.bf16 = "on" if args.device != "cpu" or bf16_is_faster() else "off"
+            faster = args.device != "cpu" or bf16_is_faster()
+            args.bf16 = "on" if worker.sum([float(faster)]) == [worker.world] else "off"      # all agree
         work(args, checkpoint, worker)
     except (ValueError, OSError) as error:             # the same on every worker until training starts
         if worker.rank == 0 or worker.training:
