@@ -235,7 +235,7 @@ class GeneratedScenes:
         if words.random() < self.questions:
             prompt, answer = scenes.question(self.scene_of(index), words)
         else:
-            wording = int(words.integers(len(DESCRIBE)))                    # the instruction sets the style of the answer
+            wording = int(words.integers(len(DESCRIBE)))       # the instruction sets the style of the answer
             prompt, answer = DESCRIBE[wording], scenes.caption(self.scene_of(index), words, wording=wording)
         return prompt, index, answer
 

@@ -35,9 +35,9 @@ COUNTS = ("one", "two", "three")
 HELDOUT_PAIRS = (("green", "circle"), ("yellow", "square"), ("purple", "triangle"))
 HELDOUT_COUNT = (3, "star")
 
-ROOM, JITTER = 14.0, 1.0                                  # bounding boxes stay in the inner 14 x 14 of a quadrant of 16,
-ROW, CLEAR = 8.0, 4.5                                     # so 2 pixels apart. Heights in one row differ by less than ROW;
-                                                          # what is true of two objects differs by CLEAR or more
+ROOM, JITTER = 14.0, 1.0                                  # boxes stay in the inner 14 x 14 of a quadrant of
+ROW, CLEAR = 8.0, 4.5                                     # 16, so 2 apart. Heights in one row differ by less
+                                                          # than ROW; a relation holds from CLEAR on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +135,12 @@ def sample_scene(rng: np.random.Generator, heldout: bool = False, count: int | N
 
 
 def _place(objects, rng):
-    """Every object in a quadrant of its own, its bounding box jittered about the middle -> x (n,), y (n,) in pixels."""
+    """A quadrant each, the bounding box jittered about its middle -> x (n,), y (n,) in pixels."""
     side, up, down = (np.array([SHAPES[o.shape] for o in objects]) * [[SIZES[o.size]] for o in objects]).T
     row, column = np.divmod(rng.permutation(4)[:len(objects)], 2)
     u, v = rng.uniform(-1, 1, (2, len(objects)))
     x = 8 + 16 * column + u * np.minimum(JITTER, ROOM / 2 - side)
-    y = 8 + 16 * row + v * np.minimum(JITTER, (ROOM - up - down) / 2)                        # of the box's middle
+    y = 8 + 16 * row + v * np.minimum(JITTER, (ROOM - up - down) / 2)               # of the box's middle
     return x, y + (up - down) / 2
 
 
@@ -338,7 +338,8 @@ CAPTIONS = {
 }
 
 
-def caption(scene: Scene, rng: np.random.Generator, any_order: bool = False, wording: int | None = None) -> str:
+def caption(scene: Scene, rng: np.random.Generator, any_order: bool = False,
+            wording: int | None = None) -> str:
     """Describe a scene in full, in one of several wordings: a drawn one, or the given one.
 
     Objects are named in reading order; any_order=True draws another order, and the relations stay true.
@@ -592,8 +593,9 @@ def story(scene: Scene, rng: np.random.Generator) -> str:
         if subject is None or its is None or kind in ("exists", "next to") and o in named:
             continue                                                     # not told of yet, or told of already
         if kind in ("exists", "next to"):
-            thing = _a([word for word in (pick([o.size, None]), pick([o.color, o.color, None]), o.shape) if word])
-            sentence = f"there is {thing}" if kind == "exists" else f"{relation(o, other)} the {its} is {thing}"
+            words = pick([o.size, None]), pick([o.color, o.color, None]), o.shape
+            thing = _a([word for word in words if word])
+            sentence = f"{relation(o, other)} the {its} is {thing}" if other else f"there is {thing}"
         elif kind == "attribute":
             sentence = f"the {subject} is {pick([o.size, o.color])}"
         elif kind == "relation":
