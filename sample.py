@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -353,6 +354,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected at least 0")
+    low, high = args.interval
+    if not 0 <= low <= high <= 1 or args.guidance is not None and not math.isfinite(args.guidance):
+        raise ValueError(f"--interval {low} {high} must be rising within 0 and 1, --guidance a number")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
     if not args.prompt.strip() and args.task != "t2t":

@@ -82,8 +82,8 @@ class Encoder(nn.Module):
         self.final_layer = PackedLinear(dim, 2 * latent_dim)
 
     def forward(self, ids: Tensor, plan: Plan, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = self.wte(ids).view(len(plan.q), -1)                             # (L, patch * D)
         w = self.patch_embedder.weight.transpose(1, 2).flatten(1)     # stride = kernel: one matrix product
+        x = self.wte(ids).view(len(plan.q), w.shape[1])                     # (L, patch * D)
         x = F.linear(x, w, self.patch_embedder.bias)                        # (L, D)
         for block in self.blocks:
             x = block(x, plan, rope)
@@ -156,6 +156,8 @@ class TextVAE(nn.Module):
         if len(ids) != len(plan.q) * self.patch_size:
             raise ValueError(f"got {len(ids)} tokens for {len(plan.q)} latents of {self.patch_size}; pad "
                              "texts with end tokens to whole latents, and count latents in lengths")
+        if not len(ids):                       # a batch of images whose captions were all dropped
+            return torch.zeros(2, 0, self.latent_dim, device=ids.device).unbind()
         mean, logvar = self.encoder(ids, plan, self.rope(plan)).float().chunk(2, dim=-1)  # (L, Dz) each
         if self.config["encoder_last_ln"]:
             mean = F.layer_norm(mean, (self.latent_dim,), eps=self.config["layer_norm_eps"])

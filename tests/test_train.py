@@ -257,6 +257,16 @@ def test_repa_and_reference_terms(system):
     assert "repa" not in stage(b, b.counts())[1]
 
 
+@pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
+def test_a_batch_whose_conditions_are_all_dropped(system, task):
+    stage, b = stage_and_batch(system, task, "--cfg_drop", "1", "--vae_lr_ratio", "0")
+    stage.args.cfg_drop = 1.0
+    b = train.Batches(stage.args, system[1], system[2]).make([(task, k) for k in range(4)])
+    loss, _ = stage(b, b.counts())
+    loss.backward()
+    assert torch.isfinite(loss) and loss > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
 def test_one_batch_overfits(system, task):
