@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import masks
-from cuda_attention import PackedLinear, Plan, attention, make_plan
+from cuda_attention import Plan, attention, make_plan
 from masks import Layout
 
 
@@ -90,7 +90,7 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 def Ada(emb_dim: int, out: int) -> nn.Sequential:
     """The adaLN projection of the time embedding; index 1 of the sequence is the release's name for it."""
-    return nn.Sequential(nn.SiLU(), PackedLinear(emb_dim, out))
+    return nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out))
 
 
 class RoPE(nn.Module):
@@ -106,10 +106,10 @@ class Attention(nn.Module):
         super().__init__()
         self.shape = (3, c.heads, c.head_dim)
         inner = c.heads * c.head_dim
-        self.proj_qkv = PackedLinear(c.width, 3 * inner, bias=c.qk_bias)
+        self.proj_qkv = nn.Linear(c.width, 3 * inner, bias=c.qk_bias)
         self.norm_q = nn.LayerNorm(c.head_dim, eps=c.norm_eps)
         self.norm_k = nn.LayerNorm(c.head_dim, eps=c.norm_eps)
-        self.proj_out = PackedLinear(inner, c.width, bias=c.qk_bias)
+        self.proj_out = nn.Linear(inner, c.width, bias=c.qk_bias)
         self.rope = RoPE(c.rope_dim)
 
     def qkv(self, h: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,8 +122,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: MMDiTConfig):
         super().__init__()
-        self.proj_in = PackedLinear(c.width, c.expand_ratio * c.width)
-        self.proj_out = PackedLinear(c.expand_ratio * c.width, c.width)
+        self.proj_in = nn.Linear(c.width, c.expand_ratio * c.width)
+        self.proj_out = nn.Linear(c.expand_ratio * c.width, c.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
@@ -164,7 +164,7 @@ class Block(nn.Module):
 class In(nn.Module):
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.proj = PackedLinear(channels, width)
+        self.proj = nn.Linear(channels, width)
 
 
 class Place(nn.Module):
@@ -173,7 +173,7 @@ class Place(nn.Module):
     does without."""
     def __init__(self, width: int):
         super().__init__()
-        self.proj = PackedLinear(64, width, bias=False)
+        self.proj = nn.Linear(64, width, bias=False)
         self.segment = nn.Embedding(len(masks.SEGMENTS), width)
 
     def forward(self, layout: Layout) -> Tensor:
@@ -186,15 +186,15 @@ class Place(nn.Module):
 class Out(nn.Module):
     def __init__(self, width: int, channels: int):
         super().__init__()
-        self.proj = PackedLinear(width, channels)
+        self.proj = nn.Linear(width, channels)
 
 
 class TimeEmbedding(nn.Module):
     def __init__(self, emb_dim: int):
         super().__init__()
-        self.proj_in = PackedLinear(256, emb_dim)
-        self.proj_hid = PackedLinear(emb_dim, emb_dim)
-        self.proj_out = PackedLinear(emb_dim, emb_dim)
+        self.proj_in = nn.Linear(256, emb_dim)
+        self.proj_hid = nn.Linear(emb_dim, emb_dim)
+        self.proj_out = nn.Linear(emb_dim, emb_dim)
 
     def forward(self, t: Tensor) -> Tensor:
         return self.proj_out(F.silu(self.proj_hid(F.silu(self.proj_in(timestep_embedding(t))))))

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import masks
-from cuda_attention import PackedLinear, Plan, attention, make_plan
+from cuda_attention import Plan, attention, make_plan
 
 
 def rope_table(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -53,13 +53,13 @@ class Block(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, qk_bias: bool, bias: bool, eps: float):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv_proj = PackedLinear(dim, 3 * dim, bias=qk_bias)
+        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=qk_bias)
         self.q_norm = nn.LayerNorm(dim, eps)
         self.k_norm = nn.LayerNorm(dim, eps)
-        self.attn_out_proj = PackedLinear(dim, dim, bias=bias)
+        self.attn_out_proj = nn.Linear(dim, dim, bias=bias)
         self.norm_attn = nn.LayerNorm(dim, eps)
-        self.ffn_proj = PackedLinear(dim, ffn_dim, bias=bias)
-        self.ffn_out = PackedLinear(ffn_dim // 2, dim, bias=bias)
+        self.ffn_proj = nn.Linear(dim, ffn_dim, bias=bias)
+        self.ffn_out = nn.Linear(ffn_dim // 2, dim, bias=bias)
         self.norm_ffn = nn.LayerNorm(dim, eps)
 
     def forward(self, x: Tensor, plan: Plan, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         self.wte = nn.Embedding(vocab_size + 1, dim)                  # the extra row V is the mask token
         self.patch_embedder = nn.Conv1d(dim, dim, patch_size, stride=patch_size)
         self.blocks = nn.ModuleList(Block(dim, **block) for _ in range(num_blocks))
-        self.final_layer = PackedLinear(dim, 2 * latent_dim)
+        self.final_layer = nn.Linear(dim, 2 * latent_dim)
 
     def forward(self, ids: Tensor, plan: Plan, rope: tuple[Tensor, Tensor]) -> Tensor:
         w = self.patch_embedder.weight.transpose(1, 2).flatten(1)     # stride = kernel: one matrix product
@@ -93,11 +93,11 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, vocab_size: int, dim: int, latent_dim: int, patch_size: int, num_blocks: int, **block):
         super().__init__()
-        self.in_layer = PackedLinear(latent_dim, dim)
+        self.in_layer = nn.Linear(latent_dim, dim)
         self.blocks = nn.ModuleList(Block(dim, **block) for _ in range(num_blocks))
-        self.unpatch_layer = PackedLinear(dim, patch_size * dim)
+        self.unpatch_layer = nn.Linear(dim, patch_size * dim)
         self.final_norm = nn.LayerNorm(dim, block["eps"])
-        self.final_layer = PackedLinear(dim, vocab_size)
+        self.final_layer = nn.Linear(dim, vocab_size)
 
     def forward(self, z: Tensor, plan: Plan, rope: tuple[Tensor, Tensor]) -> Tensor:
         """All but final_layer: a loss over a few positions then pays the vocabulary for those alone."""

@@ -17,28 +17,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 import masks
 from masks import Layout, Padded
 
-ROWS = 64               # PackedLinear works on multiples of so many rows
 SHORT = 256             # keys up to which, on a CPU, the plain products beat the fused kernel's backward
 BACKENDS = ("auto", "reference", "padded")
-
-
-class PackedLinear(nn.Linear):
-    """nn.Linear over the rows of a packed sequence, whose number differs from batch to batch.
-
-    On a CPU the bf16 library compiles a kernel for every new shape, which takes longer than running it: there
-    the rows are filled up to a multiple of ROWS, so that few shapes occur."""
-    def forward(self, x: Tensor) -> Tensor:
-        fill = -x.shape[0] % ROWS if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") else 0
-        if not fill:
-            return super().forward(x)
-        return super().forward(F.pad(x, (0, 0, 0, fill)))[:x.shape[0]]
 
 
 @dataclass
