@@ -201,14 +201,21 @@ class TimeEmbedding(nn.Module):
 
 
 class Streams:
-    """Which of some positions are text and which image, and the way back to packed order."""
-    def __init__(self, segment: Tensor):
+    """Which of some positions are text and which image, and the parts that pass through weights of their own:
+    the two of them, or all positions in one."""
+    def __init__(self, segment: Tensor, apart: bool):
         is_image = segment == masks.I
         self.text, self.image = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
         self.order = torch.argsort(torch.cat([self.text, self.image]))
+        self.apart = apart and len(self.image) > 0
 
-    def join(self, text: Tensor, image: Tensor) -> Tensor:
-        return torch.cat([text, image]).index_select(0, self.order)
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(L, ..) -> its parts."""
+        return (x.index_select(0, self.text), x.index_select(0, self.image)) if self.apart else (x,)
+
+    def join(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Parts -> packed order."""
+        return torch.cat(parts).index_select(0, self.order) if len(parts) > 1 else parts[0]
 
 
 class MMDiT(nn.Module):
@@ -232,8 +239,8 @@ class MMDiT(nn.Module):
         """Gates start at 1, shifts and scales at 0, outputs at 0: a plain pre-norm transformer with v = 0.
 
         adaLN-Zero starts the gates at 0, which costs a short run most of its steps: after 600 of them those
-        of clean context were still near 0.1, and images as good as unread. Here the residual branches share
-        out unit variance instead.
+        of clean context were still near 0.1, and images as good as unread. Matrices inside the blocks start
+        at the variance 1 / (3 inputs) of nn.Linear, those that end a residual branch below, by their number.
         """
         zero = "place.segment.", ".ada.", "_out_ada.", "_out.proj."
         for name, p in self.named_parameters():
@@ -242,8 +249,9 @@ class MMDiT(nn.Module):
             if p.dim() < 2 or any(part in name for part in zero):
                 nn.init.constant_(p, 1.0 if name.endswith(("msa_out.1.bias", "mlp_out.1.bias")) else 0.0)
             else:
-                ends_branch = "blocks." in name and name.endswith("proj_out.weight")
-                nn.init.normal_(p, std=(p.shape[1] * (2 * self.config.layers if ends_branch else 1)) ** -0.5)
+                inside = 3 if "blocks." in name else 1
+                branches = 2 * self.config.layers if inside == 3 and name.endswith("proj_out.weight") else 1
+                nn.init.normal_(p, std=(p.shape[1] * inside * branches) ** -0.5)
 
     def forward(self, text: Tensor, image: Tensor | None, t: Tensor, t_index: Tensor, layout: Layout,
                 plan: Plan, cache: Cache | None = None, commit: bool = False,
@@ -260,15 +268,17 @@ class MMDiT(nn.Module):
         Returns v_text (Lt, Dz), v_image (Li, Cz) or None where there is no image, and the hidden state (L, D)
         after layer `tap`, from 0 and with targets before the last, or None.
         """
-        where = Streams(layout.segment)
+        where = Streams(layout.segment, self.config.streams == 2)
         emb = self.emb_in(t)                                                         # (U, E)
         x = self.txt_in.proj(text)                                                   # (Lt, D)
-        x = where.join(x, self.img_in.proj(image)) if len(where.image) else x        # (L, D)
-        x = (x + self.place(layout) if self.place else x).float()
-        rope = rope_angles(layout, self.blocks[0].msa.rope.rope.freqs)
-        hidden = None
+        x = where.join((x, self.img_in.proj(image))) if len(where.image) else x      # (L, D)
+        x = where.split((x + self.place(layout) if self.place else x).float())
+        rope = where.split(rope_angles(layout, self.blocks[0].msa.rope.rope.freqs))
+        t_part, hidden = where.split(t_index), None
         for layer in range(self.config.layers):
-            q, k, v = self.each(layer, where, lambda b, x, i, r: b.before(x, emb, i, r), x, t_index, rope)
+            blocks = [stream[layer] for stream in (self.blocks, self.image_blocks) if len(stream)]
+            qkv = [b.before(*part) for b, *part in zip(blocks, x, [emb] * 2, t_part, rope)]
+            q, k, v = map(where.join, zip(*qkv))                                     # (L, nh, hd) each
             if cache is not None and layer < len(cache.kv):
                 k, v = torch.cat([cache.kv[layer][0], k]), torch.cat([cache.kv[layer][1], v])
             if commit:
@@ -279,22 +289,16 @@ class MMDiT(nn.Module):
                     return None, None, None
                 if targets is not None:
                     index, plan = targets
-                    q, x, t_index = (a.index_select(0, index) for a in (q, x, t_index))
-                    where = Streams(layout.segment[index])
-            o = attention(q, k, v, plan, self.attention_backend)                     # (L, nh, hd)
-            x = self.each(layer, where, lambda b, x, o, i: b.after(x, o, emb, i), x, o, t_index)
-            hidden = x if layer == tap else hidden
+                    q, x, t_index = (a.index_select(0, index) for a in (q, where.join(x), t_index))
+                    where = Streams(layout.segment[index], where.apart)
+                    x, t_part = where.split(x), where.split(t_index)
+            o = where.split(attention(q, k, v, plan, self.attention_backend))        # (L, nh, hd)
+            x = tuple(b.after(*part) for b, *part in zip(blocks, x, o, [emb] * 2, t_part))
+            hidden = where.join(x) if layer == tap else hidden
+        x = where.join(x)
         v_text = self.head("txt", where.text, x, emb, t_index)
         v_image = self.head("img", where.image, x, emb, t_index) if len(where.image) else None
         return v_text, v_image, hidden
-
-    def each(self, layer: int, where: Streams, call, *args: Tensor):
-        """call(block, *args) for all positions at once, or for each modality by its own block and joined."""
-        if not self.image_blocks or not len(where.image):
-            return call(self.blocks[layer], *args)
-        text = call(self.blocks[layer], *(a[where.text] for a in args))
-        image = call(self.image_blocks[layer], *(a[where.image] for a in args))
-        return tuple(map(where.join, text, image)) if isinstance(text, tuple) else where.join(text, image)
 
     def head(self, side: str, index: Tensor, x: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:
         """x (L, D), of which index (n,) are of this side -> velocity (n, channels) fp32"""

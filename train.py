@@ -132,7 +132,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("width", 128, "width D; the release has 2048")
     flag("layers", 4, "blocks; the release has 24")
     flag("heads", 4, "attention heads; the release has 16")
-    flag("streams", 1, "2 gives text and image their own weights, joined in attention")
+    flag("streams", 2, "1 shares the weights of text and image, 2 gives each their own, joined in attention")
     flag("block_len", 16, "text latents generated together")
     flag("steps", 2100, "steps of stage 2")
     flag("batch_size", 32, "samples a micro-step, over all workers")
@@ -142,7 +142,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("optimizer", "muon", "for the matrices inside the blocks of the prior and the image VAE",
          choices=("muon", "adamw"))
     flag("muon_lr", 0.02, "peak learning rate of Muon")
-    flag("lr", 2e-3, "peak learning rate of AdamW")
+    flag("lr", 5e-3, "peak learning rate of AdamW")
     flag("weight_decay", 0.01, "decoupled, all optimizers")
     flag("warmup", 0.03, "share of the steps of linear warm-up; then cosine to 0")
     flag("clip", 1.0, "largest gradient norm")
@@ -155,10 +155,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("w_repa", 0.0, "weight of L_REPA (0.5 in the literature); 0 is off")
     flag("repa_layer", 2, "layer that L_REPA reads, before the last")
     flag("repa_until", 0.5, "share of the steps after which L_REPA stops")
+    flag("aux_caption", 0.1, "share of T2I samples that also predict their caption: more disturbs IT2T")
     flag("cfg_drop", 0.1, "share of samples trained without their condition, for guidance")
-    flag("text_loc", None, "mean of the text's logit time (default 1 + ln(text_latent_dim / 16) / 2)",
-         type=float)
-    flag("image_loc", 0.0, "mean of the image's logit time, before the shift by size")
+    flag("text_loc", None, "mean of the text's logit time (default 2 + ln(text_latent_dim / 16) / 2; the paper "
+         "has 1 less: an image says more than a prefix does)", type=float)
+    flag("image_loc", 1.0, "mean of the image's logit time, before the shift by size")
     flag("time_scale", 1.0, "deviation of the logit time")
     flag("time_law", "logit_normal", "law of the times", choices=("logit_normal", "uniform"))
     flag("time_per", "block", "one time per text block, or per sample", choices=("block", "sample"))
@@ -375,9 +376,9 @@ class Batches:
     """Sample numbers -> packed batches, for one dataset and one system."""
     def __init__(self, args: argparse.Namespace, dataset, model: Cola):
         self.args, self.dataset, self.model = args, dataset, model
+        self.loc = 1 + flow.default_loc(args.text_latent_dim) if args.text_loc is None else args.text_loc
         self.masking = args.vae_lr_ratio > 0 and args.lambda_mask > 0
         self.images: dict[int, Tensor] = {}    # image number -> clean latents (h, w, Cz): the VAE is frozen
-        self.loc = flow.default_loc(args.text_latent_dim) if args.text_loc is None else args.text_loc
 
     def rng(self, k: int, purpose: int) -> np.random.Generator:
         return data.rng(self.args.seed, k, purpose)
@@ -462,7 +463,8 @@ class Batches:
             text = [] if drop and task == T2I else self.text_ids(text)
             n, start[s] = len(text) // p, len(prompt) // p         # a dropped prompt still moves the answer
             hw = (0, 0) if task == T2T or drop and task == IT2T else tuple(picture.shape[:2])
-            samples.append(Sample(task, 0 if drop else start[s], hw, 0 if drop else n, n, start[s]))
+            noisy = 0 if task == T2I and draw.random() >= a.aux_caption else n
+            samples.append(Sample(task, 0 if drop else start[s], hw, 0 if drop else n, noisy, start[s]))
             prompt_at[s], text_at[s] = add([] if drop else prompt), add(text)
             prefix_at[s] = text_at[s]
             if task == T2T:                                        # what comes before the cut is given
@@ -474,7 +476,7 @@ class Batches:
             vae_noise.append(self.vae_noise(k, (len(ids) - begin) // p, self.masking))
             noise, pixels = self.rng(k, data.NOISE), hw[0] * hw[1]
             eps_image.append(noise.standard_normal((pixels, cz), np.float32))
-            eps_text.append(noise.standard_normal((n, dz), np.float32))
+            eps_text.append(noise.standard_normal((noisy, dz), np.float32))
             slot[s] = 1 + sum(map(len, normals))               # times: 0 clean, then image, block, block, ...
             draws = self.rng(k, data.TIME).standard_normal(1 + n // bl)
             if a.time_per == "sample":
