@@ -135,7 +135,7 @@ class Context:
 class Settings:
     """How to integrate. Text and images differ in the shift of the time grid and in guidance."""
     steps: int = 16
-    guidance: float = 2.5
+    guidance: float = 1.5
     interval: tuple[float, float] = (0.0, 1.0)
     solver: str = "euler"
     shift: float | None = None             # of the time grid; None: as in training for images, 1 for text
@@ -144,7 +144,7 @@ class Settings:
 
 
 IMAGE = Settings()
-TEXT = Settings(guidance=1.0, shift=3.0)
+TEXT = Settings(guidance=3.0, shift=3.0)
 
 
 def transport(context: Context, layout: Layout, z: Tensor, s: Settings,
@@ -193,7 +193,7 @@ def generate_images(model: Cola, captions: list[str], s: Settings = IMAGE, hw: t
     generators = noise(s.seed, first, len(captions))
     z = np.concatenate([g.standard_normal((length, channels), np.float32) for g in generators])
     if s.shift is None:
-        s = replace(s, shift=flow.image_shift(length * channels))
+        s = replace(s, shift=math.e * flow.image_shift(length * channels))  # image_loc 1 shifts by e
     z = transport(context, layout, torch.from_numpy(z).to(model.device), s)
     return model.decode_images(z, (h, w))
 
@@ -357,6 +357,10 @@ def check(args: argparse.Namespace) -> None:
     low, high = args.interval
     if not 0 <= low <= high <= 1 or args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--interval {low} {high} must be rising within 0 and 1, --guidance a number")
+    try:
+        torch.device(args.device)
+    except RuntimeError:
+        raise ValueError(f"--device {args.device}: no such device; use cpu, cuda or cuda:1") from None
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
     if not args.prompt.strip() and args.task != "t2t":

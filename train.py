@@ -100,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("tokenizer", "", "a tiktoken encoding instead, such as cl100k_base")
     flag("pool", 20000, "generated scenes in all")
     flag("any_order", 0.0, "share of T2I captions that name the objects in any order: harder")
-    flag("questions", 0.5, "share of IT2T samples that ask instead of describe")
+    flag("questions", 0.8, "share of IT2T samples that ask instead of describe")
 
     flag = group("text VAE (stage 1)")
     flag("text_latent_dim", 16, "channels of a text latent")
@@ -133,9 +133,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("layers", 4, "blocks; the release has 24")
     flag("heads", 4, "attention heads; the release has 16")
     flag("streams", 2, "1 shares the weights of text and image, 2 gives each their own, joined in attention")
-    flag("block_len", 16, "text latents generated together")
-    flag("steps", 2100, "steps of stage 2")
-    flag("batch_size", 32, "samples a micro-step, over all workers")
+    flag("block_len", 4, "text latents generated together; 16 in the release, 4 learns stories faster")
+    flag("steps", 1500, "steps of stage 2")
+    flag("batch_size", 40, "samples a micro-step, over all workers")
     flag("micro_steps", 3, "micro-steps a step, each of one task")
     flag("accumulate", False, "a pass for each micro-step, not one for all: less memory, the same result",
          action="store_true")
@@ -157,8 +157,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("repa_until", 0.5, "share of the steps after which L_REPA stops")
     flag("aux_caption", 0.1, "share of T2I samples that also predict their caption: more disturbs IT2T")
     flag("cfg_drop", 0.1, "share of samples trained without their condition, for guidance")
-    flag("text_loc", None, "mean of the text's logit time (default 2 + ln(text_latent_dim / 16) / 2; the paper "
-         "has 1 less: an image says more than a prefix does)", type=float)
+    flag("text_loc", None, "mean of the text's logit time (default 1 + ln(text_latent_dim / 16) / 2)",
+         type=float)
+    flag("answer_loc", 1.0, "added to it in IT2T: an image leaves less open than a prefix does")
     flag("image_loc", 1.0, "mean of the image's logit time, before the shift by size")
     flag("time_scale", 1.0, "deviation of the logit time")
     flag("time_law", "logit_normal", "law of the times", choices=("logit_normal", "uniform"))
@@ -376,7 +377,7 @@ class Batches:
     """Sample numbers -> packed batches, for one dataset and one system."""
     def __init__(self, args: argparse.Namespace, dataset, model: Cola):
         self.args, self.dataset, self.model = args, dataset, model
-        self.loc = 1 + flow.default_loc(args.text_latent_dim) if args.text_loc is None else args.text_loc
+        self.loc = flow.default_loc(args.text_latent_dim) if args.text_loc is None else args.text_loc
         self.masking = args.vae_lr_ratio > 0 and args.lambda_mask > 0
         self.images: dict[int, Tensor] = {}    # image number -> clean latents (h, w, Cz): the VAE is frozen
 
@@ -446,7 +447,7 @@ class Batches:
         p, bl, dz, cz = m.text_vae.patch_size, m.block_len, m.text_vae.latent_dim, m.image_vae.channels
         items = [self.item(task, k) for task, k in work]
         pictures = iter(self.image_latents([index for _, index, _ in items if index >= 0]))
-        ids, lengths, samples, vae_noise, normals, eps_text, eps_image, z_image = ([] for _ in range(8))
+        ids, lengths, samples, vae_noise, normals, locs, eps_text, eps_image, z_image = ([] for _ in range(9))
         start, prompt_at, text_at, prefix_at, cut, before, slot = np.zeros((7, S), int)  # one number a sample
 
         def add(tokens: list[int]) -> int:
@@ -464,7 +465,8 @@ class Batches:
             n, start[s] = len(text) // p, len(prompt) // p         # a dropped prompt still moves the answer
             hw = (0, 0) if task == T2T or drop and task == IT2T else tuple(picture.shape[:2])
             noisy = 0 if task == T2I and draw.random() >= a.aux_caption else n
-            samples.append(Sample(task, 0 if drop else start[s], hw, 0 if drop else n, noisy, start[s]))
+            clean = 0 if drop else n if task == T2I else n - bl    # no one looks at an answer's last block
+            samples.append(Sample(task, 0 if drop else start[s], hw, clean, noisy, start[s]))
             prompt_at[s], text_at[s] = add([] if drop else prompt), add(text)
             prefix_at[s] = text_at[s]
             if task == T2T:                                        # what comes before the cut is given
@@ -482,6 +484,7 @@ class Batches:
             if a.time_per == "sample":
                 draws[1:] = draws[-1]
             normals.append(draws)
+            locs.append([a.image_loc] + [self.loc + (a.answer_loc if task == IT2T else 0.0)] * (n // bl))
             if pixels:
                 z_image.append(picture.reshape(pixels, cz))
 
@@ -496,12 +499,12 @@ class Batches:
         source = np.where(is_prompt, prompt_at[who], np.where(given, prefix_at[who], text_at[who])) + index
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
-        z = torch.from_numpy(np.concatenate(normals)).float()                                # (U - 1,)
+        z, loc = (torch.from_numpy(np.concatenate(x)).float() for x in (normals, locs))      # (U - 1,) each
         is_block = torch.ones(len(z), dtype=torch.bool)
         is_block[slot - 1] = False
         shift = flow.image_shift(max(map(len, eps_image)) * cz)
-        t = torch.where(is_block, flow.sample_time(z, a.time_law, self.loc, a.time_scale),
-                        flow.sample_time(z, a.time_law, a.image_loc, a.time_scale, shift))
+        t = torch.where(is_block, flow.sample_time(z, a.time_law, loc, a.time_scale),
+                        flow.sample_time(z, a.time_law, loc, a.time_scale, shift))
         tensor, is_text = torch.from_numpy, ~is_image
         targets, (posterior, hidden) = tensor(moving.nonzero()[0]), map(np.concatenate, zip(*vae_noise))
         return Batch(
@@ -590,13 +593,14 @@ class PriorStage(nn.Module):
 
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
         graded, task = b.loss_text[b.noisy], b.text_task()[b.noisy]
-        terms["text"] = flow.fm_loss(v_text, v, text_count, graded)
-        for i, name in enumerate(TASKS):                       # the same by task, for the log
-            if text_counts[i]:
-                terms[f"text_{name}"] = flow.fm_loss(v_text.detach(), v.detach(), text_counts[i],
-                                                     graded & (task == i))
-        loss = loss + a.lambda_fm * a.w_text * terms["text"]
-        if image_count:                                        # over all workers: each logs the same terms
+        if text_count:                                         # over all workers: each logs the same terms
+            terms["text"] = flow.fm_loss(v_text, v, text_count, graded)
+            for i, name in enumerate(TASKS):                   # the same by task, for the log
+                if text_counts[i]:
+                    terms[f"text_{name}"] = flow.fm_loss(v_text.detach(), v.detach(), text_counts[i],
+                                                         graded & (task == i))
+            loss = loss + a.lambda_fm * a.w_text * terms["text"]
+        if image_count:
             v = flow.velocity(b.z_image, b.eps_image)[b.loss_image]                  # (targets of images, Cz)
             terms["image"] = flow.fm_loss(v if v_image is None else v_image, v, image_count)
             loss = loss + a.lambda_fm * terms["image"]

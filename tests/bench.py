@@ -128,7 +128,7 @@ def preparation(steps: int = 45) -> None:
 
 def generation() -> None:
     """(d) 256 latents in 16 blocks of 16 steps. One text alone is mostly the overhead of small calls."""
-    model = train.new_model(train.parse([]), data.GeneratedScenes(0, 32, 64))
+    model = train.new_model(train.parse(["--block_len", "16"]), data.GeneratedScenes(0, 32, 64))
     model.tokenizer.end = -1                                 # no token ends the text
     for p in model.mmdit.parameters():
         p.data.add_(torch.randn_like(p), alpha=0.02)

@@ -140,7 +140,7 @@ def test_batch_against_its_samples(system, task):
     starts, place = np.cumsum([0, *b.lengths]), {"text": 0, "image": 0}
     texts = [b.ids[s:e].tolist() for s, e in zip(starts, starts[1:])]
     owner = lambda source: int(np.searchsorted(starts, source, side="right")) - 1
-    seen_drop = seen_cut = False
+    seen_drop = seen_cut = seen_told = False
     for s, k in enumerate(range(40)):
         item = getattr(dataset, masks.TASKS[task])(k)
         mine = (b.layout.sample == s).nonzero()[:, 0]
@@ -150,9 +150,11 @@ def test_batch_against_its_samples(system, task):
         draw = data.rng(0, k, data.DROP)
         drop = draw.random() < args.cfg_drop
         seen_drop |= drop
-        n, i = len(text), 16
-        whole = {T2T: "C" * n + "N" * n, T2I: "C" * n + "I" * i + "N" * n,
-                 IT2T: "P" * len(prompt) + "I" * i + "C" * n + "N" * n}
+        n, i, bl = len(text), 16, args.block_len
+        told = task == T2I and draw.random() < args.aux_caption
+        seen_told |= told and not drop
+        whole = {T2T: "C" * (n - bl) + "N" * n, T2I: "C" * n + "I" * i + "N" * n * told,
+                 IT2T: "P" * len(prompt) + "I" * i + "C" * (n - bl) + "N" * n}
         short = {T2T: "N" * n, T2I: "I" * i, IT2T: "N" * n}
         assert segments == (short if drop else whole)[task]
         cut = int(draw.integers(text.index(model.tokenizer.end))) if task == T2T else 0
@@ -175,12 +177,12 @@ def test_batch_against_its_samples(system, task):
             if segment == masks.C:
                 assert t == 0 and not b.noisy[j] and not b.loss_text[j] and not b.eps_text[j].any()
                 continue
-            known = index < cut and index // 16 == cut // 16
+            known = index < cut and index // bl == cut // bl
             seen_cut |= known
             assert bool(b.noisy[j]) == (not known) == (t > 0)
             if known or index >= cut:
                 assert bool(b.loss_text[j]) == (not known)
-    assert seen_drop and (seen_cut or task != T2T)
+    assert seen_drop and (seen_cut or task != T2T) and (seen_told or task != T2I)
     text = [0, 0, 0]
     text[task] = int(b.loss_text.sum()) * 16
     assert b.counts()[:4] == [int(b.loss_image.sum()) * 32, *text]
