@@ -100,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("tokenizer", "", "a tiktoken encoding instead, such as cl100k_base")
     flag("pool", 20000, "generated scenes in all")
     flag("any_order", 0.0, "share of T2I captions that name the objects in any order: harder")
-    flag("questions", 0.8, "share of IT2T samples that ask instead of describe")
+    flag("questions", 0.6, "share of IT2T samples that ask instead of describe")
 
     flag = group("text VAE (stage 1)")
     flag("text_latent_dim", 16, "channels of a text latent")

@@ -1,4 +1,5 @@
 """pytest tests/test_sample.py"""
+import math
 import pickle
 import re
 from dataclasses import replace
@@ -201,7 +202,8 @@ def test_guidance_is_off_where_there_is_no_context(model, calls):
 
 
 def test_guidance_acts_inside_its_interval(model, calls):
-    sample.generate_images(model, CAPTIONS[:1], replace(S, steps=10, guidance=3.0, interval=(0.25, 0.75)))
+    sample.generate_images(model, CAPTIONS[:1], replace(S, steps=10, guidance=3.0, shift=1.0,
+                                                         interval=(0.25, 0.75)))
     assert len(calls) == 1 + 10 + 5                              # t = 0.7, 0.6, 0.5, 0.4, 0.3
     times = [float(t[0]) for _, t, _, _ in calls[1:]]
     assert sorted(t for t in set(times) if times.count(t) == 2) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
@@ -219,7 +221,7 @@ def test_calls_of_a_solver(model, calls, latents, solver):
 def test_the_time_grid_of_images_follows_their_size(model, calls):
     """The shift of training: 12 x 16 positions of 32 channels are 6144 numbers, above 4096."""
     sample.generate_images(model, CAPTIONS[:1], replace(S, steps=2), (96, 128))
-    shifted = flow.shift_time(torch.tensor(0.5), flow.image_shift(6144))
+    shifted = flow.shift_time(torch.tensor(0.5), math.e * flow.image_shift(6144))
     assert float(calls[2][1][0]) == pytest.approx(float(shifted)) and shifted > 0.5
     calls.clear()
     sample.generate_images(model, CAPTIONS[:1], replace(S, steps=2, shift=1.0), (96, 128))
