@@ -249,9 +249,9 @@ class MMDiT(nn.Module):
             if p.dim() < 2 or any(part in name for part in zero):
                 nn.init.constant_(p, 1.0 if name.endswith(("msa_out.1.bias", "mlp_out.1.bias")) else 0.0)
             else:
-                inside = 3 if "blocks." in name else 1
-                branches = 2 * self.config.layers if inside == 3 and name.endswith("proj_out.weight") else 1
-                nn.init.normal_(p, std=(p.shape[1] * inside * branches) ** -0.5)
+                inside = "blocks." in name
+                branches = 2 * self.config.layers if inside and name.endswith("proj_out.weight") else 1
+                nn.init.normal_(p, std=(p.shape[1] * (3 if inside else 1) * branches) ** -0.5)
 
     def forward(self, text: Tensor, image: Tensor | None, t: Tensor, t_index: Tensor, layout: Layout,
                 plan: Plan, cache: Cache | None = None, commit: bool = False,
@@ -277,7 +277,7 @@ class MMDiT(nn.Module):
         t_part, hidden = where.split(t_index), None
         for layer in range(self.config.layers):
             blocks = [stream[layer] for stream in (self.blocks, self.image_blocks) if len(stream)]
-            qkv = [b.before(*part) for b, *part in zip(blocks, x, [emb] * 2, t_part, rope)]
+            qkv = [b.before(x, emb, i, r) for b, x, i, r in zip(blocks, x, t_part, rope)]
             q, k, v = map(where.join, zip(*qkv))                                     # (L, nh, hd) each
             if cache is not None and layer < len(cache.kv):
                 k, v = torch.cat([cache.kv[layer][0], k]), torch.cat([cache.kv[layer][1], v])
@@ -293,7 +293,7 @@ class MMDiT(nn.Module):
                     where = Streams(layout.segment[index], where.apart)
                     x, t_part = where.split(x), where.split(t_index)
             o = where.split(attention(q, k, v, plan, self.attention_backend))        # (L, nh, hd)
-            x = tuple(b.after(*part) for b, *part in zip(blocks, x, o, [emb] * 2, t_part))
+            x = tuple(b.after(x, o, emb, i) for b, x, o, i in zip(blocks, x, o, t_part))
             hidden = where.join(x) if layer == tap else hidden
         x = where.join(x)
         v_text = self.head("txt", where.text, x, emb, t_index)

@@ -50,6 +50,7 @@ class Cola:
     tokenizer: data.Tokenizer
     block_len: int
     image_hw: tuple[int, int]
+    image_loc: float                       # mean of the logit time that images were trained at
 
     @property
     def device(self) -> torch.device:
@@ -193,7 +194,7 @@ def generate_images(model: Cola, captions: list[str], s: Settings = IMAGE, hw: t
     generators = noise(s.seed, first, len(captions))
     z = np.concatenate([g.standard_normal((length, channels), np.float32) for g in generators])
     if s.shift is None:
-        s = replace(s, shift=math.e * flow.image_shift(length * channels))  # image_loc 1 shifts by e
+        s = replace(s, shift=math.exp(model.image_loc) * flow.image_shift(length * channels))
     z = transport(context, layout, torch.from_numpy(z).to(model.device), s)
     return model.decode_images(z, (h, w))
 
@@ -271,7 +272,8 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
     try:
         c = checkpoint["config"]
         model = Cola(TextVAE(**c["text_vae"]), ImageVAE(**c["image_vae"]), MMDiT(MMDiTConfig(**c["mmdit"])),
-                     data.Tokenizer.from_dict(checkpoint["tokenizer"]), c["block_len"], tuple(c["image_hw"]))
+                     data.Tokenizer.from_dict(checkpoint["tokenizer"]), c["block_len"], tuple(c["image_hw"]),
+                     checkpoint["args"]["image_loc"])
         for name in ("text_vae", "image_vae", "mmdit"):
             getattr(model, name).load_state_dict(checkpoint[weights][name])
             getattr(model, name).eval()

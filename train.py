@@ -632,7 +632,7 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
     image_vae.check_size(*hw)
     mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads, head_dim,
                               args.layers, emb_dim=args.width, rope_dim=head_dim, streams=args.streams))
-    return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw)
+    return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, args.image_loc)
 
 
 def parts(model: Cola) -> dict[str, nn.Module]:
@@ -1077,7 +1077,7 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         model = new_model(args, dataset)
     else:
         model = sample.build(checkpoint, "model")
-        model.image_hw, model.block_len = hw, args.block_len
+        model.image_hw, model.block_len, model.image_loc = hw, args.block_len, args.image_loc
         model.image_vae.check_size(*hw)
     for item in getattr(getattr(dataset, "pictures", dataset), "items", ()):
         if (n := len(model.tokenizer.encode(item.text))) >= args.seq_len:

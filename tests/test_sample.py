@@ -224,6 +224,9 @@ def test_the_time_grid_of_images_follows_their_size(model, calls):
     shifted = flow.shift_time(torch.tensor(0.5), math.e * flow.image_shift(6144))
     assert float(calls[2][1][0]) == pytest.approx(float(shifted)) and shifted > 0.5
     calls.clear()
+    sample.generate_images(replace(model, image_loc=0.0), CAPTIONS[:1], replace(S, steps=2))
+    assert float(calls[2][1][0]) == 0.5
+    calls.clear()
     sample.generate_images(model, CAPTIONS[:1], replace(S, steps=2, shift=1.0), (96, 128))
     assert float(calls[2][1][0]) == 0.5
 
