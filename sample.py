@@ -354,15 +354,13 @@ def check(args: argparse.Namespace) -> None:
     for name in ("n", "steps", "max_tokens"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: expected at least 0")
+    if not 0 <= args.seed < 1 << 63:
+        raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^63")
     low, high = args.interval
     if not 0 <= low <= high <= 1 or args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--interval {low} {high} must be rising within 0 and 1, --guidance a number")
-    try:
-        torch.device(args.device)
-    except RuntimeError:
-        raise ValueError(f"--device {args.device}: no such device; use cpu, cuda or cuda:1") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device {args.device}: expected cpu, cuda or cuda:1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
     if not args.prompt.strip() and args.task != "t2t":

@@ -182,6 +182,9 @@ def check(args: argparse.Namespace) -> None:
                  "image_vae_batch", "block_len", "seq_len", "pool", "save_every", "sample_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    for name in ("any_order", "questions", "aux_caption", "cfg_drop"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected a share between 0 and 1")
     if not 1 <= len(args.image_size) <= 2 or min(args.image_size) < 1:
         raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, "
                          f"or height and width")

@@ -307,6 +307,8 @@ def fails(argv, capsys, *words):
     (["it2t", "a.png"], ["a.png", "does not exist"]),
     (["t2i", "a cat", "--guidence", "3"], ["--guidence", "did you mean --guidance"]),
     (["t2i", "a cat", "--device", "foo"], ["--device foo"]),
+    (["t2i", "a cat", "--device", "meta"], ["--device meta"]),
+    (["t2i", "a cat", "--seed", str(2 ** 70)], ["--seed", "2^63"]),
     (["t2t", "a cat", "--maxtokens", "3"], ["did you mean --max_tokens"]),
     (["t2i", "a cat", "--guid", "3"], ["--guid"]),
     (["t2t", "a cat", "--steps", "many"], ["--steps", "many"]),

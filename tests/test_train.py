@@ -300,6 +300,8 @@ def fails(argv, capsys, *words):
 
 
 @pytest.mark.parametrize("flags, words", [
+    (["--aux_caption", "2"], ["--aux_caption 2", "between 0 and 1"]),
+    (["--questions", "-1"], ["--questions -1"]),
     (["--tasks", "t2t:-1,t2i:2"], ["--tasks", "at least 0"]),
     (["--tasks", "t2t:0,t2i:0,it2t:0"], ["not all 0"]),
     (["--tasks", "t2v:1"], ["t2v", "t2t, t2i, it2t"]),
