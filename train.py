@@ -92,7 +92,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("data", [], "folders, .jsonl or .tar files of captioned images; none: generated scenes", nargs="+")
     flag("text", [], ".txt, .txt.gz or .jsonl files for t2t; none: captions or stories", nargs="+")
     flag("strict_data", False, "a damaged image among good ones is an error", action="store_true")
-    flag("tasks", "t2t:1,t2i:1,it2t:1", "ratios of the tasks")
+    flag("tasks", "t2t:1,t2i:2,it2t:2", "ratios of the tasks")
     flag("image_size", [32], "pixels: one number, or height and width", nargs="+", type=int)
     flag("aspect", False, "keep aspect ratios, in buckets of the same area", action="store_true")
     flag("seq_len", 128, "longest text or caption in tokens")
@@ -131,12 +131,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag = group("prior (stage 2)")
     flag("width", 128, "width D; the release has 2048")
     flag("layers", 4, "blocks; the release has 24")
-    flag("heads", 4, "attention heads; the release has 16")
+    flag("heads", 8, "attention heads; the release has 16")
     flag("streams", 2, "1 shares the weights of text and image, 2 gives each their own, joined in attention")
-    flag("block_len", 4, "text latents generated together; 16 in the release, 4 learns stories faster")
-    flag("steps", 1500, "steps of stage 2")
-    flag("batch_size", 40, "samples a micro-step, over all workers")
-    flag("micro_steps", 3, "micro-steps a step, each of one task")
+    flag("block_len", 1, "text latents generated together; 16 in the release, 1 learns fastest")
+    flag("steps", 2300, "steps of stage 2; many small ones learn faster than few large ones")
+    flag("batch_size", 12, "samples a micro-step, over all workers")
+    flag("micro_steps", 5, "micro-steps a step, each of one task")
     flag("accumulate", False, "a pass for each micro-step, not one for all: less memory, the same result",
          action="store_true")
     flag("optimizer", "muon", "for the matrices inside the blocks of the prior and the image VAE",
@@ -144,7 +144,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("muon_lr", 0.02, "peak learning rate of Muon")
     flag("lr", 5e-3, "peak learning rate of AdamW")
     flag("weight_decay", 0.01, "decoupled, all optimizers")
-    flag("warmup", 0.03, "share of the steps of linear warm-up; then cosine to 0")
+    flag("warmup", 0.03, "share of the steps in which the learning rates rise to their peaks")
+    flag("cooldown", 0.5, "share of the steps, the last ones, in which they fall to 0; between, they stay")
     flag("clip", 1.0, "largest gradient norm")
     flag("ema", 0.9999, "limit of the decay min(ema, (1 + n) / (10 + n)) of the averaged weights")
     flag("vae_lr_ratio", 0.0, "text VAE's learning rate / --lr: 0 frozen, 1 joint (the paper's best)")
@@ -182,7 +183,7 @@ def check(args: argparse.Namespace) -> None:
                  "image_vae_batch", "block_len", "seq_len", "pool", "save_every", "sample_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
-    for name in ("any_order", "questions", "aux_caption", "cfg_drop"):
+    for name in ("any_order", "questions", "aux_caption", "cfg_drop", "warmup", "cooldown"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected a share between 0 and 1")
     if not 1 <= len(args.image_size) <= 2 or min(args.image_size) < 1:
@@ -733,9 +734,9 @@ class Run:
         bar = tqdm(desc=stage, unit="step", total=steps, initial=start, mininterval=1, disable=log is None)
         last = time.perf_counter()
         for step in range(start, steps):
-            warmup = min(1.0, (step + 1) / (a.warmup * steps + 1))
+            rise, fall = (step + 1) / (a.warmup * steps + 1), (steps - step) / (a.cooldown * steps + 1)
             for g, peak in zip(groups, peaks):
-                g["lr"] = peak * (warmup * 0.5 * (1 + math.cos(math.pi * step / steps)))
+                g["lr"] = peak * min(1.0, rise, fall)
             module.progress, began = step / steps, time.perf_counter()
             batches = [moved(b, worker.device) for b in make(step)]
             prepared = time.perf_counter() - began
@@ -865,13 +866,12 @@ def judge_answers(model: Cola, world: list, seed: int, numbers: list[int], s: sa
 
 
 def judge_stories(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
-    """T2T: continuations of stories that are cut between two sentences."""
+    """T2T: continuations of stories after the first or the second sentence; none ends before the third."""
     prefixes = []
     for scene, k in zip(world, numbers):
         words = data.rng(seed, k, data.WINDOW)
         sentences = scenes.story(scene, words).split(". ")
-        cut = int(words.integers(1, max(len(sentences), 2)))
-        prefixes.append(". ".join(sentences[:cut]).rstrip(".") + ".")
+        prefixes.append(". ".join(sentences[:int(words.integers(1, 3))]) + ".")
     for prefix, rest in zip(prefixes, sample.generate_text(model, prefixes, s=s, first=numbers[0])):
         yield "t2t.consistent", scenes.consistent(prefix, rest)
 
