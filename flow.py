@@ -73,12 +73,13 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (shift * t + (1 - t))
 
 
-def sample_time(normal: Tensor, kind: str = "logit_normal", loc: float = 1.0, scale: float = 1.0,
-                shift: float = 1.0) -> Tensor:
+def sample_time(normal: Tensor, kind: str = "logit_normal", loc: float | Tensor = 1.0,
+                scale: float = 1.0, shift: float = 1.0) -> Tensor:
     """Training times in [0, 1] from standard normal draws of any shape (paper, Eq. 16.5, 16.6).
 
-    "logit_normal": sigmoid(loc + scale n), a larger loc trains noisier inputs. "uniform": Phi(n), without loc
-    and scale. Normal draws for both, so that one random stream serves every law. Then shift_time.
+    "logit_normal": sigmoid(loc + scale n), a larger loc (one for all, or one a draw) trains noisier inputs.
+    "uniform": Phi(n), without loc and scale. Normal draws for both, so that one random stream serves every
+    law. Then shift_time.
     """
     if kind == "logit_normal":
         t = torch.sigmoid(loc + scale * normal)

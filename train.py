@@ -504,11 +504,8 @@ class Batches:
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
         z, loc = (torch.from_numpy(np.concatenate(x)).float() for x in (normals, locs))      # (U - 1,) each
-        is_block = torch.ones(len(z), dtype=torch.bool)
-        is_block[slot - 1] = False
-        shift = flow.image_shift(max(map(len, eps_image)) * cz)
-        t = torch.where(is_block, flow.sample_time(z, a.time_law, loc, a.time_scale),
-                        flow.sample_time(z, a.time_law, loc, a.time_scale, shift))
+        t = flow.sample_time(z, a.time_law, loc, a.time_scale)                               # (U - 1,)
+        t[slot - 1] = flow.shift_time(t[slot - 1], flow.image_shift(max(map(len, eps_image)) * cz))
         tensor, is_text = torch.from_numpy, ~is_image
         targets, (posterior, hidden) = tensor(moving.nonzero()[0]), map(np.concatenate, zip(*vae_noise))
         return Batch(

@@ -104,6 +104,14 @@ def test_resuming_keeps_the_flags_of_the_checkpoint(tiny, capsys):
     assert "--width 64" in capsys.readouterr().err
 
 
+def test_learning_rate_rises_stays_and_falls(tiny, tmp_path):
+    assert train.main([*TINY, "--out_dir", str(tmp_path), "--stage", "mmdit", "--init_from",
+                       str(tiny / "ckpt.pt"), "--eval_samples", "0", "--steps", "10", "--warmup", "0.2",
+                       "--cooldown", "0.4", "--lr", "0.003"]) == 0
+    share = [e["lr"] / 0.003 for e in log_of(tmp_path)]
+    assert share == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5])
+
+
 def test_two_workers_equal_one(tiny, tmp_path):
     out = tmp_path / "out"
     flags = [*TINY, "--out_dir", str(out), "--eval_samples", "0"]
