@@ -89,6 +89,7 @@ class Sample:
     noisy: int = 0                         # positions of N
     start: int = 0                         # coordinate at which C and N begin: behind P
     first: int = 0                         # index in the text of the first latent packed, for a single block
+    skip: int = 0                          # positions of N left out at its front: noise that nobody asks for
 
 
 def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
@@ -98,7 +99,8 @@ def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
     for number, s in enumerate(samples):
         h, w = s.image
         p, c = (number, P, s.prompt, 0, 0, 1), (number, C, s.clean, s.start + s.first, s.first, 1)
-        i, n = (number, I, h * w, 0, 0, w), (number, N, s.noisy, s.start + s.first, s.first, 1)
+        i, begin = (number, I, h * w, 0, 0, w), s.first + s.skip
+        n = (number, N, s.noisy - s.skip, s.start + begin, begin, 1)
         pieces += (p, i, c, n) if s.prompt else (c, i, n)
     sample, segment, length, start, first, w = np.array(pieces, dtype=np.int64).reshape(-1, 6).T
     sample, segment, start, first, w = (np.repeat(x, length) for x in (sample, segment, start, first, w))
@@ -129,37 +131,33 @@ def dense(q: Layout, k: Layout, rules: Tensor = RULES) -> Tensor:
 
 @dataclass
 class Padded:
-    """A packed sequence seen as S rows, one a sample, of Lmax slots."""
-    index: Tensor       # (S, Lmax) the position in each slot; some position or other where `valid` is False
-    valid: Tensor       # (S, Lmax) bool
-    inverse: Tensor     # (L,) the slot of each position, in 0 .. S Lmax - 1
-    plain: bool         # all rows are full and in order: a view is enough
+    """Some samples of a packed sequence seen as n rows, one a sample, of W slots."""
+    index: Tensor       # (n, W) the position in each slot; some position or other where `valid` is False
+    valid: Tensor       # (n, W) bool
 
 
-def pad(layout: Layout) -> Padded:
-    """Group positions by sample. They need not be contiguous (a KV cache appends)."""
+def pad(layout: Layout, groups: list[Tensor]) -> list[Padded]:
+    """The rows of groups of samples, each group as wide as its longest. A group is (n,) sample numbers; the
+    positions of a sample need not be contiguous (a KV cache appends)."""
     counts = torch.bincount(layout.sample, minlength=layout.task.numel())            # (S,)
     order = torch.argsort(layout.sample, stable=True)                                # (L,), sample by sample
-    starts = counts.cumsum(0) - counts                                               # (S,)
-    width = -(-int(counts.max()) // 32) * 32 if counts.numel() else 0                # Lmax, whole vectors
-    slot = torch.arange(width, device=order.device)
-    valid = slot[None, :] < counts[:, None]                                          # (S, Lmax)
-    index = torch.where(valid, starts[:, None] + slot, 0)
-    rank, positions = torch.empty_like(order), torch.arange(order.numel(), device=order.device)
-    rank[order] = positions                                                          # (L,), place in `order`
-    inverse = layout.sample * width + rank - starts[layout.sample]                   # (L,)
-    plain = bool(valid.all()) and torch.equal(order, positions)
-    return Padded(order[index] if order.numel() else index, valid, inverse, plain)
+    starts, rows = counts.cumsum(0) - counts, []                                     # (S,)
+    for group in groups:
+        width = int(counts[group].max()) if len(group) else 0                        # W
+        slot = torch.arange(width, device=order.device)
+        slot, valid = starts[group, None] + slot, slot < counts[group, None]         # (n, W)
+        rows.append(Padded(order[torch.where(valid, slot, 0)], valid))
+    return rows
 
 
-def padded_mask(q: Layout, k: Layout, q_pad: Padded, k_pad: Padded, rules: Tensor = RULES) -> Tensor:
-    """The mask of every sample by itself: bool (S, Lq, Lk) for rows of Lq and Lk slots, False at padding."""
-    s_i, b_i = q.segment[q_pad.index], q.block[q_pad.index].int()                    # (S, Lq)
-    s_j, b_j = k.segment[k_pad.index], k.block[k_pad.index].int()                    # (S, Lk)
-    rule = rules.to(s_i.device)[q.task[:, None], s_i]                                # (S, Lq, segment types)
-    relation = rule.gather(2, s_j[:, None].expand(-1, s_i.shape[1], -1))             # (S, Lq, Lk)
+def padded_mask(q: Layout, k: Layout, q_rows: Padded, k_rows: Padded, rules: Tensor = RULES) -> Tensor:
+    """The mask of every sample of one group by itself: bool (n, Wq, Wk), False at padding."""
+    s_i, b_i = q.segment[q_rows.index], q.block[q_rows.index].int()                  # (n, Wq)
+    s_j, b_j = k.segment[k_rows.index], k.block[k_rows.index].int()                  # (n, Wk)
+    rule = rules.to(s_i.device)[q.task[q.sample[q_rows.index]], s_i]                 # (n, Wq, segment types)
+    relation = rule.gather(2, s_j[:, None].expand(-1, s_i.shape[1], -1))             # (n, Wq, Wk)
     mask = holds(relation, b_i[:, :, None], b_j[:, None, :])
-    return mask & q_pad.valid[:, :, None] & k_pad.valid[:, None, :]
+    return mask & q_rows.valid[:, :, None] & k_rows.valid[:, None, :]
 
 
 def draw(layout: Layout, cell: int = 10):

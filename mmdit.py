@@ -274,10 +274,13 @@ class MMDiT(nn.Module):
         x = where.join((x, self.img_in.proj(image))) if len(where.image) else x      # (L, D)
         x = where.split((x + self.place(layout) if self.place else x).float())
         rope = where.split(rope_angles(layout, self.blocks[0].msa.rope.rope.freqs))
-        t_part, hidden = where.split(t_index), None
+        embs, t_part, hidden = [emb], where.split(t_index), None
+        if where.apart:                                        # each stream projects the times it has
+            used, t_part = zip(*(i.unique(return_inverse=True) for i in t_part))
+            embs = [emb.index_select(0, u) for u in used]
         for layer in range(self.config.layers):
             blocks = [stream[layer] for stream in (self.blocks, self.image_blocks) if len(stream)]
-            qkv = [b.before(x, emb, i, r) for b, x, i, r in zip(blocks, x, t_part, rope)]
+            qkv = [b.before(*part) for b, *part in zip(blocks, x, embs, t_part, rope)]
             q, k, v = map(where.join, zip(*qkv))                                     # (L, nh, hd) each
             if cache is not None and layer < len(cache.kv):
                 k, v = torch.cat([cache.kv[layer][0], k]), torch.cat([cache.kv[layer][1], v])
@@ -289,15 +292,15 @@ class MMDiT(nn.Module):
                     return None, None, None
                 if targets is not None:
                     index, plan = targets
-                    q, x, t_index = (a.index_select(0, index) for a in (q, where.join(x), t_index))
+                    q, *rest = (a.index_select(0, index) for a in (q, where.join(x), where.join(t_part)))
                     where = Streams(layout.segment[index], where.apart)
-                    x, t_part = where.split(x), where.split(t_index)
+                    x, t_part = map(where.split, rest)
             o = where.split(attention(q, k, v, plan, self.attention_backend))        # (L, nh, hd)
-            x = tuple(b.after(x, o, emb, i) for b, x, o, i in zip(blocks, x, o, t_part))
+            x = tuple(b.after(*part) for b, *part in zip(blocks, x, o, embs, t_part))
             hidden = where.join(x) if layer == tap else hidden
-        x = where.join(x)
-        v_text = self.head("txt", where.text, x, emb, t_index)
-        v_image = self.head("img", where.image, x, emb, t_index) if len(where.image) else None
+        x, t_index = where.join(x), where.join(t_part)
+        v_text = self.head("txt", where.text, x, embs[0], t_index)
+        v_image = self.head("img", where.image, x, embs[-1], t_index) if len(where.image) else None
         return v_text, v_image, hidden
 
     def head(self, side: str, index: Tensor, x: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:

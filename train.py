@@ -346,8 +346,7 @@ class Batch:
     targets: Tensor         # (n,) positions with t > 0, the only ones whose velocity matters
     target_plan: Plan
     source: Tensor          # (Lt,) which VAE latent each text position holds
-    noisy: Tensor           # (Lt,) bool, t > 0
-    loss_text: Tensor       # (Lt,) bool, bears L_text
+    noisy: Tensor           # (Lt,) bool, t > 0: bears L_text
     eps_text: Tensor        # (Lt, Dz)
     z_image: Tensor         # (Li, Cz) clean
     loss_image: Tensor      # (Li,) bool, bears L_image
@@ -358,7 +357,7 @@ class Batch:
     def counts(self) -> list[float]:
         """Loss positions x channels of L_image and of L_text in each task; tokens, masked tokens."""
         image = int(self.loss_image.sum()) * self.eps_image.shape[1]
-        text = torch.bincount(self.text_task()[self.loss_text], minlength=len(TASKS)) * self.eps_text.shape[1]
+        text = torch.bincount(self.text_task()[self.noisy], minlength=len(TASKS)) * self.eps_text.shape[1]
         return [image, *text.tolist(), self.ids.numel(), int(self.hidden.sum())]
 
     def text_task(self) -> Tensor:
@@ -374,7 +373,7 @@ def moved(x, device: torch.device):
         return x.to(device, non_blocking=True)
     if dataclasses.is_dataclass(x):
         return type(x)(*(moved(getattr(x, f.name), device) for f in dataclasses.fields(x)))
-    return x
+    return [moved(y, device) for y in x] if isinstance(x, list) else x
 
 
 class Batches:
@@ -452,7 +451,7 @@ class Batches:
         items = [self.item(task, k) for task, k in work]
         pictures = iter(self.image_latents([index for _, index, _ in items if index >= 0]))
         ids, lengths, samples, vae_noise, normals, locs, eps_text, eps_image, z_image = ([] for _ in range(9))
-        start, prompt_at, text_at, prefix_at, cut, before, slot = np.zeros((7, S), int)  # one number a sample
+        start, prompt_at, text_at, prefix_at, cut, slot = np.zeros((6, S), int)  # one number a sample
 
         def add(tokens: list[int]) -> int:
             """Queue a text for the VAE; returns where its latents will begin."""
@@ -470,19 +469,20 @@ class Batches:
             hw = (0, 0) if task == T2T or drop and task == IT2T else tuple(picture.shape[:2])
             noisy = 0 if task == T2I and draw.random() >= a.aux_caption else n
             clean = 0 if drop else n if task == T2I else n - bl    # no one looks at an answer's last block
-            samples.append(Sample(task, 0 if drop else start[s], hw, clean, noisy, start[s]))
             prompt_at[s], text_at[s] = add([] if drop else prompt), add(text)
-            prefix_at[s] = text_at[s]
+            prefix_at[s], skip = text_at[s], 0
             if task == T2T:                                        # what comes before the cut is given
                 end = m.tokenizer.end
                 cut[s] = draw.integers(text.index(end) if end in text else len(text)) // p
-                before[s] = draw.random() < 0.5
+                if draw.random() < 0.5:                            # and in half bears no loss
+                    skip = cut[s] // bl * bl
                 if cut[s] and m.text_vae.config["block_len"] > 1:  # and is encoded alone
                     prefix_at[s] = add(text[:cut[s] * p])
+            samples.append(Sample(task, 0 if drop else start[s], hw, clean, noisy, start[s], skip=skip))
             vae_noise.append(self.vae_noise(k, (len(ids) - begin) // p, self.masking))
             noise, pixels = self.rng(k, data.NOISE), hw[0] * hw[1]
             eps_image.append(noise.standard_normal((pixels, cz), np.float32))
-            eps_text.append(noise.standard_normal((noisy, dz), np.float32))
+            eps_text.append(noise.standard_normal((noisy, dz), np.float32)[skip:])
             slot[s] = 1 + sum(map(len, normals))               # times: 0 clean, then image, block, block, ...
             draws = self.rng(k, data.TIME).standard_normal(1 + n // bl)
             if a.time_per == "sample":
@@ -499,7 +499,6 @@ class Batches:
         index = layout.col.numpy() - np.where(is_prompt, 0, start[who])                      # in its text
         given = index < cut[who]
         moving = is_noisy & ~(given & (block == cut[who] // bl)) | is_image & (task == T2I)  # t > 0
-        graded = moving & (~given | (before[who] == 1))
         source = np.where(is_prompt, prompt_at[who], np.where(given, prefix_at[who], text_at[who])) + index
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
@@ -512,7 +511,7 @@ class Batches:
             torch.tensor(ids, dtype=torch.long), lengths, tensor(posterior), tensor(hidden),
             layout, make_plan(layout), targets, make_plan(layout.select(targets), layout),
             source=tensor(source[is_text]), noisy=tensor(moving[is_text]),
-            loss_text=tensor(graded[is_text]), eps_text=tensor(eps[is_text]),
+            eps_text=tensor(eps[is_text]),
             z_image=torch.cat(z_image) if z_image else torch.zeros(0, cz),
             loss_image=tensor(moving[is_image]), eps_image=tensor(np.concatenate(eps_image)),
             t=torch.cat([torch.zeros(1), t]),
@@ -547,6 +546,19 @@ class ImageStage(nn.Module):
         loss, terms = image_vae_loss(self.vae, b.x, b.noise)
         share = len(b.x) / counts[0]
         return loss * share, {k: v * share for k, v in terms.items()}
+
+
+class Touch(torch.autograd.Function):
+    """A zero to add to a loss, for DDP waits for every parameter: with it the backward pass reaches them all,
+    whatever the tasks of a batch, and adds nothing."""
+    @staticmethod
+    def forward(ctx, *parameters: Tensor) -> Tensor:
+        ctx.number = len(parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, ...]:
+        return (None,) * ctx.number
 
 
 class PriorStage(nn.Module):
@@ -593,13 +605,13 @@ class PriorStage(nn.Module):
             targets=(b.targets, b.target_plan))
 
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
-        graded, task = b.loss_text[b.noisy], b.text_task()[b.noisy]
+        task = b.text_task()[b.noisy]
         if text_count:                                         # over all workers: each logs the same terms
-            terms["text"] = flow.fm_loss(v_text, v, text_count, graded)
+            terms["text"] = flow.fm_loss(v_text, v, text_count)
             for i, name in enumerate(TASKS):                   # the same by task, for the log
                 if text_counts[i]:
                     terms[f"text_{name}"] = flow.fm_loss(v_text.detach(), v.detach(), text_counts[i],
-                                                         graded & (task == i))
+                                                         task == i)
             loss = loss + a.lambda_fm * a.w_text * terms["text"]
         if image_count:
             v = flow.velocity(b.z_image, b.eps_image)[b.loss_image]                  # (targets of images, Cz)
@@ -609,9 +621,8 @@ class PriorStage(nn.Module):
             cosine = F.cosine_similarity(self.repa(hidden[is_image].float()), b.z_image, dim=-1)     # (Li,)
             terms["repa"] = (1 - cosine)[b.loss_image].sum() * b.z_image.shape[1] / image_count
             loss = loss + a.lambda_fm * repa * terms["repa"]
-        # DDP waits for every parameter, whatever the task.
-        unused = sum(p.view(-1)[0] * 0.0 for p in self.parameters() if p.requires_grad)
-        return loss + unused, {k: v.detach() for k, v in terms.items()}
+        loss = loss + Touch.apply(*(p for p in self.parameters() if p.requires_grad))
+        return loss, {k: v.detach() for k, v in terms.items()}
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -694,6 +705,9 @@ class Run:
                 (loss * world).backward()  # the wrapper averages over workers; the loss is a share of a sum
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
+        for p in wrapped.parameters():                         # what no sample used: a gradient of 0, as by DDP
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
         norm = nn.utils.clip_grad_norm_(wrapped.parameters(), self.args.clip)
         for o in optimizers:
             o.step()
@@ -779,7 +793,8 @@ def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float,
     groups = [{"params": rest, "lr": lr}] + ([{"params": vae, "lr": lr * args.vae_lr_ratio}] if vae else [])
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay))
+        optimizers.append(torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay,
+                                           ns_steps=3))        # 5 reach no more and take a tenth of a step
     return optimizers
 
 

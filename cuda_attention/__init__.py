@@ -8,12 +8,14 @@
 Who sees whom is in masks.py. Backends compute the same numbers up to rounding:
 
     reference   the whole L x L mask and a plain softmax in fp32: what the others are tested against
-    padded      gather every sample into a row, scaled_dot_product_attention, scatter back: linear in samples
+    padded      gather every sample into a row, rows of about one length into a group, attend group by group:
+                time and memory are linear in the number of samples
 
 Shapes: Nq, Nk query and key positions, S samples, nh heads, hd head width.
 """
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,23 +23,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import masks
-from masks import Layout, Padded
+from masks import Layout
 
 SHORT = 256             # keys up to which, on a CPU, the plain products beat the fused kernel's backward
+ROW = 32                # samples share a group of rows if their keys fill as many times this number of slots
 BACKENDS = ("auto", "reference", "padded")
 
 
 @dataclass
 class Plan:
-    """Everything attention needs to know of a pair of layouts."""
+    """Everything attention needs to know of a pair of layouts. Samples of about the same length form a group
+    of n rows, with Wq slots for queries and Wk for keys; the slots of all groups lie one after another."""
     q: Layout
     k: Layout
-    q_pad: Padded
-    k_pad: Padded
-    mask: Tensor            # bool (S, 1, Lq, Lk), rows as in masks.Padded; one that may see nothing sees all
-    bias: Tensor            # the same as fp32 to add: 0 where mask, else -inf
+    q_index: Tensor         # (all n Wq,) the query in each slot
+    k_index: Tensor         # (all n Wk,) the key in each slot
+    inverse: Tensor         # (Nq,) the slot of each query
+    mask: list[Tensor]      # of each group, bool (n, 1, Wq, Wk); a query that may see nothing sees all
     blind: Tensor | None    # bool (Nq,), queries that may see nothing: their output is 0; None if none
     rules: Tensor
+
+    @functools.cached_property
+    def bias(self) -> list[Tensor]:
+        """The masks as fp32 to add: 0 where True, else -inf."""
+        return [torch.zeros(m.shape, device=m.device).masked_fill_(~m, float("-inf")) for m in self.mask]
 
 
 def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = masks.RULES) -> Plan:
@@ -48,14 +57,20 @@ def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = masks.RULES) -
     if q.task.numel() != k.task.numel():
         raise ValueError(f"q has {q.task.numel()} samples and k {k.task.numel()}: "
                          "layouts of one plan share their samples")
-    q_pad = masks.pad(q)
-    k_pad = q_pad if k is q else masks.pad(k)
-    mask = masks.padded_mask(q, k, q_pad, k_pad, rules)
-    empty = ~mask.any(-1)                                                            # (S, Lq)
-    blind = empty.flatten()[q_pad.inverse]
-    mask = (mask | empty[..., None])[:, None]                                        # (S, 1, Lq, Lk)
-    bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
-    return Plan(q, k, q_pad, k_pad, mask, bias, blind if bool(blind.any()) else None, rules)
+    width = -(-torch.bincount(k.sample, minlength=k.task.numel()) // ROW)            # (S,)
+    groups = [(width == w).nonzero()[:, 0] for w in width.unique().tolist()] or [width]
+    q_rows = masks.pad(q, groups)
+    k_rows = q_rows if k is q else masks.pad(k, groups)
+    mask = [masks.padded_mask(q, k, *rows, rules) for rows in zip(q_rows, k_rows)]
+    q_index, k_index, valid, sees = (torch.cat([x.flatten() for x in parts]) for parts in (
+        [r.index for r in q_rows], [r.index for r in k_rows], [r.valid for r in q_rows],
+        [m.any(-1) for m in mask]))
+    slot = valid.nonzero()[:, 0]
+    inverse = torch.empty_like(slot)
+    inverse[q_index[slot]] = slot
+    blind = ~sees[inverse]
+    mask = [(m | ~m.any(-1, keepdim=True))[:, None] for m in mask]
+    return Plan(q, k, q_index, k_index, inverse, mask, blind if bool(blind.any()) else None, rules)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str = "auto") -> Tensor:
@@ -86,16 +101,19 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    def gather(x: Tensor, pad: Padded) -> Tensor:
-        rows = x if pad.plain else x.index_select(0, pad.index.flatten())
-        return rows.view(*pad.index.shape, *x.shape[1:]).transpose(1, 2)             # (S, nh, Lmax, hd)
-
-    q, k, v = gather(q, plan.q_pad), gather(k, plan.k_pad), gather(v, plan.k_pad)
-    if q.device.type == "cpu" and plan.mask.shape[-1] <= SHORT:
-        s = (q * q.shape[-1] ** -0.5) @ k.mT + plan.bias.to(q.dtype)                 # (S, nh, Lq, Lk)
-        o = s.softmax(-1) @ v
-    else:
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask)             # (S, nh, Lq, hd)
-    o = o.transpose(1, 2).flatten(0, 1)                                              # (S * Lq, nh, hd)
-    o = o if plan.q_pad.plain else o.index_select(0, plan.q_pad.inverse)
+    q_slots, k_slots, v_slots = (x.index_select(0, i) for x, i in zip(
+        (q, k, v), (plan.q_index, plan.k_index, plan.k_index)))
+    out, q_at, k_at = [], 0, 0
+    for g, mask in enumerate(plan.mask):
+        n, _, wq, wk = mask.shape
+        take = lambda x, at, w: x[at:at + n * w].unflatten(0, (n, w)).transpose(1, 2)
+        qg, kg, vg = take(q_slots, q_at, wq), take(k_slots, k_at, wk), take(v_slots, k_at, wk)
+        if q.device.type == "cpu" and wk <= SHORT:
+            s = (qg * q.shape[-1] ** -0.5) @ kg.mT + plan.bias[g]                    # (n, nh, Wq, Wk), fp32
+            o = s.softmax(-1).to(v.dtype) @ vg
+        else:
+            o = F.scaled_dot_product_attention(qg, kg, vg, attn_mask=mask)           # (n, nh, Wq, hd)
+        out.append(o.transpose(1, 2).flatten(0, 1))                                  # (n Wq, nh, hd)
+        q_at, k_at = q_at + n * wq, k_at + n * wk
+    o = torch.cat(out).index_select(0, plan.inverse)
     return o if plan.blind is None else o.masked_fill(plan.blind[:, None, None], 0.0)
