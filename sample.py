@@ -140,12 +140,13 @@ class Settings:
     interval: tuple[float, float] = (0.0, 1.0)     # flow times at which guidance acts
     solver: str = "euler"
     shift: float | None = None             # of the time grid; None: as in training for images, 1 for text
+    temperature: float = 1.0               # scale of the noise to start from; 0 leaves nothing to chance
     seed: int = 0
     cached: bool = True
 
 
 IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))    # at lower times it bleeds colours (cf. 2404.07724)
-TEXT = Settings(guidance=3.0, shift=3.0)
+TEXT = Settings(guidance=3.0, shift=3.0, temperature=0.0)
 
 
 def transport(context: Context, layout: Layout, z: Tensor, s: Settings,
@@ -192,7 +193,7 @@ def generate_images(model: Cola, captions: list[str], s: Settings = IMAGE, hw: t
     context.add(z_text, z_text.new_zeros(0, channels), clean)
     layout = pack([Sample(T2I, image=(h, w))] * len(captions), model.block_len, model.device)
     generators = noise(s.seed, first, len(captions))
-    z = np.concatenate([g.standard_normal((length, channels), np.float32) for g in generators])
+    z = s.temperature * np.concatenate([g.standard_normal((length, channels), np.float32) for g in generators])
     if s.shift is None:
         s = replace(s, shift=math.exp(model.image_loc) * flow.image_shift(length * channels))
     z = transport(context, layout, torch.from_numpy(z).to(model.device), s)
@@ -227,7 +228,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         context.add(torch.cat([x[:b * bl] for x, b in zip(z, block)]), empty, layout)
     generators = noise(s.seed, first, B)
     while True:
-        fresh = np.stack([g.standard_normal((bl, dz), np.float32) for g in generators])
+        fresh = s.temperature * np.stack([g.standard_normal((bl, dz), np.float32) for g in generators])
         z_block = torch.from_numpy(fresh).to(device)                                 # (B, bl, Dz)
         is_known = torch.zeros(B, bl, dtype=torch.bool, device=device)
         for i in range(B):
@@ -325,7 +326,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common.add_argument("--shift", type=float,
                         help="shift of the time grid; larger spends more steps near noise "
                         f"(default: by size for images, {TEXT.shift} for text)")
-    common.add_argument("--n", type=int, default=1, help="samples to draw")
+    common.add_argument("--temperature", type=float,
+                        help="scale of the noise to start from; at 0 all samples are the same "
+                        f"(default {IMAGE.temperature} for images, {TEXT.temperature} for text)")
+    common.add_argument("--n", type=int, default=1, help="samples to draw; for text raise --temperature, too")
     common.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     common.add_argument("--device", default=default_device, help="where to run")
@@ -360,6 +364,8 @@ def check(args: argparse.Namespace) -> None:
     low, high = args.interval or (0.0, 1.0)
     if not 0 <= low <= high <= 1 or args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--interval {low} {high} must be rising within 0 and 1, --guidance a number")
+    if args.temperature is not None and not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: expected a number of at least 0")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: expected cpu, cuda or cuda:1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -379,11 +385,10 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     model = load(args.checkpoint, args.device)
-    default = IMAGE if args.task == "t2i" else TEXT
-    guidance = default.guidance if args.guidance is None else args.guidance
-    shift = default.shift if args.shift is None else args.shift
-    interval = default.interval if args.interval is None else tuple(args.interval)
-    s = Settings(args.steps, guidance, interval, args.solver, shift, args.seed, args.kv_cache)
+    given = {name: value for name in ("guidance", "interval", "shift", "temperature")
+             if (value := getattr(args, name)) is not None}
+    s = replace(IMAGE if args.task == "t2i" else TEXT, steps=args.steps, solver=args.solver, seed=args.seed,
+                cached=args.kv_cache, **given)
     if args.task == "t2i":
         hw = None if args.size is None else (args.size[0], args.size[-1])
         images = generate_images(model, [args.prompt] * args.n, s, hw)

@@ -153,6 +153,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("lambda_fm", 1.0, "weight of the flow-matching losses")
     flag("lambda_ref", 0.0, "weight of KL(q || q_ref) to the encoder of stage 1")
     flag("w_text", 1.0, "weight of L_text against L_image")
+    flag("w_answer", 1.0, "weight in L_text of a position of an IT2T answer, which are short, against one of "
+         "other texts")
     flag("w_repa", 0.0, "weight of L_REPA (0.5 in the literature); 0 is off")
     flag("repa_layer", 2, "layer that L_REPA reads, before the last")
     flag("repa_until", 0.5, "share of the steps after which L_REPA stops")
@@ -170,6 +172,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("eval_samples", 512, "samples per number; 0 skips the evaluation")
     flag("guidance", sample.IMAGE.guidance, "guidance for images")
     flag("text_guidance", sample.TEXT.guidance, "guidance for text")
+    flag("text_temperature", sample.TEXT.temperature, "scale of the noise that text starts from; 1 is what was "
+         "trained, 0 the surest text")
     flag("sample_steps", 16, "solver steps")
     args = parser.parse_args(argv)
     args.given = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
@@ -189,9 +193,9 @@ def check(args: argparse.Namespace) -> None:
     if not 1 <= len(args.image_size) <= 2 or min(args.image_size) < 1:
         raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, "
                          f"or height and width")
-    if args.scale <= 0 or args.seed < 0 or args.eval_samples < 0:
-        raise ValueError(f"--scale {args.scale} must be above 0, --seed {args.seed} and --eval_samples "
-                         f"{args.eval_samples} at least 0")
+    if args.scale <= 0 or args.seed < 0 or args.eval_samples < 0 or not 0 <= args.text_temperature < math.inf:
+        raise ValueError(f"--scale {args.scale} must be above 0, --seed {args.seed}, --eval_samples "
+                         f"{args.eval_samples} and --text_temperature {args.text_temperature} at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.seq_len < args.block_len * args.text_patch:
@@ -577,7 +581,6 @@ class PriorStage(nn.Module):
         """counts: Batch.counts of the whole step, over all workers. Terms come before their weights."""
         a, vae, terms, loss = self.args, self.text_vae, {}, 0.0
         image_count, *text_counts, token_count, mask_count = counts
-        text_count = sum(text_counts)
 
         plan = vae.make_plan(b.lengths)
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
@@ -606,12 +609,12 @@ class PriorStage(nn.Module):
 
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
         task = b.text_task()[b.noisy]
-        if text_count:                                         # over all workers: each logs the same terms
-            terms["text"] = flow.fm_loss(v_text, v, text_count)
-            for i, name in enumerate(TASKS):                   # the same by task, for the log
+        share = [n * (a.w_answer if i == IT2T else 1.0) for i, n in enumerate(text_counts)]
+        if sum(share):                                         # over all workers: each logs the same terms
+            for i, name in enumerate(TASKS):
                 if text_counts[i]:
-                    terms[f"text_{name}"] = flow.fm_loss(v_text.detach(), v.detach(), text_counts[i],
-                                                         task == i)
+                    terms[f"text_{name}"] = flow.fm_loss(v_text, v, text_counts[i], task == i)
+            terms["text"] = sum(terms[f"text_{name}"] * n / sum(share) for name, n in zip(TASKS, share) if n)
             loss = loss + a.lambda_fm * a.w_text * terms["text"]
         if image_count:
             v = flow.velocity(b.z_image, b.eps_image)[b.loss_image]                  # (targets of images, Cz)
@@ -908,7 +911,8 @@ def settings(args: argparse.Namespace, seed: int = 0) -> tuple[sample.Settings, 
     """How images and texts are generated."""
     more = {"steps": args.sample_steps, "seed": seed}
     return (dataclasses.replace(sample.IMAGE, guidance=args.guidance, **more),
-            dataclasses.replace(sample.TEXT, guidance=args.text_guidance, **more))
+            dataclasses.replace(sample.TEXT, guidance=args.text_guidance,
+                                temperature=args.text_temperature, **more))
 
 
 @torch.no_grad()
@@ -1046,7 +1050,8 @@ def loss_plot(log: Path, path: Path) -> None:
 # ---- main --------------------------------------------------------------------------------------------------
 
 RUN_FLAGS = {"out_dir", "resume", "init_from", "eval_only", "device", "procs", "save_every", "strict_data",
-             "eval_samples", "guidance", "text_guidance", "sample_steps"}      # never a checkpoint's
+             "eval_samples", "guidance", "text_guidance", "text_temperature",
+             "sample_steps"}      # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text"}        # a checkpoint's only where its own run goes on
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
                 "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",

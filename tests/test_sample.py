@@ -209,6 +209,16 @@ def test_guidance_acts_inside_its_interval(model, calls):
     assert sorted(t for t in set(times) if times.count(t) == 2) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
 
 
+def test_temperature_scales_the_noise(model, latents):
+    for seed, temperature in ((0, 1.0), (0, 0.5), (0, 0.0), (1, 0.0)):
+        sample.generate_images(model, CAPTIONS[:1], replace(S, steps=1, temperature=temperature, seed=seed))
+    whole, half, none, other = latents
+    assert torch.equal(none, other) and not torch.equal(half, none) and not torch.equal(half, whole)
+    texts = [sample.generate_text(model, CAPTIONS, s=replace(S, temperature=0.0, seed=seed), max_tokens=9)
+             for seed in (0, 1)]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("solver", flow.SOLVERS)
 def test_calls_of_a_solver(model, calls, latents, solver):
     expected = {"euler": 1, "heun": 2, "ab2": 1, "rk4": 4}[solver]
@@ -294,6 +304,8 @@ def fails(argv, capsys, *words):
     (["t2i", "a cat", "--n", "0"], ["--n 0", "at least 1"]),
     (["t2i", "a cat", "--seed", "-1"], ["--seed -1"]),
     (["t2i", "a cat", "--shift", "0"], ["shift 0"]),
+    (["t2i", "a cat", "--interval", "0.9", "0.1"], ["--interval 0.9 0.1"]),
+    (["t2t", "a cat", "--temperature", "-1"], ["--temperature -1", "at least 0"]),
     (["t2i", "a cat", "--solver", "rk5"], ["rk5", "euler"]),
     (["t2i", "  "], ["prompt is empty"]),
     (["it2t", "a.png", ""], ["prompt is empty"]),
