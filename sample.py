@@ -146,7 +146,7 @@ class Settings:
 
 
 IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))    # at lower times it bleeds colours (cf. 2404.07724)
-TEXT = Settings(guidance=3.0, shift=3.0, temperature=0.0)
+TEXT = Settings(guidance=2.0, shift=3.0, temperature=0.0)
 
 
 def transport(context: Context, layout: Layout, z: Tensor, s: Settings,

@@ -92,7 +92,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("data", [], "folders, .jsonl or .tar files of captioned images; none: generated scenes", nargs="+")
     flag("text", [], ".txt, .txt.gz or .jsonl files for t2t; none: captions or stories", nargs="+")
     flag("strict_data", False, "a damaged image among good ones is an error", action="store_true")
-    flag("tasks", "t2t:1,t2i:2,it2t:2", "ratios of the tasks")
+    flag("tasks", "t2t:1,t2i:2,it2t:3", "ratios of the tasks")
     flag("image_size", [32], "pixels: one number, or height and width", nargs="+", type=int)
     flag("aspect", False, "keep aspect ratios, in buckets of the same area", action="store_true")
     flag("seq_len", 128, "longest text or caption in tokens")
@@ -100,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("tokenizer", "", "a tiktoken encoding instead, such as cl100k_base")
     flag("pool", 20000, "generated scenes in all")
     flag("any_order", 0.0, "share of T2I captions that name the objects in any order: harder")
-    flag("questions", 0.6, "share of IT2T samples that ask instead of describe")
+    flag("questions", 0.75, "share of IT2T samples that ask instead of describe")
 
     flag = group("text VAE (stage 1)")
     flag("text_latent_dim", 16, "channels of a text latent")
@@ -134,9 +134,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("heads", 8, "attention heads; the release has 16")
     flag("streams", 2, "1 shares the weights of text and image, 2 gives each their own, joined in attention")
     flag("block_len", 1, "text latents generated together; 16 in the release, 1 learns fastest")
-    flag("steps", 2300, "steps of stage 2; many small ones learn faster than few large ones")
-    flag("batch_size", 12, "samples a micro-step, over all workers")
-    flag("micro_steps", 5, "micro-steps a step, each of one task")
+    flag("steps", 3200, "steps of stage 2; many small ones learn faster than few large ones")
+    flag("batch_size", 10, "samples a micro-step, over all workers")
+    flag("micro_steps", 6, "micro-steps a step, each of one task")
     flag("accumulate", False, "a pass for each micro-step, not one for all: less memory, the same result",
          action="store_true")
     flag("optimizer", "muon", "for the matrices inside the blocks of the prior and the image VAE",
@@ -153,16 +153,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("lambda_fm", 1.0, "weight of the flow-matching losses")
     flag("lambda_ref", 0.0, "weight of KL(q || q_ref) to the encoder of stage 1")
     flag("w_text", 1.0, "weight of L_text against L_image")
-    flag("w_answer", 1.0, "weight in L_text of a position of an IT2T answer, which are short, against one of "
+    flag("w_answer", 4.0, "weight in L_text of a position of an IT2T answer, which are short, against one of "
          "other texts")
     flag("w_repa", 0.0, "weight of L_REPA (0.5 in the literature); 0 is off")
     flag("repa_layer", 2, "layer that L_REPA reads, before the last")
     flag("repa_until", 0.5, "share of the steps after which L_REPA stops")
     flag("aux_caption", 0.1, "share of T2I samples that also predict their caption: more disturbs IT2T")
     flag("cfg_drop", 0.1, "share of samples trained without their condition, for guidance")
-    flag("text_loc", None, "mean of the text's logit time (default 1 + ln(text_latent_dim / 16) / 2)",
-         type=float)
-    flag("answer_loc", 1.0, "added to it in IT2T: an image leaves less open than a prefix does")
+    flag("text_loc", None, "mean of the text's logit time (default 2 + ln(text_latent_dim / 16) / 2, one more "
+         "than the paper's for blocks of 16)", type=float)
     flag("image_loc", 1.0, "mean of the image's logit time, before the shift by size")
     flag("time_scale", 1.0, "deviation of the logit time")
     flag("time_law", "logit_normal", "law of the times", choices=("logit_normal", "uniform"))
@@ -384,7 +383,7 @@ class Batches:
     """Sample numbers -> packed batches, for one dataset and one system."""
     def __init__(self, args: argparse.Namespace, dataset, model: Cola):
         self.args, self.dataset, self.model = args, dataset, model
-        self.loc = flow.default_loc(args.text_latent_dim) if args.text_loc is None else args.text_loc
+        self.loc = flow.default_loc(args.text_latent_dim) + 1 if args.text_loc is None else args.text_loc
         self.masking = args.vae_lr_ratio > 0 and args.lambda_mask > 0
         self.images: dict[int, Tensor] = {}    # image number -> clean latents (h, w, Cz): the VAE is frozen
 
@@ -492,7 +491,7 @@ class Batches:
             if a.time_per == "sample":
                 draws[1:] = draws[-1]
             normals.append(draws)
-            locs.append([a.image_loc] + [self.loc + (a.answer_loc if task == IT2T else 0.0)] * (n // bl))
+            locs.append([a.image_loc] + [self.loc] * (n // bl))
             if pixels:
                 z_image.append(picture.reshape(pixels, cz))
 
