@@ -146,7 +146,7 @@ class Settings:
 
 
 IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))    # at lower times it bleeds colours (cf. 2404.07724)
-TEXT = Settings(guidance=2.0, shift=3.0, temperature=0.0)
+TEXT = Settings(shift=3.0, temperature=0.0)            # as greedy decoding; guidance would oversharpen
 
 
 def transport(context: Context, layout: Layout, z: Tensor, s: Settings,
@@ -362,8 +362,10 @@ def check(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^63")
     low, high = args.interval or (0.0, 1.0)
-    if not 0 <= low <= high <= 1 or args.guidance is not None and not math.isfinite(args.guidance):
-        raise ValueError(f"--interval {low} {high} must be rising within 0 and 1, --guidance a number")
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"--interval {low} {high}: expected two rising numbers within 0 and 1")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance {args.guidance}: expected a number")
     if args.temperature is not None and not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature}: expected a number of at least 0")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):

@@ -271,6 +271,17 @@ def test_clean_latents_pass_no_gradient_on(system, monkeypatch):
     assert grad[learns].any(-1).all() and not grad[~learns].any()
 
 
+def test_answers_weigh_more(system):
+    args, dataset, model = system
+    stage = train.PriorStage(copy.deepcopy(model), args_for("--w_answer", "3"))
+    b = train.Batches(args, dataset, model).make([(task, k) for task in (T2T, IT2T) for k in range(4)])
+    _, told, _, answered = b.counts()[:4]
+    _, terms = stage(b, b.counts())
+    want = (told * terms["text_t2t"] + 3 * answered * terms["text_it2t"]) / (told + 3 * answered)
+    torch.testing.assert_close(terms["text"], want)
+    assert told and answered and terms["text_t2t"] != terms["text_it2t"]
+
+
 def test_it2t_has_no_image_loss_and_frozen_vae_no_gradient(system):
     stage, b = stage_and_batch(system, IT2T, "--vae_lr_ratio", "0")
     loss, terms = stage(b, b.counts())
