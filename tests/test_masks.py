@@ -104,8 +104,10 @@ def test_padded_view_is_the_dense_mask(seed):
 
 @pytest.mark.parametrize("backend", ["reference", "padded", "auto"])
 @pytest.mark.parametrize("seed", range(4))
-def test_attention_against_fp64(backend, seed):
+def test_attention_against_fp64(backend, seed, monkeypatch):
+    monkeypatch.setattr(cuda_attention, "ROW", 4)                # several groups of rows
     layout = pack(random_samples(seed), 2)
+    assert len(make_plan(layout).mask) > 1
     chosen = torch.arange(len(layout)) % 3 != 0
     for q_layout, k_layout in ((layout, None), (layout.select(chosen), layout)):
         plan = make_plan(q_layout, k_layout)
