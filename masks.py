@@ -86,10 +86,10 @@ class Sample:
     prompt: int = 0                        # positions of P
     image: tuple[int, int] = (0, 0)        # rows and columns of I
     clean: int = 0                         # positions of C
-    noisy: int = 0                         # positions of N
+    noisy: int = 0                         # positions of N, those left out counted
     start: int = 0                         # coordinate at which C and N begin: behind P
     first: int = 0                         # index in the text of the first latent packed, for a single block
-    skip: int = 0                          # positions of N left out at its front: noise that nobody asks for
+    skip: int = 0                          # positions left out at the front of N: they would bear no loss
 
 
 def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
@@ -99,8 +99,8 @@ def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
     for number, s in enumerate(samples):
         h, w = s.image
         p, c = (number, P, s.prompt, 0, 0, 1), (number, C, s.clean, s.start + s.first, s.first, 1)
-        i, begin = (number, I, h * w, 0, 0, w), s.first + s.skip
-        n = (number, N, s.noisy - s.skip, s.start + begin, begin, 1)
+        begin = s.first + s.skip
+        i, n = (number, I, h * w, 0, 0, w), (number, N, s.noisy - s.skip, s.start + begin, begin, 1)
         pieces += (p, i, c, n) if s.prompt else (c, i, n)
     sample, segment, length, start, first, w = np.array(pieces, dtype=np.int64).reshape(-1, 6).T
     sample, segment, start, first, w = (np.repeat(x, length) for x in (sample, segment, start, first, w))
@@ -137,13 +137,13 @@ class Padded:
 
 
 def pad(layout: Layout, groups: list[Tensor]) -> list[Padded]:
-    """The rows of groups of samples, each group as wide as its longest. A group is (n,) sample numbers; the
-    positions of a sample need not be contiguous (a KV cache appends)."""
+    """The rows of groups of samples, as wide as the longest of a group, rounded up. A group is (n,) sample
+    numbers; the positions of a sample need not be contiguous (a KV cache appends)."""
     counts = torch.bincount(layout.sample, minlength=layout.task.numel())            # (S,)
     order = torch.argsort(layout.sample, stable=True)                                # (L,), sample by sample
     starts, rows = counts.cumsum(0) - counts, []                                     # (S,)
     for group in groups:
-        width = int(counts[group].max()) if len(group) else 0                        # W
+        width = -(-int(counts[group].max()) // 8) * 8 if len(group) else 0           # W, whole vectors
         slot = torch.arange(width, device=order.device)
         slot, valid = starts[group, None] + slot, slot < counts[group, None]         # (n, W)
         rows.append(Padded(order[torch.where(valid, slot, 0)], valid))

@@ -2,11 +2,11 @@
 
     v = MMDiT(z_t, t, layout)     predicts eps - z_0 at every position     (paper, Eq. 9.32; blog, section 3)
 
-A transformer with adaLN (Peebles & Xie 2212.09748): every position has its own flow time, clean context
-t = 0, and the time alone sets the shift, scale and gate of each sub-layer, so these are computed once per
-distinct time. Text and image latents enter through their own linear maps and share one attention; `streams`
-says whether they also share the weights around it (1) or each have their own (2, Esser et al. 2403.03206).
-What attends to what is the layout's business (masks.py).
+A transformer with adaLN (Peebles & Xie 2212.09748): every position has its own flow time, clean context t =
+0, and the time alone sets the shift, scale and gate of each sub-layer, so these are computed once per
+distinct time of a stream. Text and image latents enter through their own linear maps and share one attention;
+`streams` says whether they also share the weights around it (1) or each have their own (2, Esser et al.
+2403.03206). What attends to what is the layout's business (masks.py).
 
 The text side has the parameter names and the arithmetic of the public Cola DLM release: `load_official` reads
 it, and text alone gives the same numbers. The image side (img_*) is its mirror image.
@@ -274,10 +274,8 @@ class MMDiT(nn.Module):
         x = where.join((x, self.img_in.proj(image))) if len(where.image) else x      # (L, D)
         x = where.split((x + self.place(layout) if self.place else x).float())
         rope = where.split(rope_angles(layout, self.blocks[0].msa.rope.rope.freqs))
-        embs, t_part, hidden = [emb], where.split(t_index), None
-        if where.apart:                                        # each stream projects the times it has
-            used, t_part = zip(*(i.unique(return_inverse=True) for i in t_part))
-            embs = [emb.index_select(0, u) for u in used]
+        used, t_part = zip(*(i.unique(return_inverse=True) for i in where.split(t_index)))
+        embs, hidden = [emb.index_select(0, u) for u in used], None    # each stream projects the times it has
         for layer in range(self.config.layers):
             blocks = [stream[layer] for stream in (self.blocks, self.image_blocks) if len(stream)]
             qkv = [b.before(*part) for b, *part in zip(blocks, x, embs, t_part, rope)]

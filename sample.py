@@ -1,11 +1,12 @@
 """Sample: text, images, captions and answers from a checkpoint.
 
-    z_1 ~ N(0, I);  dz/dt = v(z, t | context), t from 1 to 0;  x ~ p(x | z_0)    (paper, Sec. 3.2.3, Eq. 10.2)
+    z_1 ~ T N(0, I);  dz/dt = v(z, t | context), t from 1 to 0;  x ~ p(x | z_0)    (paper, Sec. 3.2.3, Eq. 10.2)
 
 Clean context (instruction, input image, caption, text so far) is encoded by its posterior mean and passes
 through the prior once; its keys and values stay in the cache. An image is one block; text is transported
 block by block, each finished block joining the context at t = 0. Guidance mixes in the velocity of a shorter
-layout, the block or the image without its context: v = v_u + w (v_c - v_u). A block that begins inside the
+layout, the block or the image without its context: v = v_u + w (v_c - v_u). The temperature T is 1 for images
+and 0 for text, which then has no chance in it. A block that begins inside the
 prompt keeps the known latents at every step ("clean repaint", Sec. 5.2). Of p(x | z_0) the mode is taken.
 
     python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
@@ -134,7 +135,7 @@ class Context:
 
 @dataclass
 class Settings:
-    """How to integrate. Text and images differ in the shift of the time grid and in guidance."""
+    """How to integrate: steps, guidance, where to start. Images and text have defaults of their own below."""
     steps: int = 16
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)     # flow times at which guidance acts
@@ -193,10 +194,10 @@ def generate_images(model: Cola, captions: list[str], s: Settings = IMAGE, hw: t
     context.add(z_text, z_text.new_zeros(0, channels), clean)
     layout = pack([Sample(T2I, image=(h, w))] * len(captions), model.block_len, model.device)
     generators = noise(s.seed, first, len(captions))
-    z = s.temperature * np.concatenate([g.standard_normal((length, channels), np.float32) for g in generators])
+    z = np.concatenate([g.standard_normal((length, channels), np.float32) for g in generators])
     if s.shift is None:
         s = replace(s, shift=math.exp(model.image_loc) * flow.image_shift(length * channels))
-    z = transport(context, layout, torch.from_numpy(z).to(model.device), s)
+    z = transport(context, layout, s.temperature * torch.from_numpy(z).to(model.device), s)
     return model.decode_images(z, (h, w))
 
 
@@ -228,8 +229,8 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         context.add(torch.cat([x[:b * bl] for x, b in zip(z, block)]), empty, layout)
     generators = noise(s.seed, first, B)
     while True:
-        fresh = s.temperature * np.stack([g.standard_normal((bl, dz), np.float32) for g in generators])
-        z_block = torch.from_numpy(fresh).to(device)                                 # (B, bl, Dz)
+        fresh = np.stack([g.standard_normal((bl, dz), np.float32) for g in generators])
+        z_block = s.temperature * torch.from_numpy(fresh).to(device)                 # (B, bl, Dz)
         is_known = torch.zeros(B, bl, dtype=torch.bool, device=device)
         for i in range(B):
             rest = z[i][block[i] * bl:]
@@ -315,21 +316,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common = Parser(add_help=False)
     common.add_argument("--checkpoint", default="out/ckpt.pt", help="what train.py wrote")
     common.add_argument("--steps", type=int, default=16, help="solver steps; fewer is faster and coarser")
-    common.add_argument("--guidance", type=float,
+    common.add_argument("--guidance", type=float, default=argparse.SUPPRESS,
                         help="guidance scale w; 1 is conditional, more follows the prompt more "
                         f"(default {IMAGE.guidance} for images, {TEXT.guidance} for text)")
-    common.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+    common.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=argparse.SUPPRESS,
                         help="flow times between which guidance acts; narrower is cheaper (default "
                         f"{IMAGE.interval[0]} {IMAGE.interval[1]} for images, all for text)")
     common.add_argument("--solver", choices=flow.SOLVERS, default="euler",
                         help="heun and rk4 call the model 2 and 4 times a step, ab2 once")
-    common.add_argument("--shift", type=float,
+    common.add_argument("--shift", type=float, default=argparse.SUPPRESS,
                         help="shift of the time grid; larger spends more steps near noise "
                         f"(default: by size for images, {TEXT.shift} for text)")
-    common.add_argument("--temperature", type=float,
+    common.add_argument("--temperature", type=float, default=argparse.SUPPRESS,
                         help="scale of the noise to start from; at 0 all samples are the same "
                         f"(default {IMAGE.temperature} for images, {TEXT.temperature} for text)")
-    common.add_argument("--n", type=int, default=1, help="samples to draw; for text raise --temperature, too")
+    common.add_argument("--n", type=int, default=1, help="samples to draw; of text only at a temperature above 0")
     common.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     common.add_argument("--device", default=default_device, help="where to run")
@@ -354,6 +355,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def settings(args: argparse.Namespace) -> Settings:
+    """The task's defaults, and what the flags say otherwise."""
+    given = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
+    return replace(IMAGE if args.task == "t2i" else TEXT, cached=args.kv_cache, **given)
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible values before any work. ValueError or FileNotFoundError, one line."""
     for name in ("n", "steps", "max_tokens"):
@@ -361,13 +368,15 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^63")
-    low, high = args.interval or (0.0, 1.0)
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"--interval {low} {high}: expected two rising numbers within 0 and 1")
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        raise ValueError(f"--guidance {args.guidance}: expected a number")
-    if args.temperature is not None and not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature {args.temperature}: expected a number of at least 0")
+    s = settings(args)
+    if not 0 <= s.interval[0] <= s.interval[1] <= 1:
+        raise ValueError(f"--interval {s.interval[0]} {s.interval[1]}: expected rising numbers within 0 and 1")
+    if not math.isfinite(s.guidance):
+        raise ValueError(f"--guidance {s.guidance}: expected a number")
+    if not 0 <= s.temperature < math.inf:
+        raise ValueError(f"--temperature {s.temperature}: expected a number of at least 0")
+    if args.n > 1 and s.temperature == 0:
+        raise ValueError(f"--n {args.n}: at temperature 0 all samples are the same; add --temperature 1")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: expected cpu, cuda or cuda:1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -387,10 +396,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     model = load(args.checkpoint, args.device)
-    given = {name: value for name in ("guidance", "interval", "shift", "temperature")
-             if (value := getattr(args, name)) is not None}
-    s = replace(IMAGE if args.task == "t2i" else TEXT, steps=args.steps, solver=args.solver, seed=args.seed,
-                cached=args.kv_cache, **given)
+    s = settings(args)
     if args.task == "t2i":
         hw = None if args.size is None else (args.size[0], args.size[-1])
         images = generate_images(model, [args.prompt] * args.n, s, hw)

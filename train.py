@@ -3,12 +3,13 @@
     stage 1    text VAE      -E log p(x|z) + beta KL + lambda_mask L_mask                    (paper, Eq. 3.16)
     stage 1b   image VAE     reconstruction + beta KL; then frozen
     stage 2    MMDiT prior   lambda_vae L_vae + lambda_fm (L_image + w_text L_text)
+                             L_text a mean in which positions of answers weigh w_answer
                              + lambda_ref KL(q || q_ref)                   (paper, Eq. 3.18; blog, section 3)
 
 A step has `micro_steps` micro-steps; each has one task and a fixed range of sample numbers, which the workers
 share. Whatever is random about sample k comes from (seed, k, purpose), and every loss is divided by the count
-of its positions in the whole step: so the number of workers, accumulation and resuming change nothing but
-rounding.
+or weight of its positions in the whole step: so the number of workers, accumulation and resuming change
+nothing but rounding.
 
     python train.py                             everything, on generated scenes; on a CPU one worker per core
     torchrun --nproc_per_node=8 train.py --data DIR --text FILE
@@ -153,15 +154,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("lambda_fm", 1.0, "weight of the flow-matching losses")
     flag("lambda_ref", 0.0, "weight of KL(q || q_ref) to the encoder of stage 1")
     flag("w_text", 1.0, "weight of L_text against L_image")
-    flag("w_answer", 2.0, "weight in L_text of a position of an IT2T answer, which are short, against one of "
-         "other texts")
+    flag("w_answer", 2.0, "weight of a position of an IT2T answer in the mean L_text, against one of other text: "
+         "answers are short")
     flag("w_repa", 0.0, "weight of L_REPA (0.5 in the literature); 0 is off")
     flag("repa_layer", 2, "layer that L_REPA reads, before the last")
     flag("repa_until", 0.5, "share of the steps after which L_REPA stops")
     flag("aux_caption", 0.1, "share of T2I samples that also predict their caption: more disturbs IT2T")
     flag("cfg_drop", 0.1, "share of samples trained without their condition, for guidance")
-    flag("text_loc", None, "mean of the text's logit time (default 2 + ln(text_latent_dim / 16) / 2, one more "
-         "than the paper's for blocks of 16)", type=float)
+    flag("text_loc", None, "mean of the text's logit time (default 1 + ln(text_latent_dim / 16) / 2, and 1 more "
+         "at block_len 1)", type=float)
     flag("image_loc", 1.0, "mean of the image's logit time, before the shift by size")
     flag("time_scale", 1.0, "deviation of the logit time")
     flag("time_law", "logit_normal", "law of the times", choices=("logit_normal", "uniform"))
@@ -189,6 +190,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("any_order", "questions", "aux_caption", "cfg_drop", "warmup", "cooldown"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected a share between 0 and 1")
+    if not 0 < args.w_answer < math.inf:
+        raise ValueError(f"--w_answer {args.w_answer}: expected a number above 0")
     if not 1 <= len(args.image_size) <= 2 or min(args.image_size) < 1:
         raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, "
                          f"or height and width")
@@ -383,7 +386,8 @@ class Batches:
     """Sample numbers -> packed batches, for one dataset and one system."""
     def __init__(self, args: argparse.Namespace, dataset, model: Cola):
         self.args, self.dataset, self.model = args, dataset, model
-        self.loc = flow.default_loc(args.text_latent_dim) + 1 if args.text_loc is None else args.text_loc
+        self.loc = (flow.default_loc(args.text_latent_dim, args.block_len) if args.text_loc is None
+                    else args.text_loc)
         self.masking = args.vae_lr_ratio > 0 and args.lambda_mask > 0
         self.images: dict[int, Tensor] = {}    # image number -> clean latents (h, w, Cz): the VAE is frozen
 
@@ -453,7 +457,7 @@ class Batches:
         p, bl, dz, cz = m.text_vae.patch_size, m.block_len, m.text_vae.latent_dim, m.image_vae.channels
         items = [self.item(task, k) for task, k in work]
         pictures = iter(self.image_latents([index for _, index, _ in items if index >= 0]))
-        ids, lengths, samples, vae_noise, normals, locs, eps_text, eps_image, z_image = ([] for _ in range(9))
+        ids, lengths, samples, vae_noise, normals, shifts, eps_text, eps_image, z_image = ([] for _ in range(9))
         start, prompt_at, text_at, prefix_at, cut, slot = np.zeros((6, S), int)  # one number a sample
 
         def add(tokens: list[int]) -> int:
@@ -491,7 +495,7 @@ class Batches:
             if a.time_per == "sample":
                 draws[1:] = draws[-1]
             normals.append(draws)
-            locs.append([a.image_loc] + [self.loc] * (n // bl))
+            shifts.append(flow.image_shift(pixels * cz))
             if pixels:
                 z_image.append(picture.reshape(pixels, cz))
 
@@ -505,9 +509,10 @@ class Batches:
         source = np.where(is_prompt, prompt_at[who], np.where(given, prefix_at[who], text_at[who])) + index
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
-        z, loc = (torch.from_numpy(np.concatenate(x)).float() for x in (normals, locs))      # (U - 1,) each
-        t = flow.sample_time(z, a.time_law, loc, a.time_scale)                               # (U - 1,)
-        t[slot - 1] = flow.shift_time(t[slot - 1], flow.image_shift(max(map(len, eps_image)) * cz))
+        z = torch.from_numpy(np.concatenate(normals)).float()                                # (U - 1,)
+        loc, shift = torch.full_like(z, self.loc), torch.ones_like(z)
+        loc[slot - 1], shift[slot - 1] = a.image_loc, torch.tensor(shifts)
+        t = flow.sample_time(z, a.time_law, loc, a.time_scale, shift)                        # (U - 1,)
         tensor, is_text = torch.from_numpy, ~is_image
         targets, (posterior, hidden) = tensor(moving.nonzero()[0]), map(np.concatenate, zip(*vae_noise))
         return Batch(
@@ -552,8 +557,8 @@ class ImageStage(nn.Module):
 
 
 class Touch(torch.autograd.Function):
-    """A zero to add to a loss, for DDP waits for every parameter: with it the backward pass reaches them all,
-    whatever the tasks of a batch, and adds nothing."""
+    """A zero to add to a loss, because DDP waits for every parameter: with it the backward pass reaches them
+    all, whatever the tasks of a batch, and adds nothing."""
     @staticmethod
     def forward(ctx, *parameters: Tensor) -> Tensor:
         ctx.number = len(parameters)
@@ -577,7 +582,8 @@ class PriorStage(nn.Module):
             self.repa = nn.Linear(args.width, model.image_vae.channels)
 
     def forward(self, b: Batch, counts: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
-        """counts: Batch.counts of the whole step, over all workers. Terms come before their weights."""
+        """counts: Batch.counts of the whole step, over all workers. Terms come before their weights in the
+        loss; w_answer is inside "text"."""
         a, vae, terms, loss = self.args, self.text_vae, {}, 0.0
         image_count, *text_counts, token_count, mask_count = counts
 
@@ -609,7 +615,7 @@ class PriorStage(nn.Module):
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
         task = b.text_task()[b.noisy]
         share = [n * (a.w_answer if i == IT2T else 1.0) for i, n in enumerate(text_counts)]
-        if sum(share):                                         # over all workers: each logs the same terms
+        if any(share):                                         # over all workers: each logs the same terms
             for i, name in enumerate(TASKS):
                 if text_counts[i]:
                     terms[f"text_{name}"] = flow.fm_loss(v_text, v, text_counts[i], task == i)
@@ -796,7 +802,7 @@ def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float,
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay,
-                                           ns_steps=3))        # 5 reach no more and take a tenth of a step
+                                           ns_steps=3))       # 5 reached no more, for a tenth of a step
     return optimizers
 
 
@@ -1049,8 +1055,7 @@ def loss_plot(log: Path, path: Path) -> None:
 # ---- main --------------------------------------------------------------------------------------------------
 
 RUN_FLAGS = {"out_dir", "resume", "init_from", "eval_only", "device", "procs", "save_every", "strict_data",
-             "eval_samples", "guidance", "text_guidance", "text_temperature",
-             "sample_steps"}      # never a checkpoint's
+             "eval_samples", "guidance", "text_guidance", "text_temperature", "sample_steps"}      # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text"}        # a checkpoint's only where its own run goes on
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
                 "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",

@@ -26,7 +26,7 @@ import masks
 from masks import Layout
 
 SHORT = 256             # keys up to which, on a CPU, the plain products beat the fused kernel's backward
-ROW = 32                # samples share a group of rows if their keys fill as many times this number of slots
+ROW = 32                # samples whose keys round up to the same multiple of this form a group (best on a CPU)
 BACKENDS = ("auto", "reference", "padded")
 
 
@@ -101,19 +101,20 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    q_slots, k_slots, v_slots = (x.index_select(0, i) for x, i in zip(
-        (q, k, v), (plan.q_index, plan.k_index, plan.k_index)))
-    out, q_at, k_at = [], 0, 0
-    for g, mask in enumerate(plan.mask):
-        n, _, wq, wk = mask.shape
-        take = lambda x, at, w: x[at:at + n * w].unflatten(0, (n, w)).transpose(1, 2)
-        qg, kg, vg = take(q_slots, q_at, wq), take(k_slots, k_at, wk), take(v_slots, k_at, wk)
-        if q.device.type == "cpu" and wk <= SHORT:
-            s = (qg * q.shape[-1] ** -0.5) @ kg.mT + plan.bias[g]                    # (n, nh, Wq, Wk), fp32
-            o = s.softmax(-1).to(v.dtype) @ vg
+    def rows(x: Tensor, index: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+        groups = x.index_select(0, index).split([n * w for n, w in shapes])
+        return [g.unflatten(0, shape).transpose(1, 2) for g, shape in zip(groups, shapes)]   # (n, nh, W, hd)
+
+    at_q, at_k = ([(m.shape[0], m.shape[side]) for m in plan.mask] for side in (2, 3))
+    short = q.device.type == "cpu" and all(w <= SHORT for _, w in at_k)
+    out = []
+    for g, (q, k, v) in enumerate(zip(rows(q, plan.q_index, at_q), rows(k, plan.k_index, at_k),
+                                      rows(v, plan.k_index, at_k))):
+        if short:
+            s = (q * q.shape[-1] ** -0.5) @ k.mT + plan.bias[g]                      # (n, nh, Wq, Wk), >= fp32
+            o = s.softmax(-1).to(v.dtype) @ v
         else:
-            o = F.scaled_dot_product_attention(qg, kg, vg, attn_mask=mask)           # (n, nh, Wq, hd)
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask[g])      # (n, nh, Wq, hd)
         out.append(o.transpose(1, 2).flatten(0, 1))                                  # (n Wq, nh, hd)
-        q_at, k_at = q_at + n * wq, k_at + n * wk
     o = torch.cat(out).index_select(0, plan.inverse)
     return o if plan.blind is None else o.masked_fill(plan.blind[:, None, None], 0.0)

@@ -103,12 +103,15 @@ def test_shift_is_a_translation_of_the_logit():
     torch.testing.assert_close(torch.logit(flow.shift_time(t, 3.0)), torch.logit(t) + math.log(3.0))
     moved = flow.sample_time(n, loc=0.4 + math.log(3.0))
     torch.testing.assert_close(flow.sample_time(n, loc=0.4, shift=3.0), moved)
+    each = torch.where(torch.arange(100) % 2 == 0, 3.0, 1.0).double()          # one a draw
+    torch.testing.assert_close(flow.sample_time(n, loc=0.4, shift=each), torch.where(each == 3.0, moved, t))
 
 
 def test_default_loc_and_image_shift():
     """Eq. 15.38: linear in ln d, so every doubling adds the same."""
-    assert [round(flow.default_loc(d), 2) for d in (16, 64, 128)] == [1.0, 1.69, 2.04]
-    steps = [flow.default_loc(2 * d) - flow.default_loc(d) for d in (16, 32, 64)]
+    assert [round(flow.default_loc(d, 16), 2) for d in (16, 64, 128)] == [1.0, 1.69, 2.04]
+    assert flow.default_loc(16, 1) == 2.0
+    steps = [flow.default_loc(2 * d, 16) - flow.default_loc(d, 16) for d in (16, 32, 64)]
     assert max(steps) - min(steps) < 1e-12
     assert flow.image_shift(256) == 1.0 and flow.image_shift(4 * 4096) == 2.0
 

@@ -209,14 +209,24 @@ def test_guidance_acts_inside_its_interval(model, calls):
     assert sorted(t for t in set(times) if times.count(t) == 2) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
 
 
-def test_temperature_scales_the_noise(model, latents):
-    for seed, temperature in ((0, 1.0), (0, 0.5), (0, 0.0), (1, 0.0)):
-        sample.generate_images(model, CAPTIONS[:1], replace(S, steps=1, temperature=temperature, seed=seed))
-    whole, half, none, other = latents
-    assert torch.equal(none, other) and not torch.equal(half, none) and not torch.equal(half, whole)
-    texts = [sample.generate_text(model, CAPTIONS, s=replace(S, temperature=0.0, seed=seed), max_tokens=9)
-             for seed in (0, 1)]
-    assert texts[0] == texts[1]
+def test_temperature_scales_the_noise(model, monkeypatch):
+    begun, solve = [], flow.solve
+    monkeypatch.setattr(flow, "solve", lambda f, z, *rest: begun.append(z.clone()) or solve(f, z, *rest))
+    for temperature in (1.0, 0.5, 0.0):
+        s = replace(S, steps=1, temperature=temperature)
+        sample.generate_images(model, CAPTIONS[:1], s)
+        sample.generate_text(model, [""], s=s, max_tokens=1)
+    for whole, half, none in (begun[::2], begun[1::2]):                          # the image, the block of text
+        assert whole.any() and torch.equal(half, 0.5 * whole) and torch.equal(none, 0.0 * whole)
+
+
+def test_settings_are_the_tasks_own_and_what_the_flags_say():
+    assert sample.settings(sample.parse(["t2i", "a cat"])) == sample.IMAGE
+    assert sample.settings(sample.parse(["t2t", "a cat"])) == sample.TEXT != sample.IMAGE
+    s = sample.settings(sample.parse(["t2t", "a cat", "--temperature", "0.5", "--no-kv_cache", "--seed", "3"]))
+    assert s == replace(sample.TEXT, temperature=0.5, cached=False, seed=3)
+    s = sample.settings(sample.parse(["t2i", "a cat", "--interval", "0.1", "0.9", "--shift", "2"]))
+    assert s == replace(sample.IMAGE, interval=[0.1, 0.9], shift=2.0)
 
 
 @pytest.mark.parametrize("solver", flow.SOLVERS)
@@ -270,7 +280,8 @@ def test_it2t(here, capsys):
     first = capsys.readouterr().out
     assert sample.main(["it2t", "a.jpg", "describe the image.", "--seed", "0", *here]) == 0
     assert capsys.readouterr().out == first
-    assert sample.main(["it2t", "a.jpg", "what color is it?", "--n", "2", "--max_tokens", "4", *here]) == 0
+    assert sample.main(["it2t", "a.jpg", "what color is it?", "--n", "2", "--temperature", "1",
+                        "--max_tokens", "4", *here]) == 0
     assert len(capsys.readouterr().out.split("\n")) >= 3
 
 
@@ -307,6 +318,7 @@ def fails(argv, capsys, *words):
     (["t2i", "a cat", "--interval", "0.9", "0.1"], ["--interval 0.9 0.1"]),
     (["t2i", "a cat", "--guidance", "nan"], ["--guidance nan"]),
     (["t2t", "a cat", "--temperature", "-1"], ["--temperature -1", "at least 0"]),
+    (["t2t", "a cat", "--n", "2"], ["--n 2", "--temperature"]),
     (["t2i", "a cat", "--solver", "rk5"], ["rk5", "euler"]),
     (["t2i", "  "], ["prompt is empty"]),
     (["it2t", "a.png", ""], ["prompt is empty"]),

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import flow
 import masks
 import sample
 import train
@@ -210,6 +211,18 @@ def test_sample_k_does_not_depend_on_its_batch(system):
         torch.testing.assert_close(all_.z_image[mine[all_.layout.segment == masks.I]], tail.z_image)
 
 
+def test_times_shift_with_the_size_of_each_image(system, monkeypatch):
+    """Not with that of another sample in the batch: 16 positions of 32 channels count as 4 x 4096 here."""
+    args, dataset, model = system
+    plain = train.Batches(args, dataset, model).make([(T2I, 0), (T2T, 1)])
+    monkeypatch.setattr(flow, "image_shift", lambda dims: 2.0 if dims else 1.0)
+    shifted = train.Batches(args, dataset, model).make([(T2I, 0), (T2T, 1)])
+    is_image = plain.layout.segment == masks.I
+    t, moved = (b.t[b.t_index] for b in (plain, shifted))
+    torch.testing.assert_close(moved[is_image], flow.shift_time(t[is_image], 2.0))
+    assert torch.equal(moved[~is_image], t[~is_image]) and is_image.any()
+
+
 def test_tasks_of_a_step_follow_the_ratios():
     args = args_for("--tasks", "t2t:1,t2i:2,it2t:0")
     picked = [train.pick_task(args, (m + 0.37) / 300) for m in range(300)]
@@ -276,9 +289,10 @@ def test_answers_weigh_more(system):
     stage = train.PriorStage(copy.deepcopy(model), args_for("--w_answer", "3"))
     b = train.Batches(args, dataset, model).make([(task, k) for task in (T2T, IT2T) for k in range(4)])
     _, told, _, answered = b.counts()[:4]
-    _, terms = stage(b, b.counts())
+    loss, terms = stage(b, b.counts())
     want = (told * terms["text_t2t"] + 3 * answered * terms["text_it2t"]) / (told + 3 * answered)
     torch.testing.assert_close(terms["text"], want)
+    torch.testing.assert_close(loss.detach(), want)              # w_text, lambda_fm 1 and a frozen VAE
     assert told and answered and terms["text_t2t"] != terms["text_it2t"]
 
 
@@ -341,6 +355,7 @@ def fails(argv, capsys, *words):
 @pytest.mark.parametrize("flags, words", [
     (["--aux_caption", "2"], ["--aux_caption 2", "between 0 and 1"]),
     (["--questions", "-1"], ["--questions -1"]),
+    (["--w_answer", "0"], ["--w_answer 0", "above 0"]),
     (["--tasks", "t2t:-1,t2i:2"], ["--tasks", "at least 0"]),
     (["--tasks", "t2t:0,t2i:0,it2t:0"], ["not all 0"]),
     (["--tasks", "t2v:1"], ["t2v", "t2t, t2i, it2t"]),
