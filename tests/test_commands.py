@@ -78,3 +78,14 @@ def test_commands_of_the_readme_parse(capsys):
             {"train": train.parse, "sample": sample.parse}[script](argv)
         except (SystemExit, ValueError) as error:
             pytest.fail(f"README.md: {script}.py {shlex.join(argv)}: {capsys.readouterr().err or error}")
+
+
+def test_defaults_in_the_readme():
+    """Its table of flags: `--names [value]` | default, .. | why."""
+    table = (ROOT / "README.md").read_text().split("## Flags worth turning")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(--[^`]+)` \| ([^|]+) \|", table, re.M)
+    assert len(rows) > 10
+    args = vars(train.parse([]))
+    for flags, defaults in rows:
+        names = re.findall(r"--(\w+)", flags)
+        assert [str(args[name]) for name in names] == [d.strip() for d in defaults.split(", ")], flags
