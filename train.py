@@ -93,7 +93,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("data", [], "folders, .jsonl or .tar files of captioned images; none: generated scenes", nargs="+")
     flag("text", [], ".txt, .txt.gz or .jsonl files for t2t; none: captions or stories", nargs="+")
     flag("strict_data", False, "a damaged image among good ones is an error", action="store_true")
-    flag("tasks", "t2t:1,t2i:1,it2t:2", "ratios of the tasks")
+    flag("tasks", "t2t:1,t2i:2,it2t:3", "ratios of the tasks")
     flag("image_size", [32], "pixels: one number, or height and width", nargs="+", type=int)
     flag("aspect", False, "keep aspect ratios, in buckets of the same area", action="store_true")
     flag("seq_len", 128, "longest text or caption in tokens")
@@ -135,9 +135,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("heads", 8, "attention heads; the release has 16")
     flag("streams", 2, "1 shares the weights of text and image, 2 gives each their own, joined in attention")
     flag("block_len", 1, "text latents generated together; 16 in the release, 1 learns fastest")
-    flag("steps", 3000, "steps of stage 2; many small ones learn faster than few large ones")
-    flag("batch_size", 16, "samples a micro-step, over all workers")
-    flag("micro_steps", 4, "micro-steps a step, each of one task")
+    flag("steps", 3200, "steps of stage 2; many small ones learn faster than few large ones")
+    flag("batch_size", 10, "samples a micro-step, over all workers")
+    flag("micro_steps", 6, "micro-steps a step, each of one task")
     flag("accumulate", False, "a pass for each micro-step, not one for all: less memory, the same result",
          action="store_true")
     flag("optimizer", "muon", "for the matrices inside the blocks of the prior and the image VAE",
@@ -154,7 +154,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("lambda_fm", 1.0, "weight of the flow-matching losses")
     flag("lambda_ref", 0.0, "weight of KL(q || q_ref) to the encoder of stage 1")
     flag("w_text", 1.0, "weight of L_text against L_image")
-    flag("w_answer", 2.0, "weight of a position of an IT2T answer in the mean L_text, against one of other text: "
+    flag("w_answer", 4.0, "weight of a position of an IT2T answer in the mean L_text, against one of other text: "
          "answers are short")
     flag("w_repa", 0.0, "weight of L_REPA (0.5 in the literature); 0 is off")
     flag("repa_layer", 2, "layer that L_REPA reads, before the last")
