@@ -2,8 +2,8 @@
 
     v = MMDiT(z_t, t, layout)     predicts eps - z_0 at every position     (paper, Eq. 9.32; blog, section 3)
 
-A transformer with adaLN (Peebles & Xie 2212.09748): every position has its own flow time, clean context t =
-0, and the time alone sets the shift, scale and gate of each sub-layer, so these are computed once per
+A transformer with adaLN (Peebles & Xie 2212.09748): every position has its own flow time, clean context
+t = 0, and the time alone sets the shift, scale and gate of each sub-layer, so these are computed once per
 distinct time of a stream. Text and image latents enter through their own linear maps and share one attention;
 `streams` says whether they also share the weights around it (1) or each have their own (2, Esser et al.
 2403.03206). What attends to what is the layout's business (masks.py).

@@ -1,13 +1,13 @@
 """Sample: text, images, captions and answers from a checkpoint.
 
-    z_1 ~ T N(0, I);  dz/dt = v(z, t | context), t from 1 to 0;  x ~ p(x | z_0)    (paper, Sec. 3.2.3, Eq. 10.2)
+    z_1 ~ T N(0, I);  dz/dt = v(z, t | context), t from 1 to 0;  x ~ p(x | z_0)  (paper, Sec. 3.2.3, Eq. 10.2)
 
 Clean context (instruction, input image, caption, text so far) is encoded by its posterior mean and passes
 through the prior once; its keys and values stay in the cache. An image is one block; text is transported
 block by block, each finished block joining the context at t = 0. Guidance mixes in the velocity of a shorter
-layout, the block or the image without its context: v = v_u + w (v_c - v_u). The temperature T is 1 for images
-and 0 for text, which then has no chance in it. A block that begins inside the
-prompt keeps the known latents at every step ("clean repaint", Sec. 5.2). Of p(x | z_0) the mode is taken.
+layout, the block or the image without its context: v = v_u + w (v_c - v_u). The temperature T is by default 1
+for images and 0 for text, which then has no chance in it. A block that begins inside the prompt keeps the
+known latents at every step ("clean repaint", Sec. 5.2). Of p(x | z_0) the mode is taken.
 
     python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
     python sample.py it2t a.png "describe the image."
@@ -330,7 +330,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common.add_argument("--temperature", type=float, default=argparse.SUPPRESS,
                         help="scale of the noise to start from; at 0 all samples are the same "
                         f"(default {IMAGE.temperature} for images, {TEXT.temperature} for text)")
-    common.add_argument("--n", type=int, default=1, help="samples to draw; of text only at a temperature above 0")
+    common.add_argument("--n", type=int, default=1, help="samples to draw; of text at a temperature above 0")
     common.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     common.add_argument("--device", default=default_device, help="where to run")
@@ -370,7 +370,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^63")
     s = settings(args)
     if not 0 <= s.interval[0] <= s.interval[1] <= 1:
-        raise ValueError(f"--interval {s.interval[0]} {s.interval[1]}: expected rising numbers within 0 and 1")
+        raise ValueError(f"--interval {s.interval[0]} {s.interval[1]}: expected rising numbers in 0 .. 1")
     if not math.isfinite(s.guidance):
         raise ValueError(f"--guidance {s.guidance}: expected a number")
     if not 0 <= s.temperature < math.inf:

@@ -154,15 +154,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("lambda_fm", 1.0, "weight of the flow-matching losses")
     flag("lambda_ref", 0.0, "weight of KL(q || q_ref) to the encoder of stage 1")
     flag("w_text", 1.0, "weight of L_text against L_image")
-    flag("w_answer", 4.0, "weight of a position of an IT2T answer in the mean L_text, against one of other text: "
-         "answers are short")
+    flag("w_answer", 4.0, "weight of a position of an IT2T answer in the mean L_text, against one of other "
+         "text: answers are short")
     flag("w_repa", 0.0, "weight of L_REPA (0.5 in the literature); 0 is off")
     flag("repa_layer", 2, "layer that L_REPA reads, before the last")
     flag("repa_until", 0.5, "share of the steps after which L_REPA stops")
     flag("aux_caption", 0.1, "share of T2I samples that also predict their caption: more disturbs IT2T")
     flag("cfg_drop", 0.1, "share of samples trained without their condition, for guidance")
-    flag("text_loc", None, "mean of the text's logit time (default 1 + ln(text_latent_dim / 16) / 2, and 1 more "
-         "at block_len 1)", type=float)
+    flag("text_loc", None, "mean of the text's logit time (default 1 + ln(text_latent_dim / 16) / 2, and 1 "
+         "more at block_len 1)", type=float)
     flag("image_loc", 1.0, "mean of the image's logit time, before the shift by size")
     flag("time_scale", 1.0, "deviation of the logit time")
     flag("time_law", "logit_normal", "law of the times", choices=("logit_normal", "uniform"))
@@ -172,8 +172,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("eval_samples", 512, "samples per number; 0 skips the evaluation")
     flag("guidance", sample.IMAGE.guidance, "guidance for images")
     flag("text_guidance", sample.TEXT.guidance, "guidance for text")
-    flag("text_temperature", sample.TEXT.temperature, "scale of the noise that text starts from; 1 is what was "
-         "trained, 0 the surest text")
+    flag("text_temperature", sample.TEXT.temperature, "scale of the noise that text starts from; 1 is what "
+         "was trained, 0 the surest text")
     flag("sample_steps", 16, "solver steps")
     args = parser.parse_args(argv)
     args.given = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
@@ -713,7 +713,7 @@ class Run:
                 (loss * world).backward()  # the wrapper averages over workers; the loss is a share of a sum
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        for p in wrapped.parameters():                         # what no sample used: a gradient of 0, as by DDP
+        for p in wrapped.parameters():                         # unused by all samples: gradient 0, as by DDP
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
         norm = nn.utils.clip_grad_norm_(wrapped.parameters(), self.args.clip)
@@ -1055,7 +1055,8 @@ def loss_plot(log: Path, path: Path) -> None:
 # ---- main --------------------------------------------------------------------------------------------------
 
 RUN_FLAGS = {"out_dir", "resume", "init_from", "eval_only", "device", "procs", "save_every", "strict_data",
-             "eval_samples", "guidance", "text_guidance", "text_temperature", "sample_steps"}      # never a checkpoint's
+             "eval_samples", "guidance", "text_guidance", "text_temperature",
+             "sample_steps"}                           # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text"}        # a checkpoint's only where its own run goes on
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
                 "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",

@@ -62,14 +62,18 @@ def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = masks.RULES) -
     q_rows = masks.pad(q, groups)
     k_rows = q_rows if k is q else masks.pad(k, groups)
     mask = [masks.padded_mask(q, k, *rows, rules) for rows in zip(q_rows, k_rows)]
-    q_index, k_index, valid, sees = (torch.cat([x.flatten() for x in parts]) for parts in (
-        [r.index for r in q_rows], [r.index for r in k_rows], [r.valid for r in q_rows],
-        [m.any(-1) for m in mask]))
-    slot = valid.nonzero()[:, 0]
+    empty = [~m.any(-1) for m in mask]                                               # each (n, Wq)
+    mask = [(m | e[..., None])[:, None] for m, e in zip(mask, empty)]                # each (n, 1, Wq, Wk)
+
+    def flat(parts: list[Tensor]) -> Tensor:
+        return torch.cat([x.flatten() for x in parts])
+
+    q_index = flat([r.index for r in q_rows])
+    k_index = q_index if k is q else flat([r.index for r in k_rows])
+    slot = flat([r.valid for r in q_rows]).nonzero()[:, 0]
     inverse = torch.empty_like(slot)
     inverse[q_index[slot]] = slot
-    blind = ~sees[inverse]
-    mask = [(m | ~m.any(-1, keepdim=True))[:, None] for m in mask]
+    blind = flat(empty)[inverse]
     return Plan(q, k, q_index, k_index, inverse, mask, blind if bool(blind.any()) else None, rules)
 
 

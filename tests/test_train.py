@@ -212,15 +212,19 @@ def test_sample_k_does_not_depend_on_its_batch(system):
 
 
 def test_times_shift_with_the_size_of_each_image(system, monkeypatch):
-    """Not with that of another sample in the batch: 16 positions of 32 channels count as 4 x 4096 here."""
+    """Not with that of a larger one in the batch: of two images, the second here half as high."""
     args, dataset, model = system
-    plain = train.Batches(args, dataset, model).make([(T2I, 0), (T2T, 1)])
-    monkeypatch.setattr(flow, "image_shift", lambda dims: 2.0 if dims else 1.0)
-    shifted = train.Batches(args, dataset, model).make([(T2I, 0), (T2T, 1)])
-    is_image = plain.layout.segment == masks.I
+    batches = train.Batches(args, dataset, model)
+    z = batches.image_latents([0, 1])
+    monkeypatch.setattr(batches, "image_latents", lambda index: [z[0], z[1][:2]])    # 16 and 8 positions
+    work = [(T2I, 0), (T2I, 1)]
+    plain = batches.make(work)
+    monkeypatch.setattr(flow, "image_shift", lambda dims: 2.0 if dims > 8 * 32 else 1.0)
+    shifted = batches.make(work)
+    large = (plain.layout.segment == masks.I) & (plain.layout.sample == 0)
     t, moved = (b.t[b.t_index] for b in (plain, shifted))
-    torch.testing.assert_close(moved[is_image], flow.shift_time(t[is_image], 2.0))
-    assert torch.equal(moved[~is_image], t[~is_image]) and is_image.any()
+    torch.testing.assert_close(moved[large], flow.shift_time(t[large], 2.0))
+    assert torch.equal(moved[~large], t[~large]) and int(large.sum()) == 16
 
 
 def test_tasks_of_a_step_follow_the_ratios():
