@@ -4,10 +4,12 @@
 
 Clean context (instruction, input image, caption, text so far) is encoded by its posterior mean and passes
 through the prior once; its keys and values stay in the cache. An image is one block; text is transported
-block by block, each finished block joining the context at t = 0. Guidance mixes in the velocity of a shorter
-layout, the block or the image without its context: v = v_u + w (v_c - v_u). The temperature T is by default 1
-for images and 0 for text, which then has no chance in it. A block that begins inside the prompt keeps the
-known latents at every step ("clean repaint", Sec. 5.2). Of p(x | z_0) the mode is taken.
+block by block, each finished block joining the context at t = 0: as the posterior mean of the tokens it
+decodes to, for the prior knows no latents between two words (the "clamping" of 2205.14217; the paper's
+sampler, snap=False, goes without). Guidance mixes in the velocity of a shorter layout, the block or the image
+without its context: v = v_u + w (v_c - v_u). The temperature T is by default 1 for images and 0 for text,
+which then has no chance in it. A block that begins inside the prompt keeps the known latents at every step
+("clean repaint", Sec. 5.2). Of p(x | z_0) the mode is taken.
 
     python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
     python sample.py it2t a.png "describe the image."
@@ -142,6 +144,7 @@ class Settings:
     solver: str = "euler"
     shift: float | None = None             # of the time grid; None: as in training for images, 1 for text
     temperature: float = 1.0               # scale of the noise to start from; 0 leaves nothing to chance
+    snap: bool = True                      # a finished text block counts as the tokens it decodes to
     seed: int = 0
     cached: bool = True
 
@@ -227,7 +230,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
     if any(block):
         layout = pack([Sample(task, clean=b * bl, start=n) for b, n in zip(block, starts)], bl, device)
         context.add(torch.cat([x[:b * bl] for x, b in zip(z, block)]), empty, layout)
-    generators = noise(s.seed, first, B)
+    generators, texts = noise(s.seed, first, B), ids
     while True:
         fresh = np.stack([g.standard_normal((bl, dz), np.float32) for g in generators])
         z_block = s.temperature * torch.from_numpy(fresh).to(device)                 # (B, bl, Dz)
@@ -239,13 +242,17 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         noisy = pack([Sample(task, noisy=bl, start=n, first=f) for f, n in spots], bl, device)
         clean = pack([Sample(task, clean=bl, start=n, first=f) for f, n in spots], bl, device)
         z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten())
-        context.add(z0, empty, clean)
         z = [torch.cat([x[:b * bl], y]) for x, b, y in zip(z, block, z0.view(B, bl, dz))]
-        block = [b + 1 for b in block]
-        tokens = model.text_vae.decode(torch.cat(z), [len(x) for x in z]).argmax(-1)
-        new = [t[len(i):].tolist() for t, i in zip(tokens.split([len(x) * p for x in z]), ids)]
+        lengths = [len(x) for x in z]
+        tokens = model.text_vae.decode(torch.cat(z), lengths).argmax(-1).split([n * p for n in lengths])
+        texts = [i + t[len(i):].tolist() for i, t in zip(texts, tokens)]             # what is said is said
+        new = [x[len(i):] for x, i in zip(texts, ids)]
         if all(model.tokenizer.end in n or len(n) >= max_tokens for n in new):
             return [model.tokenizer.decode(n[:max_tokens]) for n in new]
+        if s.snap:
+            z = model.encode_text(texts)[0].split(lengths)
+        context.add(torch.cat([x[b * bl:] for x, b in zip(z, block)]), empty, clean)
+        block = [b + 1 for b in block]
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -330,6 +337,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common.add_argument("--temperature", type=float, default=argparse.SUPPRESS,
                         help="scale of the noise to start from; at 0 all samples are the same "
                         f"(default {IMAGE.temperature} for images, {TEXT.temperature} for text)")
+    common.add_argument("--snap", action=argparse.BooleanOptionalAction, default=True,
+                        help="text goes on from the tokens that its latents so far decode to, not from these "
+                        "latents themselves, as the paper's does: fewer errors")
     common.add_argument("--n", type=int, default=1, help="samples to draw; of text at a temperature above 0")
     common.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"

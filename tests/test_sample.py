@@ -167,14 +167,31 @@ def test_clean_repaint(model, calls):
     """Known latents of the first block: bit-identical at every step and in the context, fed t = 0."""
     prefix = prefix_of(model, 2 * BLOCK + 3)
     z, _ = model.encode_text([model.tokenizer.encode(prefix)])
-    sample.generate_text(model, [prefix], s=replace(S, guidance=3.0, steps=3), max_tokens=1)
-    past, *steps, commit = calls
+    sample.generate_text(model, [prefix], s=replace(S, guidance=3.0, steps=3, snap=False), max_tokens=2)
+    past, *steps, commit = calls[:8]
     assert past[3] and torch.equal(past[0], z[:2 * BLOCK]) and len(steps) == 6
     for text, t, layout, is_commit in steps:
         assert not is_commit and torch.equal(text[:3], z[2 * BLOCK:]) and not t[:3].any() and t[3] > 0
         assert layout.segment.tolist() == [masks.N] * BLOCK and layout.block.tolist() == [2] * BLOCK
     assert commit[3] and torch.equal(commit[0][:3], z[2 * BLOCK:]) and not commit[1].any()
     assert not torch.equal(steps[0][0][3], commit[0][3])
+
+
+@pytest.mark.parametrize("snap", (False, True))
+def test_finished_blocks_join_the_context(model, calls, latents, snap):
+    """As they were transported, or as the encoder's means of the tokens they decode to."""
+    prefix = prefix_of(model, BLOCK)
+    text = sample.generate_text(model, [prefix], s=replace(S, snap=snap), max_tokens=3 * BLOCK)
+    _, *joined = [text for text, _, _, commit in calls if commit]
+    assert len(joined) == 2 and len(latents) == 3                # no one looks at the last
+    ids, (z, _) = model.tokenizer.encode(prefix), model.encode_text([model.tokenizer.encode(prefix)])
+    for there, made in zip(joined, latents):
+        length = [len(z) + BLOCK]
+        ids += model.text_vae.decode(torch.cat([z, made]), length).argmax(-1)[-BLOCK:].tolist()
+        z = model.encode_text([ids])[0] if snap else torch.cat([z, made])
+        close(there, z[-BLOCK:])
+    assert text[0].startswith(model.tokenizer.decode(ids[BLOCK:]))
+    assert snap == ((joined[0] - latents[0]).abs().max() > 0.1)
 
 
 def test_guidance_one_is_no_guidance(model, calls, latents):
@@ -195,10 +212,10 @@ def test_guidance_one_is_no_guidance(model, calls, latents):
 def test_guidance_is_off_where_there_is_no_context(model, calls):
     """The first block of a text without prefix has nothing to be guided by; the second has."""
     sample.generate_text(model, [prefix_of(model, 2)], s=replace(S, guidance=7.0), max_tokens=1)
-    assert len(calls) == 4 + 1                                   # no unconditional call, one commit
+    assert len(calls) == 4                                       # no unconditional call
     calls.clear()
     sample.generate_text(model, [prefix_of(model, BLOCK)], s=replace(S, guidance=7.0), max_tokens=1)
-    assert len(calls) == 1 + 8 + 1
+    assert len(calls) == 1 + 8
 
 
 def test_guidance_acts_inside_its_interval(model, calls):
