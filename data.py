@@ -46,10 +46,13 @@ import scenes
  SAMPLE) = range(15)
 
 
+SEEDS = 1 << 57                 # seeds lie below: a key is seed * 64 + purpose, of which numpy takes 63 bits
+
+
 def rng(seed: int, k: int, purpose: int) -> np.random.Generator:
     """Generator of (seed, k, purpose) alone: counter-based, so sample k needs none of those before it."""
-    if seed < 0 or k < 0:
-        raise ValueError(f"got seed {seed} and sample number {k}, expected both >= 0")
+    if not 0 <= seed < SEEDS or k < 0:
+        raise ValueError(f"got seed {seed} and sample number {k}, expected both >= 0, the seed below 2^57")
     return np.random.Generator(np.random.Philox(key=[seed * 64 + purpose, k]))
 
 

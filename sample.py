@@ -14,6 +14,7 @@ which then has no chance in it. A block that begins inside the prompt keeps the 
     python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
     python sample.py it2t a.png "describe the image."
     python sample.py t2t  "there is a red circle."
+    python sample.py score "there is a red circle." " the circle is red."
 
 Shapes: B samples, Dz and Cz text and image latent channels, bl latents in a text block.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -255,6 +257,71 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         block = [b + 1 for b in block]
 
 
+# ---- likelihood (paper, Sec. 10) ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, known: int = 0, exact: bool = True,
+                solver: str = "rk4", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(x_b | z), log p(z_b | z_<b) and log q(z_b | x) of every block b of a text, for K = samples draws
+    z ~ q(z | x): each (K, blocks) in nats (paper, Algorithm A.1, Eq. 10.8, 10.16). Sums over blocks are what
+    flow.elbo and flow.iwae take.
+
+    ids: tokens in whole blocks. known: latents at the front that are given and bear no term; a block that they
+    share with others counts for the others alone. exact: the divergence by one backward pass for each of the
+    bl Dz numbers of a block, else Hutchinson's estimate with one probe."""
+    vae, bl, K, n = model.text_vae, model.block_len, samples, len(ids) // model.text_vae.patch_size
+    tokens, lengths = torch.tensor(ids * K, device=model.device), [n] * K
+    generators = [data.rng(seed, k, data.POSTERIOR) for k in range(K)]
+    noise = np.concatenate([g.standard_normal((n, vae.latent_dim), np.float32) for g in generators])
+    mean, logvar = vae.encode(tokens, lengths)                                       # (K n, Dz) each
+    z = vae.latents(mean, logvar, torch.from_numpy(noise).to(model.device))
+    log_q = flow.log_normal(z, vae.latents(mean), logvar + 2 * math.log(vae.config["scaling_factor"]))
+    log_px = -F.cross_entropy(vae.decode(z, lengths), tokens, reduction="none")      # (K n patch,)
+
+    context, image = Context(model), z.new_zeros(0, model.image_vae.channels)
+    context.add(z, image, pack([Sample(T2T, clean=n)] * K, bl, model.device))
+    noisy = pack([Sample(T2T, noisy=n)] * K, bl, model.device)      # its blocks do not see each other
+    plan, given = context.plan(noisy), torch.arange(n, device=model.device).repeat(K) < known      # (K n,)
+
+    def velocity(z: Tensor, t: float) -> Tensor:
+        flat = z.flatten(0, 1).float()
+        return context.velocity(flat, image, [0.0, t], (~given).long(), noisy, plan)[0].view_as(z)
+
+    signs = None if exact else torch.from_numpy(
+        np.concatenate([g.choice([-1.0, 1.0], (n, vae.latent_dim)) for g in generators])).to(z)
+    blocks = (-1, bl, vae.latent_dim)
+    log_pz = flow.log_prob(velocity, z.view(blocks), grid, None if exact else signs.view(blocks),
+                           given.view(-1, bl), solver)                               # (K blocks,)
+    per_block = (K, n // bl, -1)
+    log_px = torch.where(given.repeat_interleave(vae.patch_size), 0.0, log_px)
+    return (log_px.view(per_block).sum(-1), log_pz.view(K, -1),
+            torch.where(given[:, None], 0.0, log_q).view(per_block).sum(-1))
+
+
+def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int = 16, **options) -> list[tuple]:
+    """Likelihoods of a text in rows (name, log p in nats, tokens or 0 for a part of one): ELBO and IWAE of the whole, of the prefix
+    and, as their difference, of the response (Eq. 10.8, 10.9, 10.13, 10.14); and the response's own score
+    given one latent draw of the prefix (Eq. 10.21, summed over its blocks), with its three terms. A text ends
+    with an end token, the prefix does not; both are filled up to whole blocks."""
+    end, p = model.tokenizer.end, model.text_vae.patch_size
+    before, after = model.tokenizer.encode(prefix), model.tokenizer.encode(response)
+    grid, rows, joint = flow.time_grid(steps), [], before + after
+
+    def terms(ids: list[int], ended: bool, known: int = 0) -> list[Tensor]:
+        ids = data.pad_to_multiple(ids, p * model.block_len, end, ended)
+        return [x.sum(1) for x in log_weights(model, ids, samples, grid, known=known, **options)]
+
+    parts = {"text": terms(joint, True), "prefix": terms(before, False) if before else [torch.zeros(samples)] * 3}
+    for name, bound in (("ELBO", flow.elbo), ("IWAE", flow.iwae)):
+        whole, first = (bound(*parts[part]).item() for part in ("text", "prefix"))
+        rows += [(f"text, {name}", whole, len(joint) + 1), (f"prefix, {name}", first, len(before)),
+                 (f"response | prefix, {name}", flow.conditional(whole, first), len(after) + 1)]
+    px, pz, q = own = terms(joint, True, len(before) // p)
+    rows.append(("response | latents of the prefix", flow.elbo(*own).item(), len(after) + 1))
+    return rows + [(f"    {name}", x.mean().item(), 0) for name, x in
+                   (("log p(x | z)", px), ("log p(z | z of the prefix)", pz), ("- log q(z | x)", -q))]
+
+
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -320,9 +387,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    common = Parser(add_help=False)
-    common.add_argument("--checkpoint", default="out/ckpt.pt", help="what train.py wrote")
-    common.add_argument("--steps", type=int, default=16, help="solver steps; fewer is faster and coarser")
+    base = Parser(add_help=False)
+    base.add_argument("--checkpoint", default="out/ckpt.pt", help="what train.py wrote")
+    base.add_argument("--steps", type=int, default=16, help="solver steps; fewer is faster and coarser")
+    base.add_argument("--seed", type=int, default=0, help="same seed, same samples")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    base.add_argument("--device", default=default_device, help="where to run")
+    common = Parser(add_help=False, parents=[base])
     common.add_argument("--guidance", type=float, default=argparse.SUPPRESS,
                         help="guidance scale w; 1 is conditional, more follows the prompt more "
                         f"(default {IMAGE.guidance} for images, {TEXT.guidance} for text)")
@@ -341,9 +412,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="text goes on from the tokens that its latents so far decode to, not from these "
                         "latents themselves, as the paper's does: fewer errors")
     common.add_argument("--n", type=int, default=1, help="samples to draw; of text at a temperature above 0")
-    common.add_argument("--seed", type=int, default=0, help="same seed, same samples")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    common.add_argument("--device", default=default_device, help="where to run")
     common.add_argument("--kv_cache", action=argparse.BooleanOptionalAction, default=True,
                         help="off recomputes the context at every step: slower, the same result")
     parser = Parser(prog="sample.py", description=__doc__.split("\n\n")[0])
@@ -360,6 +428,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = commands.add_parser("t2t", parents=[common], help="continue a text")
     p.add_argument("prompt")
     p.add_argument("--max_tokens", type=int, default=64, help="longest continuation")
+    p = commands.add_parser("score", parents=[base], help="likelihood of a text, and of its end given its start")
+    p.add_argument("prompt", metavar="prefix", help='"" for none')
+    p.add_argument("response")
+    p.add_argument("--solver", choices=flow.SOLVERS, default="rk4", help="rk4 costs most and errs least")
+    p.add_argument("--samples", type=int, default=8, help="draws K of the latents; IWAE is tighter with more")
+    p.add_argument("--divergence", choices=("exact", "hutchinson"), default="exact",
+                   help="exact takes a backward pass for every number of a block; hutchinson one in all, but "
+                   "its noise biases the IWAE upwards")
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -373,26 +449,30 @@ def settings(args: argparse.Namespace) -> Settings:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible values before any work. ValueError or FileNotFoundError, one line."""
-    for name in ("n", "steps", "max_tokens"):
+    for name in ("n", "steps", "max_tokens", "samples"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
-    if not 0 <= args.seed < 1 << 63:
-        raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^63")
-    s = settings(args)
+    if not 0 <= args.seed < data.SEEDS:
+        raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^57")
+    s = Settings() if args.task == "score" else settings(args)
     if not 0 <= s.interval[0] <= s.interval[1] <= 1:
         raise ValueError(f"--interval {s.interval[0]} {s.interval[1]}: expected rising numbers in 0 .. 1")
     if not math.isfinite(s.guidance):
         raise ValueError(f"--guidance {s.guidance}: expected a number")
+    if s.shift is not None and not 0 < s.shift < math.inf:
+        raise ValueError(f"--shift {s.shift}: expected a number above 0; 1 leaves the times as they are")
     if not 0 <= s.temperature < math.inf:
         raise ValueError(f"--temperature {s.temperature}: expected a number of at least 0")
-    if args.n > 1 and s.temperature == 0:
+    if s.temperature == 0 and args.n > 1:
         raise ValueError(f"--n {args.n}: at temperature 0 all samples are the same; add --temperature 1")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: expected cpu, cuda or cuda:1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
-    if not args.prompt.strip() and args.task != "t2t":
-        raise ValueError("the prompt is empty; say what to draw or to ask")
+    if args.prompt or args.task in ("t2i", "it2t"):
+        data.clean_text(args.prompt, "the prompt")
+    if args.task == "score":
+        data.clean_text(args.response, "the response")
     if args.task == "t2i":
         if args.size and len(args.size) > 2:
             raise ValueError(f"--size {args.size}: expected one number of pixels, or height and width")
@@ -404,11 +484,19 @@ def check(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"--out {args.out}: there is no folder {folder}; make it first")
 
 
-def run(args: argparse.Namespace) -> None:
-    model = load(args.checkpoint, args.device)
+def run(args: argparse.Namespace, model: Cola, hw: tuple[int, int], picture: np.ndarray | None) -> None:
+    """Sample and write. hw: pixels of the images to draw; picture: what it2t is asked about."""
+    if args.task == "score":
+        rows = score(model, args.prompt, args.response, args.samples, args.steps, solver=args.solver,
+                     exact=args.divergence == "exact", seed=args.seed)
+        print(f"{'log p in nats, of tokens':32} {'':19} nats/token perplexity")
+        for name, value, tokens in rows:
+            rates = flow.nats_per_token(value, tokens), flow.perplexity(value, tokens)
+            per_token = f"{tokens:7d} {rates[0]:10.4f} {rates[1]:10.4f}" if tokens else ""
+            print(f"{name:32} {value:11.4f} {per_token}")
+        return
     s = settings(args)
     if args.task == "t2i":
-        hw = None if args.size is None else (args.size[0], args.size[-1])
         images = generate_images(model, [args.prompt] * args.n, s, hw)
         for i, image in enumerate(images):
             path = Path(args.out) if args.n == 1 else Path(args.out).with_stem(f"{Path(args.out).stem}_{i}")
@@ -417,8 +505,8 @@ def run(args: argparse.Namespace) -> None:
             Image.fromarray(image).save(path, pnginfo=info)
             print(f"{path}  {image.shape[1]} x {image.shape[0]}  {args.prompt}")
     elif args.task == "it2t":
-        prompts, images = [args.prompt] * args.n, [data.load_image(args.image, model.image_hw)] * args.n
-        for answer in generate_text(model, [""] * args.n, prompts, images, s, args.max_tokens):
+        prompts, pictures = [args.prompt] * args.n, [picture] * args.n
+        for answer in generate_text(model, [""] * args.n, prompts, pictures, s, args.max_tokens):
             print(answer)
     else:
         for text in generate_text(model, [args.prompt] * args.n, s=s, max_tokens=args.max_tokens):
@@ -426,9 +514,21 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(parse(argv))
+    try:                                   # whatever a user can get wrong
+        args = parse(argv)
+        model, picture = load(args.checkpoint, args.device), None
+        hw = model.image_hw
+        if args.task == "it2t":
+            picture = data.load_image(args.image, hw)
+        elif args.task == "t2i" and args.size:
+            hw = args.size[0], args.size[-1]
+            model.image_vae.check_size(*hw)
     except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    try:
+        run(args, model, hw, picture)
+    except OSError as error:               # no room, no permission
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -432,7 +432,10 @@ def is_true(description: Description | None, scene: Scene) -> bool:
 
 PLURAL = {s: s + ("es" if s.endswith("s") else "s") for s in (*SHAPES, "object")}
 THING = f"(?:{_any(SIZES)} )?(?:{_any(COLORS)} )?{_any(SHAPES)}"
-THING_OR_OBJECT = f"(?:{_any(SIZES)} )?(?:{_any(COLORS)} )?{_any((*SHAPES, 'object'))}"
+THE = f"the ((?:{_any(SIZES)} )?(?:{_any(COLORS)} )?{_any((*SHAPES, 'object'))})"
+HOW_MANY = re.compile(rf"how many ((?:{_any(SIZES)} )?(?:{_any(COLORS)} )?)({_any(PLURAL.values())}) are there\?")
+ASKED = re.compile(rf"what (color|shape) is {THE}\?|what is ({_any(INVERSE)}) {THE}\?|"
+                   rf"is {THE} ({_any(INVERSE)}) {THE}\?")
 
 
 def _fits(o, phrase):
@@ -479,13 +482,10 @@ def answers(scene: Scene, asked: str) -> set[str]:
     """Every true answer; none if the question does not parse, or if "the ..." fits no or several objects."""
     if asked == "what color is the background?":
         return {scene.background + "."}
-    some = rf"((?:{_any(SIZES)} )?(?:{_any(COLORS)} )?)({_any(PLURAL.values())})"
-    if m := re.fullmatch(rf"how many {some} are there\?", asked):
+    if m := HOW_MANY.fullmatch(asked):
         noun = m[1] + next(s for s, plural in PLURAL.items() if plural == m[2])
         return {("none", *COUNTS)[sum(_fits(o, noun) for o in scene.objects)] + "."}
-    the = rf"the ({THING_OR_OBJECT})"
-    if not (m := re.fullmatch(rf"what (color|shape) is {the}\?|what is ({_any(INVERSE)}) {the}\?|"
-                              rf"is {the} ({_any(INVERSE)}) {the}\?", asked)):
+    if not (m := ASKED.fullmatch(asked)):
         return set()
     attribute, a, r, b, c, s, d = m.groups()
     found = [[o for o in scene.objects if _fits(o, phrase)] for phrase in (a, b, c, d) if phrase]

@@ -195,9 +195,11 @@ def check(args: argparse.Namespace) -> None:
     if not 1 <= len(args.image_size) <= 2 or min(args.image_size) < 1:
         raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, "
                          f"or height and width")
-    if args.scale <= 0 or args.seed < 0 or args.eval_samples < 0 or not 0 <= args.text_temperature < math.inf:
-        raise ValueError(f"--scale {args.scale} must be above 0, --seed {args.seed}, --eval_samples "
-                         f"{args.eval_samples} and --text_temperature {args.text_temperature} at least 0")
+    if not 0 <= args.seed < data.SEEDS:
+        raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^57")
+    if args.scale <= 0 or args.eval_samples < 0 or not 0 <= args.text_temperature < math.inf:
+        raise ValueError(f"--scale {args.scale} must be above 0, --eval_samples {args.eval_samples} and "
+                         f"--text_temperature {args.text_temperature} at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.seq_len < args.block_len * args.text_patch:
