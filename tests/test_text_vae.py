@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import text_vae as tv
 
@@ -297,3 +298,17 @@ def test_official_config_is_checked(tmp_path, change, message):
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="cola_vae folder"):
         tv.load_official(tmp_path / "nowhere")
+
+
+def test_robustness_command(tiny, tmp_path, monkeypatch, capsys):
+    """A row for every 50 of 1000 t, on stories and on a file; at t = 1 nothing of the latents is left."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("the cat sat on the mat. " * 500)
+    for more in ([], ["--text", "a.txt"]):
+        assert tv.main(["--checkpoint", str(tiny / "ckpt.pt"), *more]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:23]]
+        assert [int(row[0]) for row in rows] == list(range(0, 1001, 50))
+        assert all(0 <= float(row[1]) <= 1 for row in rows) and Image.open("robustness.png").size == (440, 320)
+    for argv in (["--checkpoint", "no.pt"], ["--checkpoint", str(tiny / "ckpt.pt"), "--text", "no.txt"]):
+        assert tv.main(argv) == 2
+        assert argv[-1] in capsys.readouterr().err
