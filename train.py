@@ -354,6 +354,7 @@ class Batch:
     targets: Tensor         # (n,) positions with t > 0, the only ones whose velocity matters
     target_plan: Plan
     source: Tensor          # (Lt,) which VAE latent each text position holds
+    before: Tensor          # (Lt,) the clean one before it, at noise the one before its block; -1 for none
     noisy: Tensor           # (Lt,) bool, t > 0: bears L_text
     eps_text: Tensor        # (Lt, Dz)
     z_image: Tensor         # (Li, Cz) clean
@@ -460,7 +461,7 @@ class Batches:
         items = [self.item(task, k) for task, k in work]
         pictures = iter(self.image_latents([index for _, index, _ in items if index >= 0]))
         ids, lengths, samples, vae_noise, normals, shifts, eps_text, eps_image, z_image = ([] for _ in range(9))
-        start, prompt_at, text_at, prefix_at, cut, slot = np.zeros((6, S), int)  # one number a sample
+        start, prompt_at, text_at, prefix_at, cut, slot, dropped = np.zeros((7, S), int)     # of each sample
 
         def add(tokens: list[int]) -> int:
             """Queue a text for the VAE; returns where its latents will begin."""
@@ -471,7 +472,7 @@ class Batches:
         for s, ((task, k), (prompt, _, text)) in enumerate(zip(work, items)):
             picture = None if task == T2T else next(pictures)
             draw, begin = self.rng(k, data.DROP), len(ids)
-            drop = draw.random() < a.cfg_drop
+            dropped[s] = drop = draw.random() < a.cfg_drop
             prompt = m.ids(prompt, end=False)
             text = [] if drop and task == T2I else self.text_ids(text)
             n, start[s] = len(text) // p, len(prompt) // p         # a dropped prompt still moves the answer
@@ -508,7 +509,14 @@ class Batches:
         index = layout.col.numpy() - np.where(is_prompt, 0, start[who])                      # in its text
         given = index < cut[who]
         moving = is_noisy & ~(given & (block == cut[who] // bl)) | is_image & (task == T2I)  # t > 0
-        source = np.where(is_prompt, prompt_at[who], np.where(given, prefix_at[who], text_at[who])) + index
+
+        def latent(index: np.ndarray) -> np.ndarray:
+            """Where in the VAE's batch the latents at these places of their texts lie."""
+            text = np.where(index < cut[who], prefix_at[who], text_at[who])
+            return np.where(is_prompt, prompt_at[who], text) + index
+
+        before = np.where(is_noisy, block * bl, index) - 1
+        before = np.where((before < 0) | is_noisy & (dropped[who] > 0), -1, latent(before))
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
         z = torch.from_numpy(np.concatenate(normals)).float()                                # (U - 1,)
@@ -520,7 +528,7 @@ class Batches:
         return Batch(
             torch.tensor(ids, dtype=torch.long), lengths, tensor(posterior), tensor(hidden),
             layout, make_plan(layout), targets, make_plan(layout.select(targets), layout),
-            source=tensor(source[is_text]), noisy=tensor(moving[is_text]),
+            source=tensor(latent(index)[is_text]), before=tensor(before[is_text]), noisy=tensor(moving[is_text]),
             eps_text=tensor(eps[is_text]),
             z_image=torch.cat(z_image) if z_image else torch.zeros(0, cz),
             loss_image=tensor(moving[is_image]), eps_image=tensor(np.concatenate(eps_image)),
@@ -604,14 +612,16 @@ class PriorStage(nn.Module):
             terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / token_count
             loss = loss + a.lambda_ref * terms["ref"]
 
-        z0 = vae.latents(mean, logvar, b.posterior).index_select(0, b.source)        # (Lt, Dz)
+        z = vae.latents(mean, logvar, b.posterior)                                   # (Lv, Dz)
+        z0 = z.index_select(0, b.source)                                             # (Lt, Dz)
+        before = z.detach().index_select(0, b.before.clamp(min=0)) * (b.before >= 0)[:, None]
         is_image, t = b.layout.segment == masks.I, b.t[b.t_index]                    # (L,) each
         # Clean latents are detached where they enter; N is not: L_FM reaches the encoder through z_t and v.
         zt = torch.where(b.noisy[:, None], flow.interpolate(z0, b.eps_text, t[~is_image]), z0.detach())
         zt_image = flow.interpolate(b.z_image, b.eps_image, t[is_image])             # (Li, Cz)
         repa = a.w_repa if self.progress < a.repa_until and image_count else 0.0
         v_text, v_image, hidden = self.mmdit(
-            zt, zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1,
+            torch.cat([zt, before], -1), zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1,
             targets=(b.targets, b.target_plan))
 
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
@@ -653,7 +663,8 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
     hw, head_dim = (args.image_size[0], args.image_size[-1]), args.width // args.heads
     image_vae.check_size(*hw)
     mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads, head_dim,
-                              args.layers, emb_dim=args.width, rope_dim=head_dim, streams=args.streams))
+                              args.layers, emb_dim=args.width, rope_dim=head_dim, streams=args.streams,
+                              beside=True))
     return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, args.image_loc)
 
 

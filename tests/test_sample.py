@@ -50,10 +50,11 @@ def latents(monkeypatch):
 
 @pytest.fixture
 def calls(model):
-    """(text, time of each position, layout, commit) of every pass through the prior, in order."""
-    found = []
+    """(text, time of each position, layout, commit) of every pass through the prior, in order; text without
+    what lies beside it."""
+    found, dz = [], model.text_vae.latent_dim
     hook = model.mmdit.register_forward_pre_hook(
-        lambda module, a: found.append((a[0].clone(), a[2][a[3]], a[4], a[7])))
+        lambda module, a: found.append((a[0][:, :dz].clone(), a[2][a[3]], a[4], a[7])))
     yield found
     hook.remove()
 
@@ -335,7 +336,7 @@ def fails(argv, capsys, *words):
     (["t2i", "a cat", "--interval", "0.9", "0.1"], ["--interval 0.9 0.1"]),
     (["t2i", "a cat", "--guidance", "nan"], ["--guidance nan"]),
     (["t2t", "a cat", "--temperature", "-1"], ["--temperature -1", "at least 0"]),
-    (["t2t", "a cat", "--n", "2"], ["--n 2", "--temperature"]),
+    (["t2t", "a cat", "--n", "2", "--temperature", "0"], ["--n 2", "--temperature"]),
     (["t2i", "a cat", "--solver", "rk5"], ["rk5", "euler"]),
     (["t2i", "  "], ["prompt", "empty"]),
     (["it2t", "a.png", ""], ["prompt", "empty"]),
