@@ -7,8 +7,8 @@ through the prior once; its keys and values stay in the cache. An image is one b
 block by block, each finished block joining the context at t = 0: as the posterior mean of the tokens it
 decodes to, for the prior knows no latents between two words (the "clamping" of 2205.14217; the paper's
 sampler, snap=False, goes without). Guidance mixes in the velocity of a shorter layout, the block or the image
-without its context: v = v_u + w (v_c - v_u). The temperature T is by default 1 for images and 0.3 for text; at 0
-no chance is left in it. A block that begins inside the prompt keeps the known latents at every step
+without its context: v = v_u + w (v_c - v_u). The temperature T is by default 1 for images and 0.3 for text;
+at 0 nothing is left to chance. A block that begins inside the prompt keeps the known latents at every step
 ("clean repaint", Sec. 5.2). Of p(x | z_0) the mode is taken.
 
     python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
@@ -165,7 +165,8 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
     model, alone = context.model, Context(context.model)
     is_image = bool((layout.segment == masks.I).any())
     t_index = torch.ones_like(layout.segment) if known is None else (~known).long()
-    no_text, no_image = z.new_zeros(0, 2 * model.text_vae.latent_dim), z.new_zeros(0, model.image_vae.channels)
+    no_text = z.new_zeros(0, 2 * model.text_vae.latent_dim)
+    no_image = z.new_zeros(0, model.image_vae.channels)
     plan, plan_alone = context.plan(layout), alone.plan(layout)
 
     def velocity(where: Context, z: Tensor, t: float, plan: Plan) -> Tensor:
@@ -293,7 +294,7 @@ def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, know
     context, image = Context(model), z.new_zeros(0, model.image_vae.channels)
     context.add(packed(z.split(lengths)), image, pack([Sample(T2T, clean=n)] * K, bl, model.device))
     ends = z.view(K, n // bl, bl, -1)[:, :, -1]                                      # of blocks
-    before = F.pad(ends, (0, 0, 1, 0))[:, :-1].repeat_interleave(bl, 1).flatten(0, 1)    # (K n, Dz)
+    before = F.pad(ends, (0, 0, 1, 0))[:, :-1].repeat_interleave(bl, 1).flatten(0, 1)   # (K n, Dz)
     noisy = pack([Sample(T2T, noisy=n)] * K, bl, model.device)      # its blocks do not see each other
     plan, given = context.plan(noisy), torch.arange(n, device=model.device).repeat(K) < known      # (K n,)
 
@@ -313,10 +314,10 @@ def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, know
 
 
 def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int = 16, **options) -> list[tuple]:
-    """Likelihoods of a text in rows (name, log p in nats, tokens or 0 for a part of one): ELBO and IWAE of the whole, of the prefix
-    and, as their difference, of the response (Eq. 10.8, 10.9, 10.13, 10.14); and the response's own score
-    given one latent draw of the prefix (Eq. 10.21, summed over its blocks), with its three terms. A text ends
-    with an end token, the prefix does not; both are filled up to whole blocks."""
+    """Likelihoods of a text in rows (name, log p in nats, tokens; 0 of them for a term): ELBO and IWAE of the
+    whole, of the prefix and, as their difference, of the response (Eq. 10.8, 10.9, 10.13, 10.14); and the
+    response's own score given latent draws of the prefix (Eq. 10.21, summed over its blocks), with its three
+    terms. A text ends with an end token, the prefix does not; both are filled up to whole blocks."""
     end, p = model.tokenizer.end, model.text_vae.patch_size
     before, after = model.tokenizer.encode(prefix), model.tokenizer.encode(response)
     grid, rows, joint = flow.time_grid(steps), [], before + after
@@ -325,7 +326,8 @@ def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int 
         ids = data.pad_to_multiple(ids, p * model.block_len, end, ended)
         return [x.sum(1) for x in log_weights(model, ids, samples, grid, known=known, **options)]
 
-    parts = {"text": terms(joint, True), "prefix": terms(before, False) if before else [torch.zeros(samples)] * 3}
+    nothing = [torch.zeros(samples)] * 3
+    parts = {"text": terms(joint, True), "prefix": terms(before, False) if before else nothing}
     for name, bound in (("ELBO", flow.elbo), ("IWAE", flow.iwae)):
         whole, first = (bound(*parts[part]).item() for part in ("text", "prefix"))
         rows += [(f"text, {name}", whole, len(joint) + 1), (f"prefix, {name}", first, len(before)),
@@ -442,7 +444,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = commands.add_parser("t2t", parents=[common], help="continue a text")
     p.add_argument("prompt")
     p.add_argument("--max_tokens", type=int, default=64, help="longest continuation")
-    p = commands.add_parser("score", parents=[base], help="likelihood of a text, and of its end given its start")
+    p = commands.add_parser("score", parents=[base], help="likelihood of a text and of its end")
     p.add_argument("prompt", metavar="prefix", help='"" for none')
     p.add_argument("response")
     p.add_argument("--solver", choices=flow.SOLVERS, default="rk4", help="rk4 costs most and errs least")

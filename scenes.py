@@ -433,7 +433,8 @@ def is_true(description: Description | None, scene: Scene) -> bool:
 PLURAL = {s: s + ("es" if s.endswith("s") else "s") for s in (*SHAPES, "object")}
 THING = f"(?:{_any(SIZES)} )?(?:{_any(COLORS)} )?{_any(SHAPES)}"
 THE = f"the ((?:{_any(SIZES)} )?(?:{_any(COLORS)} )?{_any((*SHAPES, 'object'))})"
-HOW_MANY = re.compile(rf"how many ((?:{_any(SIZES)} )?(?:{_any(COLORS)} )?)({_any(PLURAL.values())}) are there\?")
+HOW_MANY = re.compile(rf"how many ((?:{_any(SIZES)} )?(?:{_any(COLORS)} )?)({_any(PLURAL.values())}) "
+                      r"are there\?")
 ASKED = re.compile(rf"what (color|shape) is {THE}\?|what is ({_any(INVERSE)}) {THE}\?|"
                    rf"is {THE} ({_any(INVERSE)}) {THE}\?")
 

@@ -411,8 +411,8 @@ def robustness(checkpoint: str, files: list[str], count: int = 256, seq_len: int
     flat = torch.tensor([token for i in ids for token in i])
     noise = torch.randn(sum(lengths), model.text_vae.latent_dim, generator=torch.Generator().manual_seed(0))
     curve = [(t, noised_accuracy(model.text_vae, flat, lengths, noise, t / 1000)) for t in range(0, 1001, 50)]
-    print(f"{count} texts, {len(flat)} tokens; share of tokens decoded right from mean latents noised to t\n"
-          "1000 t  share")
+    print(f"{count} texts, {len(flat)} tokens; share of tokens decoded right from mean latents noised to t")
+    print("1000 t  share")
     for t, share in curve:
         print(f"{t:6d}  {share:.3f}  {'#' * round(50 * share)}")
     canvas = Image.new("RGB", (440, 320), "white")
@@ -464,9 +464,9 @@ def demonstrate() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="a text VAE made in seconds, or the robustness of a trained one")
+    parser = argparse.ArgumentParser(description="a text VAE in seconds, or the robustness of a trained one")
     parser.add_argument("--checkpoint", help="plot how much noise the decoder of this checkpoint bears")
-    parser.add_argument("--text", nargs="+", default=[], help="text files to do it on; default: generated stories")
+    parser.add_argument("--text", nargs="+", default=[], help="text files to do it on; none: generated stories")
     args = parser.parse_args(argv)
     if not args.checkpoint:
         demonstrate()

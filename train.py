@@ -461,7 +461,7 @@ class Batches:
         items = [self.item(task, k) for task, k in work]
         pictures = iter(self.image_latents([index for _, index, _ in items if index >= 0]))
         ids, lengths, samples, vae_noise, normals, shifts, eps_text, eps_image, z_image = ([] for _ in range(9))
-        start, prompt_at, text_at, prefix_at, cut, slot, dropped = np.zeros((7, S), int)     # of each sample
+        start, prompt_at, text_at, prefix_at, cut, slot, dropped = np.zeros((7, S), int)  # of each sample
 
         def add(tokens: list[int]) -> int:
             """Queue a text for the VAE; returns where its latents will begin."""
@@ -528,8 +528,8 @@ class Batches:
         return Batch(
             torch.tensor(ids, dtype=torch.long), lengths, tensor(posterior), tensor(hidden),
             layout, make_plan(layout), targets, make_plan(layout.select(targets), layout),
-            source=tensor(latent(index)[is_text]), before=tensor(before[is_text]), noisy=tensor(moving[is_text]),
-            eps_text=tensor(eps[is_text]),
+            source=tensor(latent(index)[is_text]), before=tensor(before[is_text]),
+            noisy=tensor(moving[is_text]), eps_text=tensor(eps[is_text]),
             z_image=torch.cat(z_image) if z_image else torch.zeros(0, cz),
             loss_image=tensor(moving[is_image]), eps_image=tensor(np.concatenate(eps_image)),
             t=torch.cat([torch.zeros(1), t]),
@@ -621,8 +621,8 @@ class PriorStage(nn.Module):
         zt_image = flow.interpolate(b.z_image, b.eps_image, t[is_image])             # (Li, Cz)
         repa = a.w_repa if self.progress < a.repa_until and image_count else 0.0
         v_text, v_image, hidden = self.mmdit(
-            torch.cat([zt, before], -1), zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1,
-            targets=(b.targets, b.target_plan))
+            torch.cat([zt, before], -1), zt_image, b.t, b.t_index, b.layout, b.plan,
+            tap=a.repa_layer - 1 if repa else -1, targets=(b.targets, b.target_plan))
 
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
         task = b.text_task()[b.noisy]

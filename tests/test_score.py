@@ -1,4 +1,5 @@
-"""pytest tests/test_score.py: likelihoods of whole texts (flow.py's tests hold the closed forms of the parts)"""
+"""Likelihoods of whole texts; the tests of flow.py hold the closed forms of the parts.
+pytest tests/test_score.py"""
 import math
 
 import pytest
@@ -95,5 +96,5 @@ def test_command(tiny, capsys):
     assert sample.main(["score", "a red", " circle.", *flags]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 11 and "response | prefix, IWAE" in out and "perplexity" in out
-    for argv, words in ((["score", "a", ""], "response"), (["score", "a", "b", "--samples", "0"], "--samples 0")):
-        assert sample.main([*argv, *flags[:2]]) == 2 and words in capsys.readouterr().err
+    for argv, words in ((["a", ""], "response"), (["a", "b", "--samples", "0"], "--samples 0")):
+        assert sample.main(["score", *argv, *flags[:2]]) == 2 and words in capsys.readouterr().err
