@@ -46,12 +46,12 @@ import scenes
  SAMPLE) = range(15)
 
 
-SEEDS = 1 << 57                 # seeds lie below: a key is seed * 64 + purpose, of which numpy takes 63 bits
+SEEDS = 1 << 56                 # a run's seed lies below; a key is seed * 64 + purpose, of at most 63 bits
 
 
 def rng(seed: int, k: int, purpose: int) -> np.random.Generator:
     """Generator of (seed, k, purpose) alone: counter-based, so sample k needs none of those before it."""
-    if not 0 <= seed < SEEDS or k < 0:
+    if not 0 <= seed < 2 * SEEDS or k < 0:                # evaluations have seeds of their own, above a run's
         raise ValueError(f"got seed {seed} and sample number {k}, expected both >= 0, the seed below 2^57")
     return np.random.Generator(np.random.Philox(key=[seed * 64 + purpose, k]))
 

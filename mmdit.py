@@ -187,10 +187,11 @@ class Place(nn.Module):
 def beside(z: Tensor) -> Tensor:
     """Clean latents of a text, each beside its predecessor (zeros for the first): (n, Dz) -> (n, 2 Dz).
 
-    With config.beside all text enters so; a block of noise beside the end of the clean text before it, without
-    context beside zeros. It tells nothing that the mask hides, but in a language model a position is its
-    predecessor, and noise would spend a layer on finding it; phrases, too, are made by neighbours. (A token
-    shift, as in 2305.13048. Ours: the release does without.)"""
+    With config.beside all text enters so: instructions and clean text as here, every position of a block of
+    noise beside the last clean latent before the block, and beside zeros where guidance drops the context. The
+    masks show all of that anyway, but a language model's input at i is token i - 1, while a block of noise would
+    spend a layer on fetching it; and phrases are made of neighbours. (A token shift, cf. 2305.13048. Ours: the
+    release does without.)"""
     return torch.cat([z, F.pad(z, (0, 0, 1, 0))[:-1]], -1)
 
 

@@ -5,7 +5,7 @@
 Clean context (instruction, input image, caption, text so far) is encoded by its posterior mean and passes
 through the prior once; its keys and values stay in the cache. An image is one block; text is transported
 block by block, each finished block joining the context at t = 0: as the posterior mean of the tokens it
-decodes to, for the prior knows no latents between two words (the "clamping" of 2205.14217; the paper's
+decodes to, for the prior knows no latents between two words (cf. the "clamping" of 2205.14217; the paper's
 sampler, snap=False, goes without). Guidance mixes in the velocity of a shorter layout, the block or the image
 without its context: v = v_u + w (v_c - v_u). The temperature T is by default 1 for images and 0.3 for text;
 at 0 nothing is left to chance. A block that begins inside the prompt keeps the known latents at every step
@@ -44,7 +44,7 @@ from masks import IT2T, T2I, T2T, Layout, Sample, pack
 from mmdit import Cache, MMDiT, MMDiTConfig, beside
 from text_vae import TextVAE
 
-FORMAT = "unified-cola-1"                  # what a checkpoint of ours says of itself
+FORMAT = "unified-cola-2"                  # what a checkpoint of ours says of itself
 
 
 @dataclass
@@ -120,7 +120,8 @@ class Context:
 
     def velocity(self, text: Tensor, image: Tensor, t: list[float], t_index: Tensor, layout: Layout,
                  plan: Plan) -> tuple[Tensor, Tensor | None]:
-        """The velocity of text (Lt, Dz) and image (Li, Cz) at times t[t_index]; plan is self.plan(layout)."""
+        """The velocity of text (Lt, 2 Dz), as mmdit.beside has it, and image (Li, Cz) at times t[t_index]; plan is
+        self.plan(layout)."""
         n_text = n_image = 0
         if self.past is not None and not self.cached:
             n_text, n_image = len(self.past[0]), len(self.past[1])
@@ -264,8 +265,9 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         new = [x[len(i):] for x, i in zip(texts, ids)]
         if all(model.tokenizer.end in n or len(n) >= max_tokens for n in new):
             return [model.tokenizer.decode(n[:max_tokens]) for n in new]
-        if s.snap:
-            z = model.encode_text(texts)[0].split(lengths)
+        if s.snap:                         # but a prefix stays as it was encoded, alone, as in training
+            z = [torch.cat([given, x[len(given):]]) for given, x in
+                 zip(z_known.split(known), model.encode_text(texts)[0].split(lengths))]
         context.add(torch.cat([beside(x)[b * bl:] for x, b in zip(z, block)]), empty, clean)
         block = [b + 1 for b in block]
 
@@ -285,16 +287,20 @@ def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, know
     vae, bl, K, n = model.text_vae, model.block_len, samples, len(ids) // model.text_vae.patch_size
     tokens, lengths = torch.tensor(ids * K, device=model.device), [n] * K
     generators = [data.rng(seed, k, data.POSTERIOR) for k in range(K)]
-    noise = np.concatenate([g.standard_normal((n, vae.latent_dim), np.float32) for g in generators])
-    mean, logvar = vae.encode(tokens, lengths)                                       # (K n, Dz) each
-    z = vae.latents(mean, logvar, torch.from_numpy(noise).to(model.device))
+    eps = np.concatenate([g.standard_normal((n, vae.latent_dim), np.float32) for g in generators])
+    posterior = [x.view(K, n, -1) for x in vae.encode(tokens, lengths)]
+    if known:                              # encoded alone, as in training
+        alone = vae.encode(tokens[:known * vae.patch_size], [known])
+        posterior = [torch.cat([x.expand(K, -1, -1), y[:, known:]], 1) for x, y in zip(alone, posterior)]
+    mean, logvar = (x.flatten(0, 1) for x in posterior)                              # (K n, Dz) each
+    z = vae.latents(mean, logvar, torch.from_numpy(eps).to(model.device))
     log_q = flow.log_normal(z, vae.latents(mean), logvar + 2 * math.log(vae.config["scaling_factor"]))
     log_px = -F.cross_entropy(vae.decode(z, lengths), tokens, reduction="none")      # (K n patch,)
 
     context, image = Context(model), z.new_zeros(0, model.image_vae.channels)
-    context.add(packed(z.split(lengths)), image, pack([Sample(T2T, clean=n)] * K, bl, model.device))
-    ends = z.view(K, n // bl, bl, -1)[:, :, -1]                                      # of blocks
-    before = F.pad(ends, (0, 0, 1, 0))[:, :-1].repeat_interleave(bl, 1).flatten(0, 1)   # (K n, Dz)
+    text = packed(z.split(lengths))                                                  # (K n, 2 Dz)
+    context.add(text, image, pack([Sample(T2T, clean=n)] * K, bl, model.device))
+    before = text[::bl, vae.latent_dim:].repeat_interleave(bl, 0)                    # (K n, Dz)
     noisy = pack([Sample(T2T, noisy=n)] * K, bl, model.device)      # its blocks do not see each other
     plan, given = context.plan(noisy), torch.arange(n, device=model.device).repeat(K) < known      # (K n,)
 
@@ -317,23 +323,25 @@ def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int 
     """Likelihoods of a text in rows (name, log p in nats, tokens; 0 of them for a term): ELBO and IWAE of the
     whole, of the prefix and, as their difference, of the response (Eq. 10.8, 10.9, 10.13, 10.14); and the
     response's own score given latent draws of the prefix (Eq. 10.21, summed over its blocks), with its three
-    terms. A text ends with an end token, the prefix does not; both are filled up to whole blocks."""
-    end, p = model.tokenizer.end, model.text_vae.patch_size
-    before, after = model.tokenizer.encode(prefix), model.tokenizer.encode(response)
-    grid, rows, joint = flow.time_grid(steps), [], before + after
+    terms. The text ends with an end token and is filled up with more to whole blocks, which are not counted.
 
-    def terms(ids: list[int], ended: bool, known: int = 0) -> list[Tensor]:
-        ids = data.pad_to_multiple(ids, p * model.block_len, end, ended)
-        return [x.sum(1) for x in log_weights(model, ids, samples, grid, known=known, **options)]
-
-    nothing = [torch.zeros(samples)] * 3
-    parts = {"text": terms(joint, True), "prefix": terms(before, False) if before else nothing}
+    Only whole blocks have a likelihood: in the differences, what of the prefix shares a block (or patch) with
+    the response counts as response, as the tokens beside them say; in the own score, only what shares a patch.
+    """
+    head, tail = model.tokenizer.encode(prefix), model.tokenizer.encode(response)
+    p, grid, rows = model.text_vae.patch_size, flow.time_grid(steps), []
+    ids = data.pad_to_multiple(head + tail, p * model.block_len, model.tokenizer.end)
+    known, cut = len(head) // p, len(head) // (p * model.block_len)
+    total, before = len(head) + len(tail) + 1, cut * model.block_len * p
+    terms = log_weights(model, ids, samples, grid, **options)                        # (K, blocks) each
     for name, bound in (("ELBO", flow.elbo), ("IWAE", flow.iwae)):
-        whole, first = (bound(*parts[part]).item() for part in ("text", "prefix"))
-        rows += [(f"text, {name}", whole, len(joint) + 1), (f"prefix, {name}", first, len(before)),
-                 (f"response | prefix, {name}", flow.conditional(whole, first), len(after) + 1)]
-    px, pz, q = own = terms(joint, True, len(before) // p)
-    rows.append(("response | latents of the prefix", flow.elbo(*own).item(), len(after) + 1))
+        whole, first = (bound(*(x[:, :end].sum(1) for x in terms)).item() for end in (None, cut))
+        rows += [(f"text, {name}", whole, total), (f"prefix, {name}", first, before),
+                 (f"response | prefix, {name}", flow.conditional(whole, first), total - before)]
+    if known > cut * model.block_len:
+        terms = log_weights(model, ids, samples, grid, known=known, **options)
+    px, pz, q = own = [x[:, cut:].sum(1) for x in terms]
+    rows.append(("response | latents of the prefix", flow.elbo(*own).item(), total - known * p))
     return rows + [(f"    {name}", x.mean().item(), 0) for name, x in
                    (("log p(x | z)", px), ("log p(z | z of the prefix)", pz), ("- log q(z | x)", -q))]
 
@@ -398,6 +406,8 @@ class Parser(argparse.ArgumentParser):
         for word in re.findall(r"--[\w-]+", message if "unrecognized" in message else ""):
             near = difflib.get_close_matches(word, known, 1)
             message = f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+            if word in known:
+                message = f"{word} is no flag of this task; see --help behind its name"
             break
         self.exit(2, f"{self.prog.split()[0]}: {message}\n")
 
@@ -425,8 +435,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="scale of the noise to start from; at 0 all samples are the same "
                         f"(default {IMAGE.temperature} for images, {TEXT.temperature} for text)")
     common.add_argument("--snap", action=argparse.BooleanOptionalAction, default=True,
-                        help="text goes on from the tokens that its latents so far decode to, not from these "
-                        "latents themselves, as the paper's does: fewer errors")
+                        help="text goes on from the tokens that its latents so far decode to; off, as in the "
+                        "paper, from these latents themselves")
     common.add_argument("--n", type=int, default=1, help="samples to draw; of text at a temperature above 0")
     common.add_argument("--kv_cache", action=argparse.BooleanOptionalAction, default=True,
                         help="off recomputes the context at every step: slower, the same result")
@@ -445,7 +455,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("prompt")
     p.add_argument("--max_tokens", type=int, default=64, help="longest continuation")
     p = commands.add_parser("score", parents=[base], help="likelihood of a text and of its end")
-    p.add_argument("prompt", metavar="prefix", help='"" for none')
+    p.add_argument("prefix", help='"" for none')
     p.add_argument("response")
     p.add_argument("--solver", choices=flow.SOLVERS, default="rk4", help="rk4 costs most and errs least")
     p.add_argument("--samples", type=int, default=8, help="draws K of the latents; IWAE is tighter with more")
@@ -469,26 +479,32 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if not 0 <= args.seed < data.SEEDS:
-        raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^57")
-    s = Settings() if args.task == "score" else settings(args)
-    if not 0 <= s.interval[0] <= s.interval[1] <= 1:
-        raise ValueError(f"--interval {s.interval[0]} {s.interval[1]}: expected rising numbers in 0 .. 1")
-    if not math.isfinite(s.guidance):
-        raise ValueError(f"--guidance {s.guidance}: expected a number")
-    if s.shift is not None and not 0 < s.shift < math.inf:
-        raise ValueError(f"--shift {s.shift}: expected a number above 0; 1 leaves the times as they are")
-    if not 0 <= s.temperature < math.inf:
-        raise ValueError(f"--temperature {s.temperature}: expected a number of at least 0")
-    if s.temperature == 0 and args.n > 1:
-        raise ValueError(f"--n {args.n}: at temperature 0 all samples are the same; add --temperature 1")
+        raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^56")
+    if args.task != "score":
+        s = settings(args)
+        if not 0 <= s.interval[0] <= s.interval[1] <= 1:
+            raise ValueError(f"--interval {s.interval[0]} {s.interval[1]}: expected rising numbers in 0 .. 1")
+        if not math.isfinite(s.guidance):
+            raise ValueError(f"--guidance {s.guidance}: expected a number")
+        if s.shift is not None and not 0 < s.shift < math.inf:
+            raise ValueError(f"--shift {s.shift}: expected a number above 0; 1 leaves the times as they are")
+        if not 0 <= s.temperature < math.inf:
+            raise ValueError(f"--temperature {s.temperature}: expected a number of at least 0")
+        if args.n > 1 and s.temperature == 0:
+            raise ValueError(f"--n {args.n}: at temperature 0 all samples are the same; add --temperature 1")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: expected cpu, cuda or cuda:1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
-    if args.prompt or args.task in ("t2i", "it2t"):
-        data.clean_text(args.prompt, "the prompt")
-    if args.task == "score":
-        data.clean_text(args.response, "the response")
+    if int(args.device.partition(":")[2] or 0) >= max(1, torch.cuda.device_count()):
+        raise ValueError(f"--device {args.device}: torch finds {torch.cuda.device_count()} CUDA devices here, "
+                         "counted from 0")
+    for name in ("prompt", "prefix", "response"):
+        text = getattr(args, name, None)
+        if text is not None and not text.strip() and (name == "response" or args.task in ("t2i", "it2t")):
+            raise ValueError(f"the {name} is empty; say what to draw, to ask or to score")
+        if text and text.strip():
+            data.clean_text(text, f"the {name}")
     if args.task == "t2i":
         if args.size and len(args.size) > 2:
             raise ValueError(f"--size {args.size}: expected one number of pixels, or height and width")
@@ -503,7 +519,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, model: Cola, hw: tuple[int, int], picture: np.ndarray | None) -> None:
     """Sample and write. hw: pixels of the images to draw; picture: what it2t is asked about."""
     if args.task == "score":
-        rows = score(model, args.prompt, args.response, args.samples, args.steps, solver=args.solver,
+        rows = score(model, args.prefix, args.response, args.samples, args.steps, solver=args.solver,
                      exact=args.divergence == "exact", seed=args.seed)
         print(f"{'log p in nats, of tokens':32} {'':19} nats/token perplexity")
         for name, value, tokens in rows:
@@ -544,7 +560,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         run(args, model, hw, picture)
-    except OSError as error:               # no room, no permission
+    except (OSError, UnicodeError) as error:               # no room, no permission; letters of the terminal
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0

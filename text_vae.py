@@ -17,7 +17,6 @@ How much noise a trained decoder bears (paper, Sec. 5.4): python text_vae.py --c
 """
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import math
@@ -398,13 +397,13 @@ def save_official(vae: TextVAE, folder: str | Path) -> None:
 
 def robustness(checkpoint: str, files: list[str], count: int = 256, seq_len: int = 128) -> None:
     """Print, and plot in robustness.png, the token accuracy of decoding latents noised to t (paper, Sec. 5.4),
-    on `count` texts: stories of scenes that no run draws, or windows of seq_len tokens of files."""
+    on `count` texts: stories of another seed's scenes, or windows of seq_len tokens of files."""
     from PIL import Image, ImageDraw
 
     import data
     import sample
     model, seed = sample.load(checkpoint), data.SEEDS - 1             # no run's own seed, most likely
-    texts = data.TextFiles(files, seed, seq_len) if files else data.GeneratedScenes(seed, pool=count)
+    texts = data.TextFiles(files, seed, seq_len) if files else data.GeneratedScenes(seed)
     p = model.text_vae.patch_size
     ids = [model.ids(texts.t2t(k), end=False)[:seq_len // p * p] for k in range(count)]
     lengths = [len(i) // p for i in ids]
@@ -464,10 +463,13 @@ def demonstrate() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="a text VAE in seconds, or the robustness of a trained one")
+    from sample import Parser
+    parser = Parser(prog="text_vae.py", description="a text VAE in seconds, or the robustness of a trained one")
     parser.add_argument("--checkpoint", help="plot how much noise the decoder of this checkpoint bears")
     parser.add_argument("--text", nargs="+", default=[], help="text files to do it on; none: generated stories")
     args = parser.parse_args(argv)
+    if args.text and not args.checkpoint:
+        parser.error("--text needs the --checkpoint whose text VAE reads it")
     if not args.checkpoint:
         demonstrate()
         return 0

@@ -184,7 +184,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible values before any work. ValueError, one line."""
     for name in ("steps", "text_vae_steps", "image_vae_steps", "batch_size", "micro_steps", "text_vae_batch",
-                 "image_vae_batch", "block_len", "seq_len", "pool", "save_every", "sample_steps"):
+                 "image_vae_batch", "block_len", "vae_block_len", "seq_len", "pool", "save_every", "sample_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     for name in ("any_order", "questions", "aux_caption", "cfg_drop", "warmup", "cooldown"):
@@ -196,7 +196,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, "
                          f"or height and width")
     if not 0 <= args.seed < data.SEEDS:
-        raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^57")
+        raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^56")
     if args.scale <= 0 or args.eval_samples < 0 or not 0 <= args.text_temperature < math.inf:
         raise ValueError(f"--scale {args.scale} must be above 0, --eval_samples {args.eval_samples} and "
                          f"--text_temperature {args.text_temperature} at least 0")
@@ -205,6 +205,9 @@ def check(args: argparse.Namespace) -> None:
     if args.seq_len < args.block_len * args.text_patch:
         raise ValueError(f"--seq_len {args.seq_len} is less than a block: --block_len {args.block_len} x "
                          f"--text_patch {args.text_patch} tokens")
+    if args.block_len % args.vae_block_len:
+        raise ValueError(f"--vae_block_len {args.vae_block_len} does not divide --block_len {args.block_len}: "
+                         "a block's context would have been encoded with the block in view")
     if args.vae_logsnr != "learned":
         try:
             float(args.vae_logsnr)
@@ -516,7 +519,7 @@ class Batches:
             return np.where(is_prompt, prompt_at[who], text) + index
 
         before = np.where(is_noisy, block * bl, index) - 1
-        before = np.where((before < 0) | is_noisy & (dropped[who] > 0), -1, latent(before))
+        before = np.where((before < 0) | (dropped[who] > 0), -1, latent(before))
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
         z = torch.from_numpy(np.concatenate(normals)).float()                                # (U - 1,)

@@ -144,8 +144,8 @@ def generation() -> None:
             times.append(seconds(write, repeats, warmup=repeats > 1))
         print(f"(d) T2T of 256 latents, {texts} at a time: {times[0]:.2f} s with the KV cache, "
               f"{times[1]:.2f} s without, ratio {times[0] / times[1]:.2f}   (expect <= 0.33)")
-    if sum(calls) != 16 * (6 + 1):
-        raise RuntimeError(f"{sum(calls)} blocks were generated in 7 runs, expected 16 in each")
+    if sum(calls) != 15 * (6 + 1):                           # no one looks at the last
+        raise RuntimeError(f"{sum(calls)} blocks joined the context in 7 runs, expected 15 in each")
 
 
 def masked_attention() -> None:

@@ -50,11 +50,11 @@ def latents(monkeypatch):
 
 @pytest.fixture
 def calls(model):
-    """(text, time of each position, layout, commit) of every pass through the prior, in order; text without
-    what lies beside it."""
+    """(text, time of each position, layout, commit, what lies beside the text) of every pass through the
+    prior, in order."""
     found, dz = [], model.text_vae.latent_dim
     hook = model.mmdit.register_forward_pre_hook(
-        lambda module, a: found.append((a[0][:, :dz].clone(), a[2][a[3]], a[4], a[7])))
+        lambda module, a: found.append((a[0][:, :dz].clone(), a[2][a[3]], a[4], a[7], a[0][:, dz:].clone())))
     yield found
     hook.remove()
 
@@ -171,7 +171,7 @@ def test_clean_repaint(model, calls):
     sample.generate_text(model, [prefix], s=replace(S, guidance=3.0, steps=3, snap=False), max_tokens=2)
     past, *steps, commit = calls[:8]
     assert past[3] and torch.equal(past[0], z[:2 * BLOCK]) and len(steps) == 6
-    for text, t, layout, is_commit in steps:
+    for text, t, layout, is_commit, _ in steps:
         assert not is_commit and torch.equal(text[:3], z[2 * BLOCK:]) and not t[:3].any() and t[3] > 0
         assert layout.segment.tolist() == [masks.N] * BLOCK and layout.block.tolist() == [2] * BLOCK
     assert commit[3] and torch.equal(commit[0][:3], z[2 * BLOCK:]) and not commit[1].any()
@@ -179,20 +179,34 @@ def test_clean_repaint(model, calls):
 
 
 @pytest.mark.parametrize("snap", (False, True))
-def test_finished_blocks_join_the_context(model, calls, latents, snap):
-    """As they were transported, or as the encoder's means of the tokens they decode to."""
-    prefix = prefix_of(model, BLOCK)
-    text = sample.generate_text(model, [prefix], s=replace(S, snap=snap), max_tokens=3 * BLOCK)
-    _, *joined = [text for text, _, _, commit in calls if commit]
-    assert len(joined) == 2 and len(latents) == 3                # no one looks at the last
-    ids, (z, _) = model.tokenizer.encode(prefix), model.encode_text([model.tokenizer.encode(prefix)])
-    for there, made in zip(joined, latents):
-        length = [len(z) + BLOCK]
-        ids += model.text_vae.decode(torch.cat([z, made]), length).argmax(-1)[-BLOCK:].tolist()
-        z = model.encode_text([ids])[0] if snap else torch.cat([z, made])
-        close(there, z[-BLOCK:])
-    assert text[0].startswith(model.tokenizer.decode(ids[BLOCK:]))
-    assert snap == ((joined[0] - latents[0]).abs().max() > 0.1)
+@pytest.mark.parametrize("extra", (0, 3), ids=["whole block", "inside a block"])
+def test_finished_blocks_join_the_context(model, calls, latents, snap, extra):
+    """As they were transported, or as the encoder's means of the tokens they decode to; and beside everything
+    lies the clean latent before it, of noise the one before its block, without context zeros."""
+    prefix = prefix_of(model, BLOCK + extra)
+    text = sample.generate_text(model, [prefix], s=replace(S, snap=snap, guidance=3.0), max_tokens=3 * BLOCK)
+    head = model.tokenizer.encode(prefix)
+    ids, (z, _) = list(head), model.encode_text([head])
+    first, *rest = calls
+    close(first[0], z[:BLOCK])
+    close(first[4], torch.cat([torch.zeros_like(z[:1]), z[:BLOCK - 1]]))
+    z = z[:BLOCK]
+    for made in latents:
+        steps, rest = rest[:2 * S.steps], rest[2 * S.steps:]
+        for step, (_, _, _, commit, beside) in enumerate(steps):             # with context and without, in turn
+            assert not commit
+            close(beside, z[-1:].expand(BLOCK, -1) * (step % 2 == 0))
+        decoded = model.text_vae.decode(torch.cat([z, made]), [len(z) + BLOCK]).argmax(-1).tolist()
+        ids += decoded[len(ids):]
+        whole = model.encode_text([ids])[0] if snap else torch.cat([z, made])
+        if rest:                                                             # no one looks at the last
+            (there, t, _, commit, beside), *rest = rest
+            assert commit and not t.any()
+            close(there, whole[-BLOCK:])
+            close(beside, whole[-BLOCK - 1:-1])
+        z = whole
+    assert not rest and text[0] == model.tokenizer.decode(ids[len(head):][:3 * BLOCK])
+    assert snap == ((whole[-BLOCK:] - made).abs().max() > 0.1)
 
 
 def test_guidance_one_is_no_guidance(model, calls, latents):
@@ -223,7 +237,7 @@ def test_guidance_acts_inside_its_interval(model, calls):
     sample.generate_images(model, CAPTIONS[:1], replace(S, steps=10, guidance=3.0, shift=1.0,
                                                          interval=(0.25, 0.75)))
     assert len(calls) == 1 + 10 + 5                              # t = 0.7, 0.6, 0.5, 0.4, 0.3
-    times = [float(t[0]) for _, t, _, _ in calls[1:]]
+    times = [float(t[0]) for _, t, *_ in calls[1:]]
     assert sorted(t for t in set(times) if times.count(t) == 2) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
 
 
@@ -338,8 +352,8 @@ def fails(argv, capsys, *words):
     (["t2t", "a cat", "--temperature", "-1"], ["--temperature -1", "at least 0"]),
     (["t2t", "a cat", "--n", "2", "--temperature", "0"], ["--n 2", "--temperature"]),
     (["t2i", "a cat", "--solver", "rk5"], ["rk5", "euler"]),
-    (["t2i", "  "], ["prompt", "empty"]),
-    (["it2t", "a.png", ""], ["prompt", "empty"]),
+    (["t2i", "  "], ["prompt is empty"]),
+    (["it2t", "a.png", ""], ["prompt is empty"]),
     (["t2t", "a \udcff cat"], ["prompt", "not UTF-8"]),
     (["t2i"], ["prompt"]),
     (["t2v", "a cat"], ["t2v", "t2i"]),
@@ -352,7 +366,8 @@ def fails(argv, capsys, *words):
     (["t2i", "a cat", "--guidence", "3"], ["--guidence", "did you mean --guidance"]),
     (["t2i", "a cat", "--device", "foo"], ["--device foo"]),
     (["t2i", "a cat", "--device", "meta"], ["--device meta"]),
-    (["t2i", "a cat", "--seed", str(2 ** 70)], ["--seed", "2^57"]),
+    (["t2i", "a cat", "--seed", str(2 ** 70)], ["--seed", "2^56"]),
+    (["score", "a cat", "sat", "--guidance", "3"], ["--guidance is no flag of this task"]),
     (["t2t", "a cat", "--maxtokens", "3"], ["did you mean --max_tokens"]),
     (["t2i", "a cat", "--guid", "3"], ["--guid"]),
     (["t2t", "a cat", "--steps", "many"], ["--steps", "many"]),
@@ -402,7 +417,7 @@ def test_bad_checkpoints(here, tiny, capsys):
 
 
 def test_help(capsys):
-    for argv in (["--help"], ["t2i", "--help"], ["it2t", "--help"], ["t2t", "--help"]):
+    for argv in (["--help"], *([task, "--help"] for task in ("t2i", "it2t", "t2t", "score"))):
         with pytest.raises(SystemExit) as exit_:
             sample.main(argv)
         assert exit_.value.code == 0 and "usage: sample.py" in capsys.readouterr().out

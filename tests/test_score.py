@@ -16,11 +16,11 @@ TEXT = "there is a red circle. the background is gray. there are two objects."
 GRID = flow.time_grid(4)
 
 
-def system(block_len, noise):
+def system(block_len, noise, *flags):
     """Fresh weights, with some noise added; without, the prior says v = 0 and p(z) is N(0, I)."""
     torch.manual_seed(0)
-    cola = train.new_model(train.parse([*TINY, "--block_len", str(block_len), "--text_latent_dim", "4"]),
-                           data.GeneratedScenes(0, 32, 64))
+    flags = [*TINY, "--block_len", str(block_len), "--text_latent_dim", "4", *flags]
+    cola = train.new_model(train.parse(flags), data.GeneratedScenes(0, 32, 64))
     for module in (cola.text_vae, cola.image_vae, cola.mmdit):
         for p in module.eval().parameters():
             p.data.add_(torch.randn_like(p), alpha=noise)
@@ -31,39 +31,43 @@ def ids_of(model, text=TEXT):
     return model.ids(text, end=True)
 
 
-@pytest.mark.parametrize("block_len, known", ((1, 0), (4, 0), (4, 6)))
-def test_terms_where_the_prior_is_standard_normal(block_len, known):
+@pytest.mark.parametrize("block_len, known, patch, scale", ((1, 0, 1, 1.0), (4, 0, 1, 1.0), (4, 6, 1, 1.0), (2, 3, 2, 3.0)))
+def test_terms_where_the_prior_is_standard_normal(block_len, known, patch, scale):
     """By hand: the decoder's log softmax, N(z; 0, I) and N(z; mean, var) of every latent that is not given."""
-    model, K = system(block_len, 0.0), 3
+    model, K = system(block_len, 0.0, "--text_patch", str(patch)), 3
+    model.text_vae.config["scaling_factor"] = scale
     ids = ids_of(model)
-    n = len(ids)
+    n = len(ids) // patch
     px, pz, q = sample.log_weights(model, ids, K, GRID, known=known, seed=5)
     assert px.shape == pz.shape == q.shape == (K, n // block_len)
     mean, logvar = model.text_vae.encode(torch.tensor(ids), [n])
     for k in range(K):
         noise = torch.from_numpy(data.rng(5, k, data.POSTERIOR).standard_normal((n, 4), "float32"))
-        z = mean + (logvar / 2).exp() * noise
+        std = (logvar / 2).exp() * scale
+        z = mean * scale + std * noise
         normal = torch.distributions.Normal
-        expected = (F.log_softmax(model.text_vae.decode(z, [n]), -1)[range(n), ids],
-                    normal(0.0, 1.0).log_prob(z).sum(-1),
-                    normal(mean, (logvar / 2).exp()).log_prob(z).sum(-1))
+        of_tokens = F.log_softmax(model.text_vae.decode(z, [n]), -1)[range(n * patch), ids]
+        expected = (of_tokens.view(n, patch).sum(1), normal(0.0, 1.0).log_prob(z).sum(-1),
+                    normal(mean * scale, std).log_prob(z).sum(-1))
         for got, want in zip((px, pz, q), expected):
             want[:known] = 0.0
             torch.testing.assert_close(got[k], want.view(-1, block_len).sum(-1), atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("block_len", (1, 4))
-def test_a_text_is_the_product_of_its_blocks(block_len):
-    """Blocks of a prefix have the same terms alone; given as known, they leave the terms of the others."""
-    model, cut = system(block_len, 0.1), 8
-    ids = ids_of(model)
+@pytest.mark.parametrize("block_len, cut", ((1, 8), (4, 8), (4, 6)))
+def test_a_text_is_the_product_of_its_blocks(block_len, cut):
+    """Whole blocks of a prefix have the same terms alone; given as known, they leave those of later blocks. Of a
+    block that is known in part, the rest is judged with that part in view."""
+    model = system(block_len, 0.1)
+    ids, blocks = ids_of(model), cut // block_len
     whole = sample.log_weights(model, ids, 2, GRID)
-    first = sample.log_weights(model, ids[:cut], 2, GRID)
+    first = sample.log_weights(model, ids[:blocks * block_len], 2, GRID)
     rest = sample.log_weights(model, ids, 2, GRID, known=cut)
+    later = -(-cut // block_len)
     for a, b, c in zip(whole, first, rest):
-        torch.testing.assert_close(a[:, :cut // block_len], b, atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(a[:, cut // block_len:], c[:, cut // block_len:], atol=1e-3, rtol=1e-4)
-        assert not c[:, :cut // block_len].any()
+        torch.testing.assert_close(a[:, :blocks], b, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(a[:, later:], c[:, later:], atol=1e-3, rtol=1e-4)
+        assert not c[:, :blocks].any() and (later == blocks or (a - c)[:, blocks].abs().min() > 1e-2)
     assert (whole[1] - sample.log_weights(system(block_len, 0.0), ids, 2, GRID)[1]).abs().max() > 0.1
 
 
@@ -75,17 +79,22 @@ def test_hutchinson_agrees_with_the_exact_divergence_in_the_mean():
     assert error.std() > 1e-3 and error.mean().abs() < 3 * error.std() / math.sqrt(len(error))
 
 
-def test_rows():
+@pytest.mark.parametrize("extra", (0, 3))
+def test_rows(extra):
+    """Differences are of whole blocks; the response's own score knows the prefix to the last latent."""
     model = system(4, 0.1)
-    rows = {name: (value, tokens) for name, value, tokens in sample.score(model, TEXT[:22], TEXT[22:], 3, 4)}
-    before, after = (len(model.tokenizer.encode(t)) for t in (TEXT[:22], TEXT[22:]))
+    cut = next(i for i in range(len(TEXT)) if len(model.tokenizer.encode(TEXT[:i])) == 8 + extra)
+    before, after = (len(model.tokenizer.encode(t)) for t in (TEXT[:cut], TEXT[cut:]))
+    rows = {name: (value, tokens) for name, value, tokens in sample.score(model, TEXT[:cut], TEXT[cut:], 3, 4)}
     for bound in ("ELBO", "IWAE"):
         whole, first, rest = (rows[f"{part}, {bound}"] for part in ("text", "prefix", "response | prefix"))
         assert rest[0] == pytest.approx(whole[0] - first[0])
-        assert (whole[1], first[1], rest[1]) == (before + after + 1, before, after + 1)
+        assert (whole[1], first[1], rest[1]) == (before + after + 1, 8, before + after - 7)
     assert rows["text, IWAE"][0] >= rows["text, ELBO"][0] and rows["prefix, IWAE"][0] >= rows["prefix, ELBO"][0]
+    own, tokens = rows["response | latents of the prefix"]
     parts = [value for name, (value, tokens) in rows.items() if name.startswith("  ") and not tokens]
-    assert len(parts) == 3 and sum(parts) == pytest.approx(rows["response | latents of the prefix"][0], abs=1e-3)
+    assert len(parts) == 3 and sum(parts) == pytest.approx(own, abs=1e-3) and tokens == after + 1
+    assert (own == pytest.approx(rows["response | prefix, ELBO"][0], abs=1e-3)) == (extra == 0)
     alone = dict((name, value) for name, value, _ in sample.score(model, "", TEXT, 2, 4))
     assert alone["prefix, ELBO"] == 0 and alone["response | prefix, IWAE"] == alone["text, IWAE"]
 

@@ -301,7 +301,7 @@ def test_official_config_is_checked(tmp_path, change, message):
 
 
 def test_robustness_command(tiny, tmp_path, monkeypatch, capsys):
-    """A row for every 50 of 1000 t, on stories and on a file; at t = 1 nothing of the latents is left."""
+    """A row for every 50 of 1000 t, on stories and on a file."""
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("the cat sat on the mat. " * 500)
     for more in ([], ["--text", "a.txt"]):
@@ -312,3 +312,6 @@ def test_robustness_command(tiny, tmp_path, monkeypatch, capsys):
     for argv in (["--checkpoint", "no.pt"], ["--checkpoint", str(tiny / "ckpt.pt"), "--text", "no.txt"]):
         assert tv.main(argv) == 2
         assert argv[-1] in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        tv.main(["--text", "a.txt"])
+    assert exit_.value.code == 2 and "--checkpoint" in capsys.readouterr().err
