@@ -254,7 +254,6 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
             z_block[i, :len(rest)], is_known[i, :len(rest)] = rest, True
         spots = [(b * bl, n) for b, n in zip(block, starts)]
         noisy = pack([Sample(task, noisy=bl, start=n, first=f) for f, n in spots], bl, device)
-        clean = pack([Sample(task, clean=bl, start=n, first=f) for f, n in spots], bl, device)
         before = torch.stack([x[b * bl - 1] if b else z_known.new_zeros(dz) for x, b in zip(z, block)])
         z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten(),
                        before.repeat_interleave(bl, 0))
@@ -268,6 +267,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         if s.snap:                         # but a prefix stays as it was encoded, alone, as in training
             z = [torch.cat([given, x[len(given):]]) for given, x in
                  zip(z_known.split(known), model.encode_text(texts)[0].split(lengths))]
+        clean = pack([Sample(task, clean=bl, start=n, first=f) for f, n in spots], bl, device)
         context.add(torch.cat([beside(x)[b * bl:] for x, b in zip(z, block)]), empty, clean)
         block = [b + 1 for b in block]
 
@@ -308,11 +308,11 @@ def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, know
         flat = torch.cat([z.flatten(0, 1).float(), before], -1)
         return context.velocity(flat, image, [0.0, t], (~given).long(), noisy, plan)[0].view_as(z)
 
-    signs = None if exact else torch.from_numpy(
-        np.concatenate([g.choice([-1.0, 1.0], (n, vae.latent_dim)) for g in generators])).to(z)
-    blocks = (-1, bl, vae.latent_dim)
-    log_pz = flow.log_prob(velocity, z.view(blocks), grid, None if exact else signs.view(blocks),
-                           given.view(-1, bl), solver)                               # (K blocks,)
+    blocks, signs = (-1, bl, vae.latent_dim), None
+    if not exact:
+        signs = np.concatenate([g.choice([-1.0, 1.0], (n, vae.latent_dim)) for g in generators])
+        signs = torch.from_numpy(signs).to(z).view(blocks)
+    log_pz = flow.log_prob(velocity, z.view(blocks), grid, signs, given.view(-1, bl), solver)    # (K blocks,)
     per_block = (K, n // bl, -1)
     log_px = torch.where(given.repeat_interleave(vae.patch_size), 0.0, log_px)
     return (log_px.view(per_block).sum(-1), log_pz.view(K, -1),
@@ -545,6 +545,12 @@ def run(args: argparse.Namespace, model: Cola, hw: tuple[int, int], picture: np.
             print(args.prompt + text)
 
 
+def refuse(error: Exception) -> int:
+    """One line for the user, and the exit status."""
+    print(f"sample.py: {error}", file=sys.stderr)
+    return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     try:                                   # whatever a user can get wrong
         args = parse(argv)
@@ -556,13 +562,11 @@ def main(argv: list[str] | None = None) -> int:
             hw = args.size[0], args.size[-1]
             model.image_vae.check_size(*hw)
     except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     try:
         run(args, model, hw, picture)
     except (OSError, UnicodeError) as error:               # no room, no permission; letters of the terminal
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 
