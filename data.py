@@ -49,11 +49,21 @@ import scenes
 SEEDS = 1 << 56                 # a run's seed lies below; a key is seed * 64 + purpose, of at most 63 bits
 
 
+class Key(np.random.bit_generator.ISeedSequence):
+    """Two words that are the key of a Philox generator. Given as Philox(key=..), numpy would first gather, and
+    then not use, entropy from the system: three times the time, and a step makes hundreds of generators."""
+    def __init__(self, *words: int):
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        return np.array(self.words, dtype)
+
+
 def rng(seed: int, k: int, purpose: int) -> np.random.Generator:
     """Generator of (seed, k, purpose) alone: counter-based, so sample k needs none of those before it."""
     if not 0 <= seed < 2 * SEEDS or k < 0:                # evaluations have seeds of their own, above a run's
         raise ValueError(f"got seed {seed} and sample number {k}, expected both >= 0, the seed below 2^57")
-    return np.random.Generator(np.random.Philox(key=[seed * 64 + purpose, k]))
+    return np.random.Generator(np.random.Philox(Key(seed * 64 + purpose, k)))
 
 
 @functools.lru_cache(maxsize=4)                 # two datasets, each at the border of two epochs

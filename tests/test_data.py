@@ -72,6 +72,8 @@ def test_rng_is_a_function_of_seed_number_and_purpose():
     assert draw(3, 5, data.NOISE) == draw(3, 5, data.NOISE)
     keys = [(seed, k, purpose) for seed in range(3) for k in range(50) for purpose in range(16)]
     assert len({draw(*key) for key in keys}) == len(keys)
+    plain = np.random.Generator(np.random.Philox(key=[7 * 64 + data.DROP, 5]))
+    assert np.array_equal(data.rng(7, 5, data.DROP).integers(1 << 62, size=9), plain.integers(1 << 62, size=9))
     with pytest.raises(ValueError, match=">= 0"):
         data.rng(-1, 0, data.TASK)
 
