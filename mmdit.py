@@ -89,9 +89,14 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-def Ada(emb_dim: int, out: int) -> nn.Sequential:
-    """The adaLN projection of the time embedding; index 1 of the sequence is the release's name for it."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out))
+class Ada(nn.Sequential):
+    """An adaLN projection of silu(time embedding). SiLU and map are a sequence in the release, hence its name for
+    the map, 1; all projections share the one SiLU in MMDiT.forward."""
+    def __init__(self, emb_dim: int, out: int):
+        super().__init__(nn.Identity(), nn.Linear(emb_dim, out))
+
+    def forward(self, emb: Tensor) -> Tensor:
+        return self[1](emb)
 
 
 class RoPE(nn.Module):
@@ -282,7 +287,7 @@ class MMDiT(nn.Module):
         after layer `tap`, from 0 and with targets before the last, or None.
         """
         where = Streams(layout.segment, self.config.streams == 2)
-        emb = self.emb_in(t)                                                         # (U, E)
+        emb = F.silu(self.emb_in(t))                                                 # (U, E)
         x = self.txt_in.proj(text)                                                   # (Lt, D)
         x = where.join((x, self.img_in.proj(image))) if len(where.image) else x      # (L, D)
         x = where.split((x + self.place(layout) if self.place else x).float())

@@ -89,3 +89,13 @@ def test_defaults_in_the_readme():
     for flags, defaults in rows:
         names = re.findall(r"--(\w+)", flags)
         assert [str(args[name]) for name in names] == [d.strip() for d in defaults.split(", ")], flags
+
+
+def test_lengths_in_the_readme():
+    """The last column of its table of files: lines, rounded."""
+    table = (ROOT / "README.md").read_text().split("## Read in this order")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\S+?)/? \|.*\| (\d+) \|$", table, re.M)
+    assert len(rows) == 10
+    for name, lines in rows:
+        path = ROOT / name if name.endswith(".py") else ROOT / name / "__init__.py"
+        assert int(lines) == pytest.approx(len(path.read_text().splitlines()), rel=0.1), name
