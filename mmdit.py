@@ -47,7 +47,6 @@ class MMDiTConfig:
     rope_dim: int = 32                 # channels of a head that turn
     streams: int = 1                   # 1 weights shared by text and image, 2 one set each
     place: bool = True                 # add segment type and absolute place at the entrance (Place)
-    beside: bool = False               # text enters beside the clean latent before it (`beside`)
     qk_bias: bool = False
     norm_eps: float = 1e-5
 
@@ -189,17 +188,6 @@ class Place(nn.Module):
         return self.proj(torch.cat([angle.sin(), angle.cos()], -1).flatten(1)) + self.segment(layout.segment)
 
 
-def beside(z: Tensor) -> Tensor:
-    """Clean latents of a text, each beside its predecessor (zeros for the first): (n, Dz) -> (n, 2 Dz).
-
-    With config.beside all text enters so: instructions and clean text as here, every position of a block of
-    noise beside the last clean latent before the block, and beside zeros where guidance drops the context. The
-    masks show all of that anyway, but a language model's input at i is token i - 1, while a block of noise would
-    spend a layer on fetching it; and phrases are made of neighbours. (A token shift, cf. 2305.13048. Ours: the
-    release does without.)"""
-    return torch.cat([z, F.pad(z, (0, 0, 1, 0))[:-1]], -1)
-
-
 class Out(nn.Module):
     def __init__(self, width: int, channels: int):
         super().__init__()
@@ -244,7 +232,7 @@ class MMDiT(nn.Module):
         self.image_blocks = nn.ModuleList(Block(c) for _ in range(c.layers if c.streams == 2 else 0))
         for side, channels in (("txt", c.text_channels), ("img", c.image_channels)):
             if channels:
-                setattr(self, f"{side}_in", In(channels * (1 + (side == "txt" and c.beside)), c.width))
+                setattr(self, f"{side}_in", In(channels, c.width))
                 setattr(self, f"{side}_out_norm", nn.LayerNorm(c.width, eps=c.norm_eps))
                 setattr(self, f"{side}_out_ada", nn.ModuleDict(dict(out_in=Ada(c.emb_dim, 2 * c.width))))
                 setattr(self, f"{side}_out", Out(c.width, channels))
@@ -275,8 +263,7 @@ class MMDiT(nn.Module):
                 targets: tuple[Tensor, Plan] | None = None, tap: int = -1) -> tuple[Tensor | None, ...]:
         """The velocity at every position, or at the targets alone.
 
-        text (Lt, Dz), or (Lt, 2 Dz) with config.beside, and image (Li, Cz): latents of the text and of the
-        image positions, in packed order;
+        text (Lt, Dz) and image (Li, Cz): latents of the text and of the image positions, in packed order;
         t (U,) distinct flow times in [0, 1], t_index (L,) the time of each position.
         With a cache, the keys are the cache's and then these positions; the plan is that of the two layouts.
         commit=True appends these positions to the cache and stops there, returning three None: nobody asks

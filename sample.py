@@ -25,7 +25,6 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,10 +40,10 @@ import masks
 from cuda_attention import Plan, make_plan
 from image_vae import ImageVAE
 from masks import IT2T, T2I, T2T, Layout, Sample, pack
-from mmdit import Cache, MMDiT, MMDiTConfig, beside
+from mmdit import Cache, MMDiT, MMDiTConfig
 from text_vae import TextVAE
 
-FORMAT = "unified-cola-2"                  # what a checkpoint of ours says of itself
+FORMAT = "unified-cola-1"                  # what a checkpoint of ours says of itself
 
 
 @dataclass
@@ -120,8 +119,7 @@ class Context:
 
     def velocity(self, text: Tensor, image: Tensor, t: list[float], t_index: Tensor, layout: Layout,
                  plan: Plan) -> tuple[Tensor, Tensor | None]:
-        """The velocity of text (Lt, 2 Dz), as mmdit.beside has it, and image (Li, Cz) at times t[t_index]; plan is
-        self.plan(layout)."""
+        """The velocity of text (Lt, Dz) and image (Li, Cz) at times t[t_index]; plan is self.plan(layout)."""
         n_text = n_image = 0
         if self.past is not None and not self.cached:
             n_text, n_image = len(self.past[0]), len(self.past[1])
@@ -157,24 +155,19 @@ IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))    # at lower times it bleed
 TEXT = Settings(shift=3.0, temperature=0.3)            # 1 has outliers, 0 but one story; guidance oversharpens
 
 
-def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: Tensor | None = None,
-              before: Tensor | None = None) -> Tensor:
+def transport(context: Context, layout: Layout, z: Tensor, s: Settings,
+              known: Tensor | None = None) -> Tensor:
     """Integrate noise z of one modality, laid out as given, to clean latents, with guidance.
 
-    z (L, channels); known (L,) bool: positions that are clean already and stay; before (L, Dz): for text, the
-    latent before each position's block."""
+    z (L, channels); known (L,) bool: positions that are clean already and stay."""
     model, alone = context.model, Context(context.model)
     is_image = bool((layout.segment == masks.I).any())
     t_index = torch.ones_like(layout.segment) if known is None else (~known).long()
-    no_text = z.new_zeros(0, 2 * model.text_vae.latent_dim)
-    no_image = z.new_zeros(0, model.image_vae.channels)
+    empty = z.new_zeros(0, model.text_vae.latent_dim if is_image else model.image_vae.channels)
     plan, plan_alone = context.plan(layout), alone.plan(layout)
 
     def velocity(where: Context, z: Tensor, t: float, plan: Plan) -> Tensor:
-        if is_image:
-            text, image = no_text, z
-        else:
-            text, image = torch.cat([z, before * (where is context)], -1), no_image
+        text, image = (empty, z) if is_image else (z, empty)
         return where.velocity(text, image, [0.0, t], t_index, layout, plan)[int(is_image)]
 
     def guided(z: Tensor, t: float) -> Tensor:
@@ -184,11 +177,6 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
 
     times = flow.time_grid(s.steps, 1.0 if s.shift is None else s.shift)
     return flow.solve(guided, z, times, s.solver, known)
-
-
-def packed(texts: Iterable[Tensor]) -> Tensor:
-    """Clean latents of texts, (n, Dz) each, packed as the prior takes them: (L, 2 Dz)."""
-    return torch.cat([beside(z) for z in texts])
 
 
 def noise(seed: int, first: int, count: int) -> list[np.random.Generator]:
@@ -208,7 +196,7 @@ def generate_images(model: Cola, captions: list[str], s: Settings = IMAGE, hw: t
     z_text, lengths = model.encode_text([model.ids(c, end=True) for c in captions])
     clean = pack([Sample(T2I, clean=n) for n in lengths], model.block_len, model.device)
     length, channels = h * w, model.image_vae.channels
-    context.add(packed(z_text.split(lengths)), z_text.new_zeros(0, channels), clean)
+    context.add(z_text, z_text.new_zeros(0, channels), clean)
     layout = pack([Sample(T2I, image=(h, w))] * len(captions), model.block_len, model.device)
     generators = noise(s.seed, first, len(captions))
     z = np.concatenate([g.standard_normal((length, channels), np.float32) for g in generators])
@@ -234,7 +222,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         z_image = model.encode_images(images)
         h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
         layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in starts], bl, device)
-        context.add(packed(z_prompt.split(starts)), z_image, layout)
+        context.add(z_prompt, z_image, layout)
     ids = [model.tokenizer.encode(x) for x in prefixes]
     # A patch that the prefix fills only in part is generated whole; what it makes of known tokens is dropped.
     z_known, known = model.encode_text([i[:len(i) // p * p] for i in ids])
@@ -243,7 +231,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
     empty = z_known.new_zeros(0, model.image_vae.channels)
     if any(block):
         layout = pack([Sample(task, clean=b * bl, start=n) for b, n in zip(block, starts)], bl, device)
-        context.add(packed(x[:b * bl] for x, b in zip(z, block)), empty, layout)
+        context.add(torch.cat([x[:b * bl] for x, b in zip(z, block)]), empty, layout)
     generators, texts = noise(s.seed, first, B), ids
     while True:
         fresh = np.stack([g.standard_normal((bl, dz), np.float32) for g in generators])
@@ -254,9 +242,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
             z_block[i, :len(rest)], is_known[i, :len(rest)] = rest, True
         spots = [(b * bl, n) for b, n in zip(block, starts)]
         noisy = pack([Sample(task, noisy=bl, start=n, first=f) for f, n in spots], bl, device)
-        before = torch.stack([x[b * bl - 1] if b else z_known.new_zeros(dz) for x, b in zip(z, block)])
-        z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten(),
-                       before.repeat_interleave(bl, 0))
+        z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten())
         z = [torch.cat([x[:b * bl], y]) for x, b, y in zip(z, block, z0.view(B, bl, dz))]
         lengths = [len(x) for x in z]
         tokens = model.text_vae.decode(torch.cat(z), lengths).argmax(-1).split([n * p for n in lengths])
@@ -268,7 +254,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
             z = [torch.cat([given, x[len(given):]]) for given, x in
                  zip(z_known.split(known), model.encode_text(texts)[0].split(lengths))]
         clean = pack([Sample(task, clean=bl, start=n, first=f) for f, n in spots], bl, device)
-        context.add(torch.cat([beside(x)[b * bl:] for x, b in zip(z, block)]), empty, clean)
+        context.add(torch.cat([x[b * bl:] for x, b in zip(z, block)]), empty, clean)
         block = [b + 1 for b in block]
 
 
@@ -298,14 +284,12 @@ def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, know
     log_px = -F.cross_entropy(vae.decode(z, lengths), tokens, reduction="none")      # (K n patch,)
 
     context, image = Context(model), z.new_zeros(0, model.image_vae.channels)
-    text = packed(z.split(lengths))                                                  # (K n, 2 Dz)
-    context.add(text, image, pack([Sample(T2T, clean=n)] * K, bl, model.device))
-    before = text[::bl, vae.latent_dim:].repeat_interleave(bl, 0)                    # (K n, Dz)
+    context.add(z, image, pack([Sample(T2T, clean=n)] * K, bl, model.device))
     noisy = pack([Sample(T2T, noisy=n)] * K, bl, model.device)      # its blocks do not see each other
     plan, given = context.plan(noisy), torch.arange(n, device=model.device).repeat(K) < known      # (K n,)
 
     def velocity(z: Tensor, t: float) -> Tensor:
-        flat = torch.cat([z.flatten(0, 1).float(), before], -1)
+        flat = z.flatten(0, 1).float()
         return context.velocity(flat, image, [0.0, t], (~given).long(), noisy, plan)[0].view_as(z)
 
     blocks, signs = (-1, bl, vae.latent_dim), None

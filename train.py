@@ -357,7 +357,6 @@ class Batch:
     targets: Tensor         # (n,) positions with t > 0, the only ones whose velocity matters
     target_plan: Plan
     source: Tensor          # (Lt,) which VAE latent each text position holds
-    before: Tensor          # (Lt,) the clean one before it, at noise the one before its block; -1 for none
     noisy: Tensor           # (Lt,) bool, t > 0: bears L_text
     eps_text: Tensor        # (Lt, Dz)
     z_image: Tensor         # (Li, Cz) clean
@@ -464,7 +463,7 @@ class Batches:
         items = [self.item(task, k) for task, k in work]
         pictures = iter(self.image_latents([index for _, index, _ in items if index >= 0]))
         ids, lengths, samples, vae_noise, normals, shifts, eps_text, eps_image, z_image = ([] for _ in range(9))
-        start, prompt_at, text_at, prefix_at, cut, slot, dropped = np.zeros((7, S), int)  # of each sample
+        start, prompt_at, text_at, prefix_at, cut, slot = np.zeros((6, S), int)              # of each sample
 
         def add(tokens: list[int]) -> int:
             """Queue a text for the VAE; returns where its latents will begin."""
@@ -475,7 +474,7 @@ class Batches:
         for s, ((task, k), (prompt, _, text)) in enumerate(zip(work, items)):
             picture = None if task == T2T else next(pictures)
             draw, begin = self.rng(k, data.DROP), len(ids)
-            dropped[s] = drop = draw.random() < a.cfg_drop
+            drop = draw.random() < a.cfg_drop
             prompt = m.ids(prompt, end=False)
             text = [] if drop and task == T2I else self.text_ids(text)
             n, start[s] = len(text) // p, len(prompt) // p         # a dropped prompt still moves the answer
@@ -518,8 +517,6 @@ class Batches:
             text = np.where(index < cut[who], prefix_at[who], text_at[who])
             return np.where(is_prompt, prompt_at[who], text) + index
 
-        before = np.where(is_noisy, block * bl, index) - 1
-        before = np.where((before < 0) | (dropped[who] > 0), -1, latent(before))
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
         z = torch.from_numpy(np.concatenate(normals)).float()                                # (U - 1,)
@@ -531,8 +528,7 @@ class Batches:
         return Batch(
             torch.tensor(ids, dtype=torch.long), lengths, tensor(posterior), tensor(hidden),
             layout, make_plan(layout), targets, make_plan(layout.select(targets), layout),
-            source=tensor(latent(index)[is_text]), before=tensor(before[is_text]),
-            noisy=tensor(moving[is_text]), eps_text=tensor(eps[is_text]),
+            source=tensor(latent(index)[is_text]), noisy=tensor(moving[is_text]), eps_text=tensor(eps[is_text]),
             z_image=torch.cat(z_image) if z_image else torch.zeros(0, cz),
             loss_image=tensor(moving[is_image]), eps_image=tensor(np.concatenate(eps_image)),
             t=torch.cat([torch.zeros(1), t]),
@@ -617,15 +613,13 @@ class PriorStage(nn.Module):
 
         z = vae.latents(mean, logvar, b.posterior)                                   # (Lv, Dz)
         z0 = z.index_select(0, b.source)                                             # (Lt, Dz)
-        before = z.detach().index_select(0, b.before.clamp(min=0)) * (b.before >= 0)[:, None]
         is_image, t = b.layout.segment == masks.I, b.t[b.t_index]                    # (L,) each
         # Clean latents are detached where they enter; N is not: L_FM reaches the encoder through z_t and v.
         zt = torch.where(b.noisy[:, None], flow.interpolate(z0, b.eps_text, t[~is_image]), z0.detach())
         zt_image = flow.interpolate(b.z_image, b.eps_image, t[is_image])             # (Li, Cz)
         repa = a.w_repa if self.progress < a.repa_until and image_count else 0.0
         v_text, v_image, hidden = self.mmdit(
-            torch.cat([zt, before], -1), zt_image, b.t, b.t_index, b.layout, b.plan,
-            tap=a.repa_layer - 1 if repa else -1, targets=(b.targets, b.target_plan))
+            zt, zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1, targets=(b.targets, b.target_plan))
 
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
         task = b.text_task()[b.noisy]
@@ -666,8 +660,7 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
     hw, head_dim = (args.image_size[0], args.image_size[-1]), args.width // args.heads
     image_vae.check_size(*hw)
     mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads, head_dim,
-                              args.layers, emb_dim=args.width, rope_dim=head_dim, streams=args.streams,
-                              beside=True))
+                              args.layers, emb_dim=args.width, rope_dim=head_dim, streams=args.streams))
     return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, args.image_loc)
 
 

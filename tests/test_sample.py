@@ -50,11 +50,10 @@ def latents(monkeypatch):
 
 @pytest.fixture
 def calls(model):
-    """(text, time of each position, layout, commit, what lies beside the text) of every pass through the
-    prior, in order."""
-    found, dz = [], model.text_vae.latent_dim
+    """(text, time of each position, layout, commit) of every pass through the prior, in order."""
+    found = []
     hook = model.mmdit.register_forward_pre_hook(
-        lambda module, a: found.append((a[0][:, :dz].clone(), a[2][a[3]], a[4], a[7], a[0][:, dz:].clone())))
+        lambda module, a: found.append((a[0].clone(), a[2][a[3]], a[4], a[7])))
     yield found
     hook.remove()
 
@@ -171,7 +170,7 @@ def test_clean_repaint(model, calls):
     sample.generate_text(model, [prefix], s=replace(S, guidance=3.0, steps=3, snap=False), max_tokens=2)
     past, *steps, commit = calls[:8]
     assert past[3] and torch.equal(past[0], z[:2 * BLOCK]) and len(steps) == 6
-    for text, t, layout, is_commit, _ in steps:
+    for text, t, layout, is_commit in steps:
         assert not is_commit and torch.equal(text[:3], z[2 * BLOCK:]) and not t[:3].any() and t[3] > 0
         assert layout.segment.tolist() == [masks.N] * BLOCK and layout.block.tolist() == [2] * BLOCK
     assert commit[3] and torch.equal(commit[0][:3], z[2 * BLOCK:]) and not commit[1].any()
@@ -181,29 +180,24 @@ def test_clean_repaint(model, calls):
 @pytest.mark.parametrize("snap", (False, True))
 @pytest.mark.parametrize("extra", (0, 3), ids=["whole block", "inside a block"])
 def test_finished_blocks_join_the_context(model, calls, latents, snap, extra):
-    """As they were transported, or as the encoder's means of the tokens they decode to; and beside everything
-    lies the clean latent before it, of noise the one before its block, without context zeros."""
+    """As they were transported, or as the encoder's means of the tokens they decode to."""
     prefix = prefix_of(model, BLOCK + extra)
     text = sample.generate_text(model, [prefix], s=replace(S, snap=snap, guidance=3.0), max_tokens=3 * BLOCK)
     head = model.tokenizer.encode(prefix)
     ids, (z, _) = list(head), model.encode_text([head])
     first, *rest = calls
     close(first[0], z[:BLOCK])
-    close(first[4], torch.cat([torch.zeros_like(z[:1]), z[:BLOCK - 1]]))
     z = z[:BLOCK]
     for made in latents:
         steps, rest = rest[:2 * S.steps], rest[2 * S.steps:]
-        for step, (_, _, _, commit, beside) in enumerate(steps):             # with context and without, in turn
-            assert not commit
-            close(beside, z[-1:].expand(BLOCK, -1) * (step % 2 == 0))
+        assert not any(commit for *_, commit in steps)                       # with context and without, in turn
         decoded = model.text_vae.decode(torch.cat([z, made]), [len(z) + BLOCK]).argmax(-1).tolist()
         ids += decoded[len(ids):]
         whole = model.encode_text([ids])[0] if snap else torch.cat([z, made])
         if rest:                                                             # no one looks at the last
-            (there, t, _, commit, beside), *rest = rest
+            (there, t, _, commit), *rest = rest
             assert commit and not t.any()
             close(there, whole[-BLOCK:])
-            close(beside, whole[-BLOCK - 1:-1])
         z = whole
     assert not rest and text[0] == model.tokenizer.decode(ids[len(head):][:3 * BLOCK])
     assert snap == ((whole[-BLOCK:] - made).abs().max() > 0.1)
