@@ -25,6 +25,7 @@ import difflib
 import math
 import re
 import sys
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +45,8 @@ from mmdit import Cache, MMDiT, MMDiTConfig
 from text_vae import TextVAE
 
 FORMAT = "unified-cola-1"                  # what a checkpoint of ours says of itself
+CONTENTS = {"config", "args", "tokenizer", "model", "ema", "progress", "optimizers", "seconds"}    # and has
+MAX_LATENTS = 1 << 14                      # of an image that is drawn: its mask has the square of that
 
 
 @dataclass
@@ -339,8 +342,10 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; "
-                                "train one with `python train.py`, or name it by --checkpoint")
+                                "`python train.py` writes one, out/ckpt.pt")
     try:
+        if damaged := zipfile.ZipFile(path).testzip():         # compares checksums, which torch.load does not
+            raise ValueError(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:             # torch.load has no class of its own: zip, pickle, runtime errors
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); it may be truncated, "
@@ -348,6 +353,8 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this program (no format {FORMAT!r}); "
                          "make one with train.py")
+    if missing := CONTENTS - checkpoint.keys():
+        raise ValueError(f"{path}: damaged, without {', '.join(sorted(missing))}; take an earlier copy")
     return checkpoint
 
 
@@ -495,6 +502,8 @@ def check(args: argparse.Namespace) -> None:
         if Path(args.out).suffix.lower() != ".png":
             raise ValueError(f"--out {args.out}: expected a name that ends in .png, "
                              "which carries the caption along")
+        if Path(args.out).is_dir():
+            raise ValueError(f"--out {args.out}: that is a folder; name a file")
         if not Path(args.out).parent.is_dir():
             folder = Path(args.out).parent
             raise FileNotFoundError(f"--out {args.out}: there is no folder {folder}; make it first")
@@ -545,12 +554,16 @@ def main(argv: list[str] | None = None) -> int:
         elif args.task == "t2i" and args.size:
             hw = args.size[0], args.size[-1]
             model.image_vae.check_size(*hw)
+            if (n := hw[0] * hw[1] // model.image_vae.downsample ** 2) > MAX_LATENTS:
+                raise ValueError(f"--size {hw[0]} x {hw[1]}: {n:,} latents; expected at most {MAX_LATENTS:,}")
     except (ValueError, OSError) as error:
         return refuse(error)
     try:
         run(args, model, hw, picture)
     except (OSError, UnicodeError) as error:               # no room, no permission; letters of the terminal
         return refuse(error)
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -26,6 +26,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -183,23 +184,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible values before any work. ValueError, one line."""
-    for name in ("steps", "text_vae_steps", "image_vae_steps", "batch_size", "micro_steps", "text_vae_batch",
-                 "image_vae_batch", "block_len", "vae_block_len", "seq_len", "pool", "save_every", "sample_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
-    for name in ("any_order", "questions", "aux_caption", "cfg_drop", "warmup", "cooldown"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected a share between 0 and 1")
-    if not 0 < args.w_answer < math.inf:
-        raise ValueError(f"--w_answer {args.w_answer}: expected a number above 0")
-    if not 1 <= len(args.image_size) <= 2 or min(args.image_size) < 1:
-        raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, "
-                         f"or height and width")
+    for low, high, expected, names in (
+            (1, math.inf, "at least 1",
+             "steps text_vae_steps image_vae_steps batch_size micro_steps text_vae_batch image_vae_batch seq_len "
+             "block_len vae_block_len pool save_every sample_steps width layers heads text_vae_width text_vae_layers "
+             "text_vae_heads text_latent_dim text_patch vocab_size image_latent_dim downsample image_vae_width "
+             "image_vae_levels image_vae_blocks image_vae_patch repa_layer image_size"),
+            (0, 1, "a share between 0 and 1",
+             "any_order questions aux_caption cfg_drop warmup cooldown repa_until ema"),
+            (math.ulp(0), math.inf, "a number above 0",
+             "w_answer scale time_scale clip lr muon_lr text_vae_lr image_vae_lr"),
+            (0, math.inf, "a number of at least 0",
+             "weight_decay beta lambda_mask lambda_vae lambda_fm lambda_ref w_text w_repa vae_lr_ratio "
+             "text_temperature eval_samples procs"),
+            (-math.inf, math.inf, "a number", "guidance text_guidance image_loc text_loc")):
+        for name in names.split():
+            value = getattr(args, name)
+            for x in value if isinstance(value, list) else [value]:
+                if x is not None and not (low <= x <= high and abs(x) < math.inf):
+                    raise ValueError(f"--{name} {x}: expected {expected}")
+    if len(args.image_size) > 2:
+        raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, or height and width")
+    if args.image_size[0] * args.image_size[-1] > data.MAX_PIXELS:
+        raise ValueError(f"--image_size {args.image_size}: more than {data.MAX_PIXELS:,} pixels")
     if not 0 <= args.seed < data.SEEDS:
         raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^56")
-    if args.scale <= 0 or args.eval_samples < 0 or not 0 <= args.text_temperature < math.inf:
-        raise ValueError(f"--scale {args.scale} must be above 0, --eval_samples {args.eval_samples} and "
-                         f"--text_temperature {args.text_temperature} at least 0")
+    if args.w_repa and args.repa_layer >= args.layers:
+        raise ValueError(f"--repa_layer {args.repa_layer}: expected a layer before the last of --layers {args.layers}")
+    if args.aspect and not args.data:
+        raise ValueError("--aspect is for --data; generated scenes are all of one shape")
+    if not args.out_dir or Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
+        raise ValueError(f"--out_dir {args.out_dir!r}: expected a folder, which may be new")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.seq_len < args.block_len * args.text_patch:
@@ -210,9 +225,11 @@ def check(args: argparse.Namespace) -> None:
                          "a block's context would have been encoded with the block in view")
     if args.vae_logsnr != "learned":
         try:
-            float(args.vae_logsnr)
+            finite = abs(float(args.vae_logsnr)) < math.inf
         except ValueError:
-            raise ValueError(f"--vae_logsnr {args.vae_logsnr}: expected 'learned' or a number") from None
+            finite = False
+        if not finite:
+            raise ValueError(f"--vae_logsnr {args.vae_logsnr}: expected 'learned' or a number")
     task_ratios(args.tasks)
 
 
@@ -224,15 +241,23 @@ def plain(args: argparse.Namespace) -> dict:
 def task_ratios(text: str) -> dict[str, float]:
     """"t2t:1,t2i:2" -> shares that sum to 1."""
     try:
-        ratios = {name: float(value) for name, value in (item.split(":") for item in text.split(","))}
+        items = [item.split(":") for item in text.replace(" ", "").split(",")]
+        ratios = {name: float(value) for name, value in items}
     except ValueError:
         raise ValueError(f"--tasks {text!r}: expected names and ratios such as t2t:1,t2i:1,it2t:1") from None
     unknown = set(ratios) - set(TASKS)
+    if len(ratios) < len(items):
+        raise ValueError(f"--tasks {text!r}: a task is named twice")
     if unknown:
         raise ValueError(f"--tasks names {', '.join(sorted(unknown))}; the tasks are {', '.join(TASKS)}")
     if min(ratios.values()) < 0 or not 0 < sum(ratios.values()) < math.inf:
         raise ValueError(f"--tasks {text!r}: ratios must be at least 0 and not all 0")
     return {name: value / sum(ratios.values()) for name, value in ratios.items()}
+
+
+def tasks_of(args: argparse.Namespace) -> set[str]:
+    """The tasks with a share of the steps."""
+    return {name for name, share in task_ratios(args.tasks).items() if share}
 
 
 def pick_task(args: argparse.Namespace, u: float) -> int:
@@ -989,7 +1014,7 @@ def sample_grid(model: Cola, run: Run, path: Path) -> None:
     """Images drawn for captions, captions or answers given to images; texts are continued on the terminal."""
     image, text = settings(run.args)
     dataset, cells, numbers = run.dataset, [], range(10 ** 9, 10 ** 9 + 6)   # far from any sample of training
-    tasks = {name for name, ratio in task_ratios(run.args.tasks).items() if ratio}
+    tasks = tasks_of(run.args)
     if "t2i" in tasks:
         captions = [dataset.t2i(k)[0] for k in numbers]
         cells += zip(sample.generate_images(model, captions, image), captions)
@@ -1081,6 +1106,9 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
     if path.exists() and not goes_on:
         raise ValueError(f"{path} exists; continue it with --resume auto, or choose another --out_dir")
     if not goes_on and not args.init_from:
+        if args.stage == "mmdit":
+            raise ValueError(f"--stage mmdit: {path} is not there, and the prior needs trained VAEs; train "
+                             "all stages, or name a checkpoint by --init_from")
         return None, args
     source = path if goes_on else Path(args.init_from)
     checkpoint = sample.read_checkpoint(source)
@@ -1091,6 +1119,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
                              f"or train from nothing")
         if name not in kept and hasattr(args, name):
             setattr(args, name, value)
+    check(args)                                        # what was given, together with what was not
     if not goes_on:                                    # its weights alone
         checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": [], "seconds": 0.0}
     return checkpoint, args
@@ -1103,10 +1132,11 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         {"pool": args.pool, "any_order": args.any_order, "questions": args.questions}
     dataset = data.open_data(args.seed, args.data, args.text, hw, args.seq_len, args.aspect, args.downsample,
                              args.strict_data, **generated)
-    missing = [name for name, share in task_ratios(args.tasks).items() if share and name not in dataset.tasks]
+    missing = sorted(tasks_of(args) - dataset.tasks)
     if missing and not args.eval_only:
         raise ValueError(f"--tasks asks for {', '.join(missing)}, but this data serves "
-                         f"{', '.join(sorted(dataset.tasks))} only")
+                         f"{', '.join(sorted(dataset.tasks))} only; say --tasks "
+                         f"{','.join(f'{name}:1' for name in sorted(dataset.tasks))}")
     if checkpoint is None:
         model = new_model(args, dataset)
     else:
@@ -1126,13 +1156,19 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         run.out.mkdir(parents=True, exist_ok=True)
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda number, frame: setattr(run, "stop", number))
+        done = dict(run.progress)
         train_stages(run)
+        if run.progress == done and not worker.rank:
+            print(f"{run.out}/ckpt.pt has all the steps asked for: nothing was trained")
+        for name in (signal.SIGINT, signal.SIGTERM):           # all is saved: leave at once
+            signal.signal(name, signal.default_int_handler)
     finish(run)
 
 
 def finish(run: Run) -> None:
     """Evaluate the averaged weights; write metrics.json, samples.png, loss.png; say what to try next."""
     args, out, worker, metrics = run.args, run.out, run.worker, None
+    tasks, generated = tasks_of(args), not args.data and not args.text
     model = sample.build(run.state())
     for module in parts(model).values():
         module.to(worker.device)
@@ -1141,7 +1177,7 @@ def finish(run: Run) -> None:
             if (out / "log.jsonl").exists():
                 loss_plot(out / "log.jsonl", out / "loss.png")
             sample_grid(model, run, out / "samples.png")
-        if not args.data and not args.text and args.eval_samples and args.stage in ("all", "mmdit"):
+        if generated and args.eval_samples and args.stage in ("all", "mmdit"):
             metrics = evaluate(model, args, worker)
     if worker.rank:
         return
@@ -1149,12 +1185,18 @@ def finish(run: Run) -> None:
         metrics |= {"seconds": round(run.seconds, 1), "config": plain(args)}
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(table(metrics))
-    checkpoint = f"--checkpoint {out}/ckpt.pt"
-    caption = "a large red circle above a small blue square on a gray background"
-    print(f"{run.seconds / 60:.1f} minutes of training; {out}/ckpt.pt, samples.png, loss.png, log.jsonl. "
-          f'Try:\n  python sample.py t2i "{caption}" {checkpoint} --out a.png\n'
-          f'  python sample.py it2t a.png "describe the image." {checkpoint}\n'
-          f'  python sample.py t2t "there is a red circle." {checkpoint}')
+    if not generated:
+        print("No rates and no metrics.json: only generated scenes have a reader to judge what is drawn and said.")
+    wrote = [name for name in ("samples.png", "loss.png", "log.jsonl") if (out / name).exists()]
+    caption, prefix = "a large red circle above a small blue square on a gray background", "there is a red circle."
+    if not generated:
+        caption, prefix = (" ".join(run.dataset.t2t(0).split()[:n]) for n in (12, 6))
+    tries = {"t2i": [caption, "--out", "a.png"], "t2t": [prefix],
+             "it2t": ["a.png" if "t2i" in tasks else "YOUR.png", "describe the image."]}
+    print(f"{run.seconds / 60:.1f} minutes of training; {', '.join([f'{out}/ckpt.pt', *wrote])}. Try:")
+    for task in [name for name in tries if name in tasks]:
+        words = shlex.join([task, *tries[task], "--checkpoint", f"{out}/ckpt.pt"])
+        print(f"  python sample.py {words}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1162,9 +1204,14 @@ def main(argv: list[str] | None = None) -> int:
     argv, worker = sys.argv[1:] if argv is None else argv, Worker()
     try:
         checkpoint, args = prepare(parse(argv))
+        procs = int(os.environ.get("WORLD_SIZE", args.procs))
+        samples = min(args.batch_size, args.text_vae_batch, args.image_vae_batch)
+        if procs > samples:
+            raise ValueError(f"{procs} workers: --batch_size, --text_vae_batch or --image_vae_batch has no more "
+                             f"than {samples} samples to share; raise it, or use fewer workers (--procs)")
         if "RANK" not in os.environ and args.device == "cpu":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            procs = args.procs or min(cores, args.batch_size, args.text_vae_batch, args.image_vae_batch)
+            procs = procs or min(cores, samples)
             if procs > 1:
                 return launch(argv, procs)
         worker = join(args.device)

@@ -399,11 +399,15 @@ def test_bad_checkpoints(here, tiny, capsys):
     for foreign in ({"weight": torch.zeros(3)}, torch.zeros(3), {"format": "unified-cola-0"}):
         torch.save(foreign, bad)
         fails(flags, capsys, "bad.pt", "not a checkpoint of this program")
-    for key in ("config", "tokenizer", "ema"):
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1              # a weight: only its checksum tells
+    bad.write_bytes(flipped)
+    fails(flags, capsys, "bad.pt", "not a readable checkpoint")
+    for key in ("config", "tokenizer", "ema", "progress"):
         checkpoint = sample.read_checkpoint(tiny / "ckpt.pt")
         del checkpoint[key]
         torch.save(checkpoint, bad)
-        fails(flags, capsys, "another architecture", key)
+        fails(flags, capsys, "bad.pt", "damaged", key)
     checkpoint = sample.read_checkpoint(tiny / "ckpt.pt")
     checkpoint["config"]["mmdit"]["layers"] = 3
     torch.save(checkpoint, bad)

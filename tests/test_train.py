@@ -2,8 +2,11 @@
 import copy
 import dataclasses
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -395,6 +398,22 @@ def fails(argv, capsys, *words):
     (["--tasks", "t2t:0,t2i:0,it2t:0"], ["not all 0"]),
     (["--tasks", "t2v:1"], ["t2v", "t2t, t2i, it2t"]),
     (["--tasks", "often"], ["--tasks 'often'"]),
+    (["--tasks", "t2t:1,t2t:2"], ["named twice"]),
+    (["--lr", "nan"], ["--lr nan", "above 0"]),
+    (["--muon_lr", "inf"], ["--muon_lr inf"]),
+    (["--ema", "2"], ["--ema 2.0", "share"]),
+    (["--beta", "-1"], ["--beta -1.0"]),
+    (["--text_loc", "nan"], ["--text_loc nan"]),
+    (["--guidance", "inf"], ["--guidance inf"]),
+    (["--layers", "0"], ["--layers 0", "at least 1"]),
+    (["--heads", "0"], ["--heads 0"]),
+    (["--image_vae_levels", "1", "0"], ["--image_vae_levels 0"]),
+    (["--image_size", "100000"], ["--image_size", "pixels"]),
+    (["--w_repa", "0.5", "--repa_layer", "2"], ["--repa_layer 2", "--layers 2"]),
+    (["--vae_logsnr", "nan"], ["--vae_logsnr nan"]),
+    (["--procs", "5"], ["5 workers", "--batch_size"]),
+    (["--stage", "mmdit"], ["--stage mmdit", "--init_from"]),
+    (["--aspect"], ["--aspect", "--data"]),
     (["--steps", "0"], ["--steps 0", "at least 1"]),
     (["--batch_size", "-3"], ["--batch_size -3"]),
     (["--scale", "0"], ["--scale"]),
@@ -425,6 +444,29 @@ def test_an_existing_run_is_not_overwritten(tiny, capsys):
     before = {p.name: p.read_bytes() for p in tiny.iterdir()}
     fails([*TINY, "--out_dir", str(tiny)], capsys, "--resume auto")
     assert {p.name: p.read_bytes() for p in tiny.iterdir()} == before
+    for folder in ("", str(tiny / "log.jsonl")):
+        fails([*TINY, "--out_dir", folder], capsys, "--out_dir", "expected a folder")
+
+
+def test_a_finished_run_says_so_and_trains_no_more(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    assert train.main(["--out_dir", str(out), "--resume", "auto", "--eval_samples", "0", "--procs", "1"]) == 0
+    assert "nothing was trained" in capsys.readouterr().out
+    assert (out / "log.jsonl").read_bytes() == (tiny / "log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_while_evaluating_stops_at_once(tiny, tmp_path, capsys, monkeypatch, number):
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    monkeypatch.setattr(train, "evaluate", lambda *_: (signal.raise_signal(number), time.sleep(9)))
+    try:
+        assert train.main(["--out_dir", str(out), "--resume", "auto", "--eval_samples", "1", "--procs", "1"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert "--resume auto" in capsys.readouterr().err
 
 
 def test_bad_checkpoints(tiny, tmp_path, capsys):
@@ -486,7 +528,8 @@ def test_a_folder_with_some_bad_images_trains_on(tmp_path, capsys):
     fails([*flags, "--strict_data"], capsys, "2.png")
     assert not out.exists()
     assert train.main(flags) == 0
-    assert "2.png" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "2.png" in said.err and "no metrics.json" in said.out and " it2t a.png " in said.out
     assert (out / "samples.png").exists() and len(log_of(out)) == 10
 
 
