@@ -55,8 +55,8 @@ class Key(np.random.bit_generator.ISeedSequence):
     def __init__(self, *words: int):
         self.words = words
 
-    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
-        return np.array(self.words, dtype)
+    def generate_state(self, n_words: int, dtype: type) -> np.ndarray:
+        return np.array(self.words, dtype)             # Philox asks for two of 64 bits
 
 
 def rng(seed: int, k: int, purpose: int) -> np.random.Generator:

@@ -88,14 +88,10 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-class Ada(nn.Sequential):
-    """An adaLN projection of silu(time embedding). SiLU and map are a sequence in the release, hence its name for
-    the map, 1; all projections share the one SiLU in MMDiT.forward."""
-    def __init__(self, emb_dim: int, out: int):
-        super().__init__(nn.Identity(), nn.Linear(emb_dim, out))
-
-    def forward(self, emb: Tensor) -> Tensor:
-        return self[1](emb)
+def Ada(emb_dim: int, out: int) -> nn.Sequential:
+    """An adaLN projection of silu(time embedding), the SiLU being shared by all of them (MMDiT.forward). Index 1
+    of the sequence is the release's name for the map."""
+    return nn.Sequential(nn.Identity(), nn.Linear(emb_dim, out))
 
 
 class RoPE(nn.Module):
@@ -145,7 +141,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def gate(self, name: str, emb: Tensor, t_index: Tensor) -> Tensor:
-        """emb (U, E) -> the gate of each position. (L, D)"""
+        """emb (U, E), silu(time embedding) here and below -> the gate of each position. (L, D)"""
         return self.ada[name](emb).float().index_select(0, t_index)
 
     def modulate(self, x: Tensor, name: str, emb: Tensor, t_index: Tensor) -> Tensor:

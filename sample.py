@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 import zipfile
@@ -344,14 +345,19 @@ def read_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint; "
                                 "`python train.py` writes one, out/ckpt.pt")
     try:
-        if damaged := zipfile.ZipFile(path).testzip():         # compares checksums, which torch.load does not
-            raise ValueError(damaged)
+        with zipfile.ZipFile(path) as file:    # compares checksums, which torch.load does not; once is enough
+            if os.environ.get("RANK", "0") == "0" and (name := file.testzip()):
+                raise zipfile.BadZipFile(f"{name} was changed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
     except Exception as error:             # torch.load has no class of its own: zip, pickle, runtime errors
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); it may be truncated, "
-                         "take an earlier copy or train anew") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this program (no format {FORMAT!r}); "
+        reason = str(error).partition("\n")[0][:80]
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}); it may be damaged, take an earlier copy "
+                         "or train anew") from None
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of this program (format {found!r}, expected {FORMAT!r}); "
                          "make one with train.py")
     if missing := CONTENTS - checkpoint.keys():
         raise ValueError(f"{path}: damaged, without {', '.join(sorted(missing))}; take an earlier copy")
@@ -545,23 +551,25 @@ def refuse(error: Exception) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:                                   # whatever a user can get wrong
-        args = parse(argv)
-        model, picture = load(args.checkpoint, args.device), None
-        hw = model.image_hw
-        if args.task == "it2t":
-            picture = data.load_image(args.image, hw)
-        elif args.task == "t2i" and args.size:
-            hw = args.size[0], args.size[-1]
-            model.image_vae.check_size(*hw)
-            if (n := hw[0] * hw[1] // model.image_vae.downsample ** 2) > MAX_LATENTS:
-                raise ValueError(f"--size {hw[0]} x {hw[1]}: {n:,} latents; expected at most {MAX_LATENTS:,}")
-    except (ValueError, OSError) as error:
-        return refuse(error)
+    """The exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
-        run(args, model, hw, picture)
-    except (OSError, UnicodeError) as error:               # no room, no permission; letters of the terminal
-        return refuse(error)
+        try:                               # whatever a user can get wrong
+            args = parse(argv)
+            model, picture = load(args.checkpoint, args.device), None
+            hw = model.image_hw
+            if args.task == "it2t":
+                picture = data.load_image(args.image, hw)
+            elif args.task == "t2i" and args.size:
+                hw = args.size[0], args.size[-1]
+                model.image_vae.check_size(*hw)
+                if (n := hw[0] * hw[1] // model.image_vae.downsample ** 2) > MAX_LATENTS:
+                    raise ValueError(f"--size {hw[0]} x {hw[1]}: {n:,} latents; expected at most {MAX_LATENTS:,}")
+        except (ValueError, OSError) as error:
+            return refuse(error)
+        try:
+            run(args, model, hw, picture)
+        except (OSError, UnicodeError) as error:       # no room, no permission; letters of the terminal
+            return refuse(error)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -60,12 +60,13 @@ from sample import Cola
 from text_vae import TextVAE, kl, text_vae_loss
 
 STAGES = ("text_vae", "image_vae", "mmdit")
+STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked; `given` holds the names of those in argv. ValueError, one line."""
+    """The flags, not checked yet (`prepare`); `given` holds the names of those in argv."""
     parser = sample.Parser(prog="train.py", description=__doc__.split("\n\n")[0])
 
     def group(title: str):
@@ -134,7 +135,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("width", 128, "width D; the release has 2048")
     flag("layers", 4, "blocks; the release has 24")
     flag("heads", 8, "attention heads; the release has 16")
-    flag("streams", 2, "1 shares the weights of text and image, 2 gives each their own, joined in attention")
+    flag("streams", 2, "1 shares the weights of text and image, 2 gives each their own, joined in attention",
+         type=int, choices=(1, 2))
     flag("block_len", 1, "text latents generated together; 16 in the release, 1 learns fastest")
     flag("steps", 3200, "steps of stage 2; many small ones learn faster than few large ones")
     flag("batch_size", 10, "samples a micro-step, over all workers")
@@ -178,21 +180,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("sample_steps", 16, "solver steps")
     args = parser.parse_args(argv)
     args.given = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
-    check(args)
     return args
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse impossible values before any work. ValueError, one line."""
+    """Refuse impossible values before any work; None stands for a default. ValueError, one line."""
     for low, high, expected, names in (
             (1, math.inf, "at least 1",
-             "steps text_vae_steps image_vae_steps batch_size micro_steps text_vae_batch image_vae_batch seq_len "
-             "block_len vae_block_len pool save_every sample_steps width layers heads text_vae_width text_vae_layers "
-             "text_vae_heads text_latent_dim text_patch vocab_size image_latent_dim downsample image_vae_width "
-             "image_vae_levels image_vae_blocks image_vae_patch repa_layer image_size"),
+             "steps text_vae_steps image_vae_steps batch_size micro_steps text_vae_batch image_vae_batch "
+             "save_every sample_steps pool seq_len vocab_size block_len vae_block_len width layers heads "
+             "text_vae_width text_vae_layers text_vae_heads text_latent_dim text_patch image_size downsample "
+             "image_latent_dim image_vae_width image_vae_levels image_vae_blocks image_vae_patch repa_layer"),
             (0, 1, "a share between 0 and 1",
              "any_order questions aux_caption cfg_drop warmup cooldown repa_until ema"),
-            (math.ulp(0), math.inf, "a number above 0",
+            (math.ulp(0), math.inf, "a number above 0",        # from the smallest such number
              "w_answer scale time_scale clip lr muon_lr text_vae_lr image_vae_lr"),
             (0, math.inf, "a number of at least 0",
              "weight_decay beta lambda_mask lambda_vae lambda_fm lambda_ref w_text w_repa vae_lr_ratio "
@@ -209,8 +210,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--image_size {args.image_size}: more than {data.MAX_PIXELS:,} pixels")
     if not 0 <= args.seed < data.SEEDS:
         raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^56")
+    if args.width % (2 * args.heads):
+        raise ValueError(f"--width {args.width} does not split into --heads {args.heads} of even width")
     if args.w_repa and args.repa_layer >= args.layers:
-        raise ValueError(f"--repa_layer {args.repa_layer}: expected a layer before the last of --layers {args.layers}")
+        raise ValueError(f"--repa_layer {args.repa_layer}: expected one before the last "
+                         f"of --layers {args.layers}")
     if args.aspect and not args.data:
         raise ValueError("--aspect is for --data; generated scenes are all of one shape")
     if not args.out_dir or Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
@@ -297,6 +301,11 @@ class Worker:
     def share(self, start: int, count: int) -> range:
         """This worker's part of `count` sample numbers from `start`."""
         return range(start + count * self.rank // self.world, start + count * (self.rank + 1) // self.world)
+
+
+def on_signals(handler: Callable) -> None:
+    for number in STOP:
+        signal.signal(number, handler)
 
 
 def join(device: str) -> Worker:
@@ -553,7 +562,8 @@ class Batches:
         return Batch(
             torch.tensor(ids, dtype=torch.long), lengths, tensor(posterior), tensor(hidden),
             layout, make_plan(layout), targets, make_plan(layout.select(targets), layout),
-            source=tensor(latent(index)[is_text]), noisy=tensor(moving[is_text]), eps_text=tensor(eps[is_text]),
+            source=tensor(latent(index)[is_text]), noisy=tensor(moving[is_text]),
+            eps_text=tensor(eps[is_text]),
             z_image=torch.cat(z_image) if z_image else torch.zeros(0, cz),
             loss_image=tensor(moving[is_image]), eps_image=tensor(np.concatenate(eps_image)),
             t=torch.cat([torch.zeros(1), t]),
@@ -644,7 +654,8 @@ class PriorStage(nn.Module):
         zt_image = flow.interpolate(b.z_image, b.eps_image, t[is_image])             # (Li, Cz)
         repa = a.w_repa if self.progress < a.repa_until and image_count else 0.0
         v_text, v_image, hidden = self.mmdit(
-            zt, zt_image, b.t, b.t_index, b.layout, b.plan, tap=a.repa_layer - 1 if repa else -1, targets=(b.targets, b.target_plan))
+            zt, zt_image, b.t, b.t_index, b.layout, b.plan,
+            tap=a.repa_layer - 1 if repa else -1, targets=(b.targets, b.target_plan))
 
         v = flow.velocity(z0, b.eps_text)[b.noisy]                                   # (targets of text, Dz)
         task = b.text_task()[b.noisy]
@@ -671,8 +682,6 @@ class PriorStage(nn.Module):
 
 def new_model(args: argparse.Namespace, dataset) -> Cola:
     """A system with fresh weights: the same on every worker, as all start from one seed."""
-    if args.width % (2 * args.heads):
-        raise ValueError(f"--width {args.width} does not split into --heads {args.heads} of even width")
     tokenizer = data.Tokenizer.named(args.tokenizer) if args.tokenizer else \
         data.Tokenizer.train(dataset.corpus(4000), args.vocab_size)
     torch.manual_seed(args.seed)
@@ -819,6 +828,7 @@ class Run:
                 self.save()
                 last = time.perf_counter()
             if signal_seen:
+                worker.sum([0.0])                      # nobody leaves while the first still writes
                 raise KeyboardInterrupt
         bar.close()
 
@@ -1091,7 +1101,7 @@ def loss_plot(log: Path, path: Path) -> None:
 RUN_FLAGS = {"out_dir", "resume", "init_from", "eval_only", "device", "procs", "save_every", "strict_data",
              "eval_samples", "guidance", "text_guidance", "text_temperature",
              "sample_steps"}                           # never a checkpoint's
-GOAL_FLAGS = {"stage", "scale", "data", "text"}        # a checkpoint's only where its own run goes on
+GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's only where its own run goes on
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
                 "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",
                 "image_vae_width", "image_vae_levels", "image_vae_blocks", "image_vae_patch",
@@ -1106,9 +1116,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
     if path.exists() and not goes_on:
         raise ValueError(f"{path} exists; continue it with --resume auto, or choose another --out_dir")
     if not goes_on and not args.init_from:
-        if args.stage == "mmdit":
-            raise ValueError(f"--stage mmdit: {path} is not there, and the prior needs trained VAEs; train "
-                             "all stages, or name a checkpoint by --init_from")
+        check(args)
         return None, args
     source = path if goes_on else Path(args.init_from)
     checkpoint = sample.read_checkpoint(source)
@@ -1133,7 +1141,7 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
     dataset = data.open_data(args.seed, args.data, args.text, hw, args.seq_len, args.aspect, args.downsample,
                              args.strict_data, **generated)
     missing = sorted(tasks_of(args) - dataset.tasks)
-    if missing and not args.eval_only:
+    if missing:
         raise ValueError(f"--tasks asks for {', '.join(missing)}, but this data serves "
                          f"{', '.join(sorted(dataset.tasks))} only; say --tasks "
                          f"{','.join(f'{name}:1' for name in sorted(dataset.tasks))}")
@@ -1152,16 +1160,24 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
     run = Run(args, worker, model, dataset)
     if checkpoint is not None:
         run.restore(checkpoint)
+    needed = ["text_vae", "image_vae"] if dataset.num_images else ["text_vae"]
+    if args.stage == "image_vae" and not dataset.num_images:
+        raise ValueError("--stage image_vae: this data has no images")
+    if args.stage == "mmdit" and not args.init_from and not run.progress["mmdit"]:
+        for stage in needed:
+            if not run.progress[stage]:
+                raise ValueError(f"--stage mmdit: the {stage} is not trained; first --stage {stage}, from the "
+                                 "second stage on with --resume auto, or name a checkpoint by --init_from")
     if not args.eval_only:
         run.out.mkdir(parents=True, exist_ok=True)
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda number, frame: setattr(run, "stop", number))
-        done = dict(run.progress)
+        on_signals(lambda number, frame: setattr(run, "stop", number))
+        before = dict(run.progress)
         train_stages(run)
-        if run.progress == done and not worker.rank:
+        if worker.sum([float(run.stop)])[0]:           # a signal since the last step; and the last save is over
+            raise KeyboardInterrupt
+        if run.progress == before and not worker.rank:
             print(f"{run.out}/ckpt.pt has all the steps asked for: nothing was trained")
-        for name in (signal.SIGINT, signal.SIGTERM):           # all is saved: leave at once
-            signal.signal(name, signal.default_int_handler)
+    on_signals(signal.default_int_handler)             # nothing is left to save: leave at once
     finish(run)
 
 
@@ -1176,7 +1192,8 @@ def finish(run: Run) -> None:
         if worker.rank == 0:
             if (out / "log.jsonl").exists():
                 loss_plot(out / "log.jsonl", out / "loss.png")
-            sample_grid(model, run, out / "samples.png")
+            if run.progress["mmdit"]:
+                sample_grid(model, run, out / "samples.png")
         if generated and args.eval_samples and args.stage in ("all", "mmdit"):
             metrics = evaluate(model, args, worker)
     if worker.rank:
@@ -1186,34 +1203,38 @@ def finish(run: Run) -> None:
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(table(metrics))
     if not generated:
-        print("No rates and no metrics.json: only generated scenes have a reader to judge what is drawn and said.")
+        print("No rates and no metrics.json: only generated scenes have a reader to judge what is made.")
     wrote = [name for name in ("samples.png", "loss.png", "log.jsonl") if (out / name).exists()]
-    caption, prefix = "a large red circle above a small blue square on a gray background", "there is a red circle."
+    caption = "a large red circle above a small blue square on a gray background"
+    prefix = "there is a red circle."
     if not generated:
-        caption, prefix = (" ".join(run.dataset.t2t(0).split()[:n]) for n in (12, 6))
+        caption = run.dataset.t2i(0)[0] if "t2i" in tasks else ""
+        prefix = " ".join(run.dataset.t2t(0).split()[:6])
     tries = {"t2i": [caption, "--out", "a.png"], "t2t": [prefix],
              "it2t": ["a.png" if "t2i" in tasks else "YOUR.png", "describe the image."]}
-    print(f"{run.seconds / 60:.1f} minutes of training; {', '.join([f'{out}/ckpt.pt', *wrote])}. Try:")
-    for task in [name for name in tries if name in tasks]:
+    print(f"{run.seconds / 60:.1f} minutes of training; {', '.join([f'{out}/ckpt.pt', *wrote])}.")
+    for task in [name for name in tries if name in tasks and run.progress["mmdit"]]:
         words = shlex.join([task, *tries[task], "--checkpoint", f"{out}/ckpt.pt"])
-        print(f"  python sample.py {words}")
+        print(f"try: python sample.py {words}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 2 for a user's mistake, 130 for a run that was stopped."""
-    argv, worker = sys.argv[1:] if argv is None else argv, Worker()
+    argv, worker = sys.argv[1:] if argv is None else argv, Worker(int(os.environ.get("RANK", 0)))
+    handlers = {number: signal.getsignal(number) for number in STOP}
     try:
         checkpoint, args = prepare(parse(argv))
-        procs = int(os.environ.get("WORLD_SIZE", args.procs))
-        samples = min(args.batch_size, args.text_vae_batch, args.image_vae_batch)
-        if procs > samples:
-            raise ValueError(f"{procs} workers: --batch_size, --text_vae_batch or --image_vae_batch has no more "
-                             f"than {samples} samples to share; raise it, or use fewer workers (--procs)")
-        if "RANK" not in os.environ and args.device == "cpu":
+        batch = {"text_vae": args.text_vae_batch, "image_vae": args.image_vae_batch, "mmdit": args.batch_size}
+        samples = min(n for stage, n in batch.items() if args.stage in (stage, "all"))
+        alone, procs = "RANK" not in os.environ, int(os.environ.get("WORLD_SIZE", 1))
+        if alone and args.device == "cpu":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            procs = procs or min(cores, samples)
-            if procs > 1:
-                return launch(argv, procs)
+            procs = args.procs or min(cores, samples)
+        if procs > samples and not args.eval_only:
+            raise ValueError(f"{procs} workers: --batch_size, --text_vae_batch or --image_vae_batch has only "
+                             f"{samples} samples to share; raise it, or use fewer workers (--procs)")
+        if alone and args.device == "cpu" and procs > 1:
+            return launch(argv, procs)
         worker = join(args.device)
         if args.device == "cpu":
             torch.set_num_threads(1)
@@ -1227,9 +1248,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if worker.rank == 0:
-            print("train.py: stopped; continue with --resume auto", file=sys.stderr)
+            print("train.py: stopped" + "; continue with --resume auto" * worker.training, file=sys.stderr)
         return 130
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0

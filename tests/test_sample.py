@@ -2,6 +2,7 @@
 import math
 import pickle
 import re
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -399,10 +400,12 @@ def test_bad_checkpoints(here, tiny, capsys):
     for foreign in ({"weight": torch.zeros(3)}, torch.zeros(3), {"format": "unified-cola-0"}):
         torch.save(foreign, bad)
         fails(flags, capsys, "bad.pt", "not a checkpoint of this program")
+    with zipfile.ZipFile(tiny / "ckpt.pt") as file:
+        largest = max(file.infolist(), key=lambda entry: entry.file_size)
     flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1              # a weight: only its checksum tells
+    flipped[largest.header_offset + largest.file_size] ^= 1              # of a weight: only its checksum tells
     bad.write_bytes(flipped)
-    fails(flags, capsys, "bad.pt", "not a readable checkpoint")
+    fails(flags, capsys, "bad.pt", "not a readable checkpoint", largest.filename)
     for key in ("config", "tokenizer", "ema", "progress"):
         checkpoint = sample.read_checkpoint(tiny / "ckpt.pt")
         del checkpoint[key]

@@ -31,7 +31,8 @@ def ids_of(model, text=TEXT):
     return model.ids(text, end=True)
 
 
-@pytest.mark.parametrize("block_len, known, patch, scale", ((1, 0, 1, 1.0), (4, 0, 1, 1.0), (4, 6, 1, 1.0), (2, 3, 2, 3.0)))
+@pytest.mark.parametrize("block_len, known, patch, scale",
+                         ((1, 0, 1, 1.0), (4, 0, 1, 1.0), (4, 6, 1, 1.0), (2, 3, 2, 3.0)))
 def test_terms_where_the_prior_is_standard_normal(block_len, known, patch, scale):
     """By hand: the decoder's log softmax, N(z; 0, I) and N(z; mean, var) of every latent that is not given."""
     model, K = system(block_len, 0.0, "--text_patch", str(patch)), 3

@@ -412,7 +412,7 @@ def fails(argv, capsys, *words):
     (["--w_repa", "0.5", "--repa_layer", "2"], ["--repa_layer 2", "--layers 2"]),
     (["--vae_logsnr", "nan"], ["--vae_logsnr nan"]),
     (["--procs", "5"], ["5 workers", "--batch_size"]),
-    (["--stage", "mmdit"], ["--stage mmdit", "--init_from"]),
+    (["--stage", "mmdit"], ["--stage mmdit", "text_vae", "--init_from"]),
     (["--aspect"], ["--aspect", "--data"]),
     (["--steps", "0"], ["--steps 0", "at least 1"]),
     (["--batch_size", "-3"], ["--batch_size -3"]),
@@ -461,11 +461,9 @@ def test_a_signal_while_evaluating_stops_at_once(tiny, tmp_path, capsys, monkeyp
     out = tmp_path / "out"
     shutil.copytree(tiny, out)
     monkeypatch.setattr(train, "evaluate", lambda *_: (signal.raise_signal(number), time.sleep(9)))
-    try:
-        assert train.main(["--out_dir", str(out), "--resume", "auto", "--eval_samples", "1", "--procs", "1"]) == 130
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = signal.getsignal(number)
+    argv = ["--out_dir", str(out), "--resume", "auto", "--eval_samples", "1", "--procs", "1"]
+    assert train.main(argv) == 130 and signal.getsignal(number) == before
     assert "--resume auto" in capsys.readouterr().err
 
 
@@ -530,6 +528,7 @@ def test_a_folder_with_some_bad_images_trains_on(tmp_path, capsys):
     assert train.main(flags) == 0
     said = capsys.readouterr()
     assert "2.png" in said.err and "no metrics.json" in said.out and " it2t a.png " in said.out
+    assert any(f"t2i 'a {animal}' --out a.png" in said.out for animal in ("cat", "dog", "hen"))
     assert (out / "samples.png").exists() and len(log_of(out)) == 10
 
 
