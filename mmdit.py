@@ -89,8 +89,8 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def Ada(emb_dim: int, out: int) -> nn.Sequential:
-    """An adaLN projection of silu(time embedding), the SiLU being shared by all of them (MMDiT.forward). Index 1
-    of the sequence is the release's name for the map."""
+    """An adaLN projection of silu(time embedding); all share the one SiLU in MMDiT.forward. Index 1 of the
+    sequence is the release's name for the map."""
     return nn.Sequential(nn.Identity(), nn.Linear(emb_dim, out))
 
 

@@ -353,8 +353,8 @@ def read_checkpoint(path: str | Path) -> dict:
         raise
     except Exception as error:             # torch.load has no class of its own: zip, pickle, runtime errors
         reason = str(error).partition("\n")[0][:80]
-        raise ValueError(f"{path}: not a readable checkpoint ({reason}); it may be damaged, take an earlier copy "
-                         "or train anew") from None
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}); it may be damaged, take an earlier "
+                         "copy or train anew") from None
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this program (format {found!r}, expected {FORMAT!r}); "
@@ -563,7 +563,8 @@ def main(argv: list[str] | None = None) -> int:
                 hw = args.size[0], args.size[-1]
                 model.image_vae.check_size(*hw)
                 if (n := hw[0] * hw[1] // model.image_vae.downsample ** 2) > MAX_LATENTS:
-                    raise ValueError(f"--size {hw[0]} x {hw[1]}: {n:,} latents; expected at most {MAX_LATENTS:,}")
+                    raise ValueError(f"--size {hw[0]} x {hw[1]}: {n:,} latents; expected at most "
+                                     f"{MAX_LATENTS:,}")
         except (ValueError, OSError) as error:
             return refuse(error)
         try:

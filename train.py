@@ -313,7 +313,10 @@ def join(device: str) -> Worker:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Worker(device=torch.device(device))
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if (place := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
+            raise ValueError(f"worker {place} of this machine has no GPU of its own among "
+                             f"{torch.cuda.device_count()}; lower --nproc_per_node")
+        device = f"cuda:{place}"
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     return Worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device(device))

@@ -1,4 +1,5 @@
 """pytest tests/test_train.py"""
+import argparse
 import copy
 import dataclasses
 import json
@@ -430,6 +431,15 @@ def test_bad_flags(flags, words, tmp_path, capsys):
     out = tmp_path / "out"
     fails([*TINY, *flags, "--out_dir", str(out)], capsys, *words)
     assert not out.exists()
+
+
+def test_every_number_is_checked():
+    args = train.parse([])
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name != "streams":            # which argparse checks
+            with pytest.raises(ValueError, match=f"--{name} nan"):
+                train.check(argparse.Namespace(**vars(args) | {name: float("nan")}))
+    train.check(args)
 
 
 def test_unknown_flag_names_the_nearest(capsys):
