@@ -1213,8 +1213,8 @@ def finish(run: Run) -> None:
     if not generated:
         caption = run.dataset.t2i(0)[0] if "t2i" in tasks else ""
         prefix = " ".join(run.dataset.t2t(0).split()[:6])
-    tries = {"t2i": [caption, "--out", "a.png"], "t2t": [prefix],
-             "it2t": ["a.png" if "t2i" in tasks else "YOUR.png", "describe the image."]}
+    tries = {"t2i": [caption, "--out", "a.png"],
+             "it2t": ["a.png" if "t2i" in tasks else "YOUR.png", "describe the image."], "t2t": [prefix]}
     print(f"{run.seconds / 60:.1f} minutes of training; {', '.join([f'{out}/ckpt.pt', *wrote])}.")
     for task in [name for name in tries if name in tasks and run.progress["mmdit"]]:
         words = shlex.join([task, *tries[task], "--checkpoint", f"{out}/ckpt.pt"])
