@@ -345,7 +345,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint; "
                                 "`python train.py` writes one, out/ckpt.pt")
     try:
-        with zipfile.ZipFile(path) as file:    # compares checksums, which torch.load does not; once is enough
+        with zipfile.ZipFile(path) as file:    # torch.load compares no checksums; one worker doing so is enough
             if os.environ.get("RANK", "0") == "0" and (name := file.testzip()):
                 raise zipfile.BadZipFile(f"{name} was changed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -548,12 +548,7 @@ class Batches:
         index = layout.col.numpy() - np.where(is_prompt, 0, start[who])                      # in its text
         given = index < cut[who]
         moving = is_noisy & ~(given & (block == cut[who] // bl)) | is_image & (task == T2I)  # t > 0
-
-        def latent(index: np.ndarray) -> np.ndarray:
-            """Where in the VAE's batch the latents at these places of their texts lie."""
-            text = np.where(index < cut[who], prefix_at[who], text_at[who])
-            return np.where(is_prompt, prompt_at[who], text) + index
-
+        source = np.where(is_prompt, prompt_at[who], np.where(given, prefix_at[who], text_at[who])) + index
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
         z = torch.from_numpy(np.concatenate(normals)).float()                                # (U - 1,)
@@ -565,7 +560,7 @@ class Batches:
         return Batch(
             torch.tensor(ids, dtype=torch.long), lengths, tensor(posterior), tensor(hidden),
             layout, make_plan(layout), targets, make_plan(layout.select(targets), layout),
-            source=tensor(latent(index)[is_text]), noisy=tensor(moving[is_text]),
+            source=tensor(source[is_text]), noisy=tensor(moving[is_text]),
             eps_text=tensor(eps[is_text]),
             z_image=torch.cat(z_image) if z_image else torch.zeros(0, cz),
             loss_image=tensor(moving[is_image]), eps_image=tensor(np.concatenate(eps_image)),
@@ -649,8 +644,7 @@ class PriorStage(nn.Module):
             terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / token_count
             loss = loss + a.lambda_ref * terms["ref"]
 
-        z = vae.latents(mean, logvar, b.posterior)                                   # (Lv, Dz)
-        z0 = z.index_select(0, b.source)                                             # (Lt, Dz)
+        z0 = vae.latents(mean, logvar, b.posterior).index_select(0, b.source)        # (Lt, Dz)
         is_image, t = b.layout.segment == masks.I, b.t[b.t_index]                    # (L,) each
         # Clean latents are detached where they enter; N is not: L_FM reaches the encoder through z_t and v.
         zt = torch.where(b.noisy[:, None], flow.interpolate(z0, b.eps_text, t[~is_image]), z0.detach())
@@ -1139,10 +1133,10 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
 def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> None:
     """One worker's run, from data to metrics. ValueError or OSError where flags and data do not fit."""
     hw = (args.image_size[0], args.image_size[-1])
-    generated = {} if args.data or args.text else \
+    world = {} if args.data or args.text else \
         {"pool": args.pool, "any_order": args.any_order, "questions": args.questions}
     dataset = data.open_data(args.seed, args.data, args.text, hw, args.seq_len, args.aspect, args.downsample,
-                             args.strict_data, **generated)
+                             args.strict_data, **world)
     missing = sorted(tasks_of(args) - dataset.tasks)
     if missing:
         raise ValueError(f"--tasks asks for {', '.join(missing)}, but this data serves "
@@ -1163,11 +1157,10 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
     run = Run(args, worker, model, dataset)
     if checkpoint is not None:
         run.restore(checkpoint)
-    needed = ["text_vae", "image_vae"] if dataset.num_images else ["text_vae"]
     if args.stage == "image_vae" and not dataset.num_images:
         raise ValueError("--stage image_vae: this data has no images")
     if args.stage == "mmdit" and not args.init_from and not run.progress["mmdit"]:
-        for stage in needed:
+        for stage in STAGES[:2 if dataset.num_images else 1]:
             if not run.progress[stage]:
                 raise ValueError(f"--stage mmdit: the {stage} is not trained; first --stage {stage}, from the "
                                  "second stage on with --resume auto, or name a checkpoint by --init_from")
