@@ -188,7 +188,7 @@ def noise(seed: int, first: int, count: int) -> list[np.random.Generator]:
     return [data.rng(seed, first + k, data.NOISE) for k in range(count)]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_images(model: Cola, captions: list[str], s: Settings = IMAGE, hw: tuple[int, int] | None = None,
                     first: int = 0) -> list[np.ndarray]:
     """Text to image. captions of B samples, numbered from `first`; hw in pixels, by default the size trained.
@@ -210,7 +210,7 @@ def generate_images(model: Cola, captions: list[str], s: Settings = IMAGE, hw: t
     return model.decode_images(z, (h, w))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = None,
                   images: list[np.ndarray] | None = None, s: Settings = TEXT, max_tokens: int = 64,
                   first: int = 0) -> list[str]:
