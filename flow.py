@@ -176,6 +176,29 @@ def solve(velocity_fn: Velocity, z: Tensor, grid: Tensor, solver: str = "euler",
     return z
 
 
+def repaint(velocity_fn: Velocity, z: Tensor, grid: Tensor, known: Tensor, noise: Callable[[], Tensor],
+            fraction: float = 1.0, cycles: int = 1) -> Tensor:
+    """Partial repaint of a block (paper, Sec. 5.2, 17.1; 2201.09865), by Euler steps.
+
+    z: (..., Dz), noise where unknown, clean latents where known (...) says so. In the first `fraction` of the
+    steps the known positions are set to their clean latents under the noise of the time, and each step is
+    taken `cycles` times, with noise put back in between; after them they drift with the others.
+    noise: gives fresh noise of z's shape at every call.
+    """
+    clean, known = z.float(), _over_channels(known, z)
+    z, steps = clean, len(grid) - 1
+    for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
+        led = i < fraction * steps
+        for cycle in range(cycles if led else 1):
+            if cycle:                                       # back from t_next to t, on the same path
+                kept = (1 - t) / (1 - t_next)
+                z = kept * z + math.sqrt(t * t - (kept * t_next) ** 2) * noise()
+            if led:
+                z = torch.where(known, interpolate(clean, noise(), t), z)
+            z = z + (t_next - t) * velocity_fn(z, t).float()
+    return z
+
+
 def guided(v_c: Tensor, v_u: Tensor, w: float) -> Tensor:
     """Classifier-free guidance v_u + w (v_c - v_u): w = 0 unconditional, 1 conditional, above 1 sharpened."""
     return v_u + w * (v_c - v_u)

@@ -9,7 +9,8 @@ decodes to, for the prior knows no latents between two words (cf. the "clamping"
 sampler, snap=False, goes without). Guidance mixes in the velocity of a shorter layout, the block or the image
 without its context: v = v_u + w (v_c - v_u). The temperature T is by default 1 for images and 0.3 for text;
 at 0 nothing is left to chance. A block that begins inside the prompt keeps the known latents at every step
-("clean repaint", Sec. 5.2). Of p(x | z_0) the mode is taken.
+("clean repaint", Sec. 5.2); the paper's other ways are there to compare (`align`, flow.repaint). Where a latent
+is a patch of tokens, end tokens before the prefix move its end to that of a patch. Of p(x | z_0) the mode is taken.
 
     python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
     python sample.py it2t a.png "describe the image."
@@ -27,6 +28,7 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,6 +47,7 @@ from masks import IT2T, T2I, T2T, Layout, Sample, pack
 from mmdit import Cache, MMDiT, MMDiTConfig
 from text_vae import TextVAE
 
+FIRST_BLOCK = ("clean", "repaint", "left", "right")
 FORMAT = "unified-cola-1"                  # what a checkpoint of ours says of itself
 CONTENTS = {"config", "args", "tokenizer", "model", "ema", "progress", "optimizers", "seconds"}    # and has
 MAX_LATENTS = 1 << 14                      # of an image that is drawn: its mask has the square of that
@@ -60,6 +63,7 @@ class Cola:
     block_len: int
     image_hw: tuple[int, int]
     image_loc: float                       # mean of the logit time that images were trained at
+    first_block: str = "clean"             # what becomes of a prefix that ends inside a block
 
     @property
     def device(self) -> torch.device:
@@ -69,6 +73,16 @@ class Cola:
         """Tokens of a text; end=True appends the end token and fills the last block with it."""
         multiple = self.text_vae.patch_size * (self.block_len if end else 1)
         return data.pad_to_multiple(self.tokenizer.encode(text), multiple, self.tokenizer.end, ended=end)
+
+    def align(self, ids: list[int], cut: int) -> tuple[list[int], int, range]:
+        """Tokens of a text whose first `cut` are given, moved by end tokens until the cut is the end of a
+        latent (paper, Sec. 5.3), or with padding of a block (Sec. 5.2): the tokens, the cut among them, and
+        which latents are filling alone. The filling comes first, but with padding on the right at the cut."""
+        p, right = self.text_vae.patch_size, self.first_block == "right"
+        fill = -cut % (p * (self.block_len if self.first_block in ("left", "right") else 1))
+        at = cut if right else 0
+        ids = [*ids[:at], *[self.tokenizer.end] * fill, *ids[at:]]
+        return ids, cut + fill, range(-(-at // p), (at + fill) // p)
 
     def encode_text(self, ids: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Posterior means of texts, packed (L, Dz), and the number of latents of each."""
@@ -150,6 +164,8 @@ class Settings:
     solver: str = "euler"
     shift: float | None = None             # of the time grid; None: as in training for images, 1 for text
     temperature: float = 1.0               # scale of the noise to start from; 0 leaves nothing to chance
+    repaint_share: float = 1.0             # of a model trained for it (flow.repaint)
+    repaint_cycles: int = 1
     snap: bool = True                      # a finished text block counts as the tokens it decodes to
     seed: int = 0
     cached: bool = True
@@ -159,20 +175,21 @@ IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))    # at lower times it bleed
 TEXT = Settings(shift=3.0, temperature=0.3)            # 1 has outliers, 0 but one story; guidance oversharpens
 
 
-def transport(context: Context, layout: Layout, z: Tensor, s: Settings,
-              known: Tensor | None = None) -> Tensor:
+def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: Tensor | None = None,
+              redraw: Callable[[], Tensor] | None = None) -> Tensor:
     """Integrate noise z of one modality, laid out as given, to clean latents, with guidance.
 
-    z (L, channels); known (L,) bool: positions that are clean already and stay."""
+    z (L, channels); known (L,) bool: positions that are clean already. They stay, or are repainted with the
+    fresh noise that `redraw` gives (flow.repaint)."""
     model, alone = context.model, Context(context.model)
     is_image = bool((layout.segment == masks.I).any())
-    t_index = torch.ones_like(layout.segment) if known is None else (~known).long()
+    moves = torch.ones_like(layout.segment) if known is None or redraw else (~known).long()
     empty = z.new_zeros(0, model.text_vae.latent_dim if is_image else model.image_vae.channels)
     plan, plan_alone = context.plan(layout), alone.plan(layout)
 
     def velocity(where: Context, z: Tensor, t: float, plan: Plan) -> Tensor:
         text, image = (empty, z) if is_image else (z, empty)
-        return where.velocity(text, image, [0.0, t], t_index, layout, plan)[int(is_image)]
+        return where.velocity(text, image, [0.0, t], moves, layout, plan)[int(is_image)]
 
     def guided(z: Tensor, t: float) -> Tensor:
         v = velocity(context, z, t, plan)
@@ -180,6 +197,8 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings,
         return v if w == 1.0 else flow.guided(v, velocity(alone, z, t, plan_alone), w)
 
     times = flow.time_grid(s.steps, 1.0 if s.shift is None else s.shift)
+    if redraw:
+        return flow.repaint(guided, z, times, known, redraw, s.repaint_share, s.repaint_cycles)
     return flow.solve(guided, z, times, s.solver, known)
 
 
@@ -227,9 +246,8 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
         layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in starts], bl, device)
         context.add(z_prompt, z_image, layout)
-    ids = [model.tokenizer.encode(x) for x in prefixes]
-    # A patch that the prefix fills only in part is generated whole; what it makes of known tokens is dropped.
-    z_known, known = model.encode_text([i[:len(i) // p * p] for i in ids])
+    ids = [model.align(i, len(i))[0] for i in map(model.tokenizer.encode, prefixes)]     # whole latents
+    z_known, known = model.encode_text(ids)
     z = list(z_known.split(known))                                                   # B of (n, Dz)
     block = [n // bl for n in known]                                                 # which each fills next
     empty = z_known.new_zeros(0, model.image_vae.channels)
@@ -237,16 +255,21 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         layout = pack([Sample(task, clean=b * bl, start=n) for b, n in zip(block, starts)], bl, device)
         context.add(torch.cat([x[:b * bl] for x, b in zip(z, block)]), empty, layout)
     generators, texts = noise(s.seed, first, B), ids
+
+    def fresh() -> Tensor:
+        z = np.concatenate([g.standard_normal((bl, dz), np.float32) for g in generators])
+        return s.temperature * torch.from_numpy(z).to(device)                        # (B bl, Dz)
+
     while True:
-        fresh = np.stack([g.standard_normal((bl, dz), np.float32) for g in generators])
-        z_block = s.temperature * torch.from_numpy(fresh).to(device)                 # (B, bl, Dz)
+        z_block = fresh().view(B, bl, dz)
         is_known = torch.zeros(B, bl, dtype=torch.bool, device=device)
         for i in range(B):
             rest = z[i][block[i] * bl:]
             z_block[i, :len(rest)], is_known[i, :len(rest)] = rest, True
         spots = [(b * bl, n) for b, n in zip(block, starts)]
         noisy = pack([Sample(task, noisy=bl, start=n, first=f) for f, n in spots], bl, device)
-        z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten())
+        redraw = fresh if model.first_block == "repaint" and is_known.any() else None
+        z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten(), redraw)
         z = [torch.cat([x[:b * bl], y]) for x, b, y in zip(z, block, z0.view(B, bl, dz))]
         lengths = [len(x) for x in z]
         tokens = model.text_vae.decode(torch.cat(z), lengths).argmax(-1).split([n * p for n in lengths])
@@ -326,7 +349,7 @@ def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int 
         whole, first = (bound(*(x[:, :end].sum(1) for x in terms)).item() for end in (None, cut))
         rows += [(f"text, {name}", whole, total), (f"prefix, {name}", first, before),
                  (f"response | prefix, {name}", flow.conditional(whole, first), total - before)]
-    if known > cut * model.block_len:
+    if known > cut * model.block_len and model.first_block == "clean":
         terms = log_weights(model, ids, samples, grid, known=known, **options)
     px, pz, q = own = [x[:, cut:].sum(1) for x in terms]
     rows.append(("response | latents of the prefix", flow.elbo(*own).item(), total - known * p))
@@ -370,7 +393,7 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
         c = checkpoint["config"]
         model = Cola(TextVAE(**c["text_vae"]), ImageVAE(**c["image_vae"]), MMDiT(MMDiTConfig(**c["mmdit"])),
                      data.Tokenizer.from_dict(checkpoint["tokenizer"]), c["block_len"], tuple(c["image_hw"]),
-                     checkpoint["args"]["image_loc"])
+                     checkpoint["args"]["image_loc"], checkpoint["args"]["first_block"])
         for name in ("text_vae", "image_vae", "mmdit"):
             getattr(model, name).load_state_dict(checkpoint[weights][name])
             getattr(model, name).eval()
@@ -451,6 +474,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = commands.add_parser("t2t", parents=[common], help="continue a text")
     p.add_argument("prompt")
     p.add_argument("--max_tokens", type=int, default=64, help="longest continuation")
+    p.add_argument("--repaint_share", type=float, default=TEXT.repaint_share, help="of a model trained with "
+                   "--first_block repaint: share of the steps in which the prompt leads its block")
+    p.add_argument("--repaint_cycles", type=int, default=TEXT.repaint_cycles,
+                   help="how often each of these steps is taken")
     p = commands.add_parser("score", parents=[base], help="likelihood of a text and of its end")
     p.add_argument("prefix", help='"" for none')
     p.add_argument("response")
@@ -472,7 +499,7 @@ def settings(args: argparse.Namespace) -> Settings:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible values before any work. ValueError or FileNotFoundError, one line."""
-    for name in ("n", "steps", "max_tokens", "samples"):
+    for name in ("n", "steps", "max_tokens", "samples", "repaint_cycles"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if not 0 <= args.seed < data.SEEDS:
@@ -487,6 +514,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--shift {s.shift}: expected a number above 0; 1 leaves the times as they are")
         if not 0 <= s.temperature < math.inf:
             raise ValueError(f"--temperature {s.temperature}: expected a number of at least 0")
+        if not 0 <= s.repaint_share <= 1:
+            raise ValueError(f"--repaint_share {s.repaint_share}: expected a share between 0 and 1")
         if args.n > 1 and s.temperature == 0:
             raise ValueError(f"--n {args.n}: at temperature 0 all samples are the same; add --temperature 1")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):

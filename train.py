@@ -169,6 +169,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("image_loc", 1.0, "mean of the image's logit time, before the shift by size")
     flag("time_scale", 1.0, "deviation of the logit time")
     flag("time_law", "logit_normal", "law of the times", choices=("logit_normal", "uniform"))
+    flag("first_block", "clean", "a prefix that ends inside a block: its latents stay clean there, are "
+         "repainted, or padding on its left or right fills the block; clean is the paper's best",
+         choices=sample.FIRST_BLOCK)
     flag("time_per", "block", "one time per text block, or per sample", choices=("block", "sample"))
 
     flag = group("evaluation")
@@ -178,6 +181,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("text_temperature", sample.TEXT.temperature, "scale of the noise that text starts from; 1 is what "
          "was trained, 0 the surest text")
     flag("sample_steps", 16, "solver steps")
+    flag("repaint_share", sample.TEXT.repaint_share, "with --first_block repaint: share of the steps in which "
+         "the prefix leads its block")
+    flag("repaint_cycles", sample.TEXT.repaint_cycles, "how often each of these steps is taken")
     args = parser.parse_args(argv)
     args.given = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
     return args
@@ -188,11 +194,11 @@ def check(args: argparse.Namespace) -> None:
     for low, high, expected, names in (
             (1, math.inf, "at least 1",
              "steps text_vae_steps image_vae_steps batch_size micro_steps text_vae_batch image_vae_batch "
-             "save_every sample_steps pool seq_len vocab_size block_len vae_block_len width layers heads "
+             "save_every sample_steps repaint_cycles pool seq_len vocab_size block_len vae_block_len width layers heads "
              "text_vae_width text_vae_layers text_vae_heads text_latent_dim text_patch image_size downsample "
              "image_latent_dim image_vae_width image_vae_levels image_vae_blocks image_vae_patch repa_layer"),
             (0, 1, "a share between 0 and 1",
-             "any_order questions aux_caption cfg_drop warmup cooldown repa_until ema"),
+             "any_order questions aux_caption cfg_drop warmup cooldown repa_until ema repaint_share"),
             (math.ulp(0), math.inf, "a number above 0",        # from the smallest such number
              "w_answer scale time_scale clip lr muon_lr text_vae_lr image_vae_lr"),
             (0, math.inf, "a number of at least 0",
@@ -441,12 +447,24 @@ class Batches:
         item = getattr(self.dataset, TASKS[task])(k)
         return item if task == IT2T else ("", item[1], item[0]) if task == T2I else ("", -1, item)
 
-    def text_ids(self, text: str) -> list[int]:
-        """Tokens of a text that ends, filled up to whole blocks; one longer than seq_len is cut, to whole
+    def whole(self, ids: list[int]) -> list[int]:
+        """Tokens of a text, ended and filled up to whole blocks; one longer than seq_len is cut, to whole
         blocks, and does not end."""
-        n, m = self.args.seq_len, self.model
-        ids, block = m.tokenizer.encode(text), m.block_len * m.text_vae.patch_size
-        return m.ids(text, end=True) if len(ids) < n else ids[:n // block * block]
+        n, block = self.args.seq_len, self.model.block_len * self.model.text_vae.patch_size
+        return (data.pad_to_multiple(ids, block, self.model.tokenizer.end) if len(ids) < n
+                else ids[:n // block * block])
+
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of a whole text."""
+        return self.whole(self.model.tokenizer.encode(text))
+
+    def cut_text(self, text: str, draw: np.random.Generator) -> tuple[list[int], int, range]:
+        """A text of which all before a cut, any of its tokens, is given, as sampling has it: tokens, latents
+        before the cut, latents that are filling (Cola.align)."""
+        ids, n = self.model.tokenizer.encode(text), self.args.seq_len
+        ids, cut, filling = self.model.align(ids, int(draw.integers(min(len(ids), len(self.whole(ids))))))
+        ids = self.whole(ids)
+        return ids, min(cut, len(ids)) // self.model.text_vae.patch_size, filling
 
     def vae_noise(self, k: int, latents: int, masking: bool) -> tuple[np.ndarray, np.ndarray]:
         """Of sample k: noise of the posterior sample (latents, Dz), and which tokens L_mask hides, bool."""
@@ -472,8 +490,10 @@ class Batches:
         """Whatever the tasks would have the text VAE encode: texts, captions, instructions, answers."""
         ids, lengths, noise = [], [], []
         for k in numbers:
-            prompt, _, text = self.item(pick_task(self.args, self.rng(k, data.TASK).random()), k)
-            new = [self.text_ids(text), self.model.ids(prompt, end=False)]
+            task = pick_task(self.args, self.rng(k, data.TASK).random())
+            prompt, _, text = self.item(task, k)
+            text = self.cut_text(text, self.rng(k, data.DROP))[0] if task == T2T else self.text_ids(text)
+            new = [text, self.model.ids(prompt, end=False)]
             ids += new[0] + new[1]
             latents = [len(x) // self.args.text_patch for x in new if x]
             lengths += latents
@@ -500,7 +520,7 @@ class Batches:
         items = [self.item(task, k) for task, k in work]
         pictures = iter(self.image_latents([index for _, index, _ in items if index >= 0]))
         ids, lengths, samples, vae_noise, normals, shifts, eps_text, eps_image, z_image = ([] for _ in range(9))
-        start, prompt_at, text_at, prefix_at, cut, slot = np.zeros((6, S), int)              # of each sample
+        start, prompt_at, text_at, prefix_at, cut, fill, filled, slot = np.zeros((8, S), int)   # of each sample
 
         def add(tokens: list[int]) -> int:
             """Queue a text for the VAE; returns where its latents will begin."""
@@ -513,19 +533,21 @@ class Batches:
             draw, begin = self.rng(k, data.DROP), len(ids)
             drop = draw.random() < a.cfg_drop
             prompt = m.ids(prompt, end=False)
-            text = [] if drop and task == T2I else self.text_ids(text)
+            if task == T2T:                                        # what comes before the cut is given
+                text, cut[s], filling = self.cut_text(text, draw)
+                fill[s], filled[s] = filling.start, filling.stop
+            else:
+                text = [] if drop and task == T2I else self.text_ids(text)
             n, start[s] = len(text) // p, len(prompt) // p         # a dropped prompt still moves the answer
             hw = (0, 0) if task == T2T or drop and task == IT2T else tuple(picture.shape[:2])
             noisy = 0 if task == T2I and draw.random() >= a.aux_caption else n
             clean = 0 if drop else n if task == T2I else n - bl    # no one looks at an answer's last block
             prompt_at[s], text_at[s] = add([] if drop else prompt), add(text)
             prefix_at[s], skip = text_at[s], 0
-            if task == T2T:                                        # what comes before the cut is given
-                end = m.tokenizer.end
-                cut[s] = draw.integers(text.index(end) if end in text else len(text)) // p
-                if draw.random() < 0.5:                            # and in half bears no loss
+            if task == T2T:
+                if draw.random() < 0.5:                            # in half it bears no loss
                     skip = cut[s] // bl * bl
-                if cut[s] and m.text_vae.config["block_len"] > 1:  # and is encoded alone
+                if cut[s] and m.text_vae.config["block_len"] > 1:  # and it is encoded alone
                     prefix_at[s] = add(text[:cut[s] * p])
             samples.append(Sample(task, 0 if drop else start[s], hw, clean, noisy, start[s], skip=skip))
             vae_noise.append(self.vae_noise(k, (len(ids) - begin) // p, self.masking))
@@ -546,8 +568,10 @@ class Batches:
         task = layout.task.numpy()[who]
         is_image, is_noisy, is_prompt = segment == masks.I, segment == masks.N, segment == masks.P
         index = layout.col.numpy() - np.where(is_prompt, 0, start[who])                      # in its text
-        given = index < cut[who]
-        moving = is_noisy & ~(given & (block == cut[who] // bl)) | is_image & (task == T2I)  # t > 0
+        given, clean = index < cut[who], (fill[who] <= index) & (index < filled[who])        # of N
+        if m.first_block != "repaint":
+            clean |= given & (block == cut[who] // bl)
+        moving = is_noisy & ~clean | is_image & (task == T2I)                                # t > 0
         source = np.where(is_prompt, prompt_at[who], np.where(given, prefix_at[who], text_at[who])) + index
         eps = np.zeros((len(who), dz), np.float32)
         eps[is_noisy] = np.concatenate(eps_text)
@@ -692,7 +716,7 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
     image_vae.check_size(*hw)
     mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads, head_dim,
                               args.layers, emb_dim=args.width, rope_dim=head_dim, streams=args.streams))
-    return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, args.image_loc)
+    return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, args.image_loc, args.first_block)
 
 
 def parts(model: Cola) -> dict[str, nn.Module]:
@@ -927,14 +951,18 @@ def judge_answers(model: Cola, world: list, seed: int, numbers: list[int], s: sa
 
 
 def judge_stories(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
-    """T2T: continuations of stories after the first or the second sentence; none ends before the third."""
+    """T2T: continuations of stories after the first or the second sentence; none ends before the third. With
+    patches of tokens also apart by what the prefix has left over."""
     prefixes = []
     for scene, k in zip(world, numbers):
         words = data.rng(seed, k, data.WINDOW)
         sentences = scenes.story(scene, words).split(". ")
         prefixes.append(". ".join(sentences[:int(words.integers(1, 3))]) + ".")
     for prefix, rest in zip(prefixes, sample.generate_text(model, prefixes, s=s, first=numbers[0])):
-        yield "t2t.consistent", scenes.consistent(prefix, rest)
+        ok, patch = scenes.consistent(prefix, rest), model.text_vae.patch_size
+        yield "t2t.consistent", ok
+        if patch > 1:
+            yield f"t2t.by_residue.{len(model.tokenizer.encode(prefix)) % patch}", ok
 
 
 def judge_vaes(model: Cola, world: list, seed: int, numbers: list[int]) -> Rows:
@@ -958,7 +986,8 @@ def settings(args: argparse.Namespace, seed: int = 0) -> tuple[sample.Settings, 
     more = {"steps": args.sample_steps, "seed": seed}
     return (dataclasses.replace(sample.IMAGE, guidance=args.guidance, **more),
             dataclasses.replace(sample.TEXT, guidance=args.text_guidance,
-                                temperature=args.text_temperature, **more))
+                                temperature=args.text_temperature, repaint_share=args.repaint_share,
+                                repaint_cycles=args.repaint_cycles, **more))
 
 
 @torch.no_grad()
@@ -1097,7 +1126,7 @@ def loss_plot(log: Path, path: Path) -> None:
 
 RUN_FLAGS = {"out_dir", "resume", "init_from", "eval_only", "device", "procs", "save_every", "strict_data",
              "eval_samples", "guidance", "text_guidance", "text_temperature",
-             "sample_steps"}                           # never a checkpoint's
+             "sample_steps", "repaint_share", "repaint_cycles"}        # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's only where its own run goes on
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
                 "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",
@@ -1146,7 +1175,8 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         model = new_model(args, dataset)
     else:
         model = sample.build(checkpoint, "model")
-        model.image_hw, model.block_len, model.image_loc = hw, args.block_len, args.image_loc
+        model.image_hw, model.block_len = hw, args.block_len
+        model.image_loc, model.first_block = args.image_loc, args.first_block
         model.image_vae.check_size(*hw)
     for item in getattr(getattr(dataset, "pictures", dataset), "items", ()):
         if (n := len(model.tokenizer.encode(item.text))) >= args.seq_len:

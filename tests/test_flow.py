@@ -205,6 +205,30 @@ def test_known_positions_stay_and_the_rest_moves(solver):
     assert torch.equal(z0[~known], free[~known])           # this velocity acts position by position
 
 
+def test_repaint_nears_the_conditional_with_its_cycles_and_drifts_without_its_lead():
+    """Two positions of N(0, [[1, .9], [.9, 1]]), the first repainted to 2: the second is then 1.8 on average."""
+    velocity_fn = rotated_flow(torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=F64))
+    known, g = torch.tensor([True, False]).expand(4000, 2), torch.Generator().manual_seed(1)
+
+    def means(fraction, cycles):
+        z = draw(4000, 2, 1)
+        z[:, 0] = 2.0
+        z0 = flow.repaint(lambda z, t: velocity_fn(z[..., 0].to(F64), t)[..., None], z, flow.time_grid(16), known,
+                          lambda: torch.randn(4000, 2, 1, generator=g), fraction, cycles)
+        return z0.mean((0, 2)).tolist()
+    (first, once), (_, three), (_, ten), (drifted, half) = means(1, 1), means(1, 3), means(1, 10), means(0.5, 1)
+    assert first == pytest.approx(2, abs=0.1) and 0.7 < once < three - 0.3 < ten - 0.5
+    assert ten == pytest.approx(1.8, abs=0.15)
+    assert drifted < 1.2 and half < once - 0.2
+
+
+def test_repaint_of_nothing_known_is_euler():
+    z1, v = draw(3, 4, 2).float(), lambda z, t: z.cos() + t
+    nothing = torch.zeros(3, 4, dtype=torch.bool)
+    got = flow.repaint(v, z1, flow.time_grid(6), nothing, lambda: torch.full_like(z1, 9.0))
+    torch.testing.assert_close(got, flow.solve(v, z1, flow.time_grid(6)))
+
+
 def test_latents_stay_float32_under_a_bfloat16_network():
     step = 1e-4                                                          # lost when added to 1 in bfloat16
     z1 = torch.ones(1, 1).bfloat16()

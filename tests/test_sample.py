@@ -178,6 +178,39 @@ def test_clean_repaint(model, calls):
     assert not torch.equal(steps[0][0][3], commit[0][3])
 
 
+@pytest.mark.parametrize("mode", ("left", "right"))
+def test_padding_fills_the_block_of_the_prefix(model, calls, mode):
+    """With end tokens before or behind it; what is generated begins with a block."""
+    prefix = prefix_of(model, 2 * BLOCK + 3)
+    ids, end = model.tokenizer.encode(prefix), [model.tokenizer.end]
+    sample.generate_text(replace(model, first_block=mode), [prefix], s=S, max_tokens=2)
+    z, _ = model.encode_text([end + ids if mode == "left" else ids + end])
+    past, *steps = calls
+    close(past[0], z)
+    assert past[3] and len(steps) == S.steps
+    for _, t, layout, _ in steps:
+        assert t.min() > 0 and layout.row.tolist() == list(range(3 * BLOCK, 4 * BLOCK))
+
+
+@torch.no_grad()
+def test_partial_repaint_leads_and_then_lets_go(model, calls):
+    """The known latents under the noise of the time in the first half of the steps, each taken thrice."""
+    prefix = prefix_of(model, 2 * BLOCK + 3)
+    z, _ = model.encode_text([model.tokenizer.encode(prefix)])
+    settings = replace(S, repaint_share=0.5, repaint_cycles=3, snap=False)
+    sample.generate_text(replace(model, first_block="repaint"), [prefix], s=settings, max_tokens=2)
+    past, *steps, commit = calls[:2 + 2 * 3 + 2]
+    times = [t[0].item() for _, t, *_ in steps]
+    assert times == pytest.approx([1, 1, 1, 0.75, 0.75, 0.75, 0.5, 0.25])
+    for text, t, layout, is_commit in steps:
+        assert not is_commit and (t == t[0]).all() and layout.block.tolist() == [2] * BLOCK
+    for text, t, *_ in steps[3:6]:
+        noise = (text[:3] - (1 - t[0]) * z[2 * BLOCK:]) / t[0]
+        assert 0.6 < noise.std() < 1.4 and (text[:3] - z[2 * BLOCK:]).abs().max() > 0.1
+    assert len({text[:3].sum().item() for text, *_ in steps}) == 8            # fresh noise every time
+    assert commit[3] and not torch.equal(commit[0][:3], z[2 * BLOCK:])
+
+
 @pytest.mark.parametrize("snap", (False, True))
 @pytest.mark.parametrize("extra", (0, 3), ids=["whole block", "inside a block"])
 def test_finished_blocks_join_the_context(model, calls, latents, snap, extra):

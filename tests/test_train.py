@@ -203,6 +203,44 @@ def test_batch_against_its_samples(system, task):
     assert b.counts()[:4] == [int(b.loss_image.sum()) * 32, *text]
 
 
+@pytest.mark.parametrize("patch", (1, 2, 4))
+@pytest.mark.parametrize("mode", sample.FIRST_BLOCK)
+def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch):
+    """Tokens before the cut of a training text: those that generate_text encodes; filling is end tokens alone,
+    stays clean and bears no loss, and behind the cut comes the text."""
+    args = args_for("--text_patch", str(patch), "--first_block", mode, "--cfg_drop", "0")
+    dataset = data.GeneratedScenes(0, 32, 64)
+    model = train.new_model(args, dataset)
+    batches, end, seen = train.Batches(args, dataset, model), model.tokenizer.end, set()
+    work = [(T2T, k) for k in range(30)]
+    b = batches.make(work)
+    assert model.first_block == mode and not b.noisy.all()
+    for s, (_, k) in enumerate(work):
+        draw = data.rng(0, k, data.DROP)
+        draw.random()
+        ids, cut, filling = batches.cut_text(dataset.t2t(k), draw)
+        draw = data.rng(0, k, data.DROP)
+        draw.random()
+        told = model.tokenizer.encode(dataset.t2t(k))
+        at = int(draw.integers(len(told)))
+        prefix, length, _ = model.align(told[:at], at)
+        assert ids[:cut * patch] == prefix and length == cut * patch
+        assert ids[cut * patch:][:len(told) - at] == told[at:] and set(ids[cut * patch + len(told) - at:]) == {end}
+        assert all(ids[i] == end for f in filling for i in range(f * patch, (f + 1) * patch))
+        if mode in ("left", "right"):
+            assert cut % args.block_len == 0 and len(filling) < args.block_len
+        else:
+            assert not filling and length - at < patch
+        mine = b.layout.sample == s
+        noise = mine & (b.layout.segment == masks.N)
+        index, t = b.layout.row[noise], b.t[b.t_index[noise]]
+        inside = (index < cut) & (b.layout.block[noise] == cut // args.block_len)
+        clean = torch.isin(index, torch.tensor(filling)) | (inside & (mode != "repaint"))
+        assert torch.equal(t == 0, clean)
+        seen |= {word for word, there in (("filling", filling), ("inside", inside.any())) if there}
+    assert "filling" in seen if mode in ("left", "right") else "inside" in seen
+
+
 def test_sample_k_does_not_depend_on_its_batch(system):
     args, dataset, model = system
     batches = train.Batches(args, dataset, model)
