@@ -115,7 +115,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("vae_logsnr", "2.5", "'learned', or a fixed log(mu^2 / sigma^2): lower is noisier and more robust")
     flag("beta", 1e-3, "weight of KL(q || N(0, I)), and of E log q in stage 2")
     flag("lambda_mask", 0.1, "weight of the masking loss; 0 saves a pass")
-    flag("text_vae_steps", 200, "steps of stage 1")
+    flag("text_vae_steps", 200, "steps of stage 1; 0 begins stage 2 from scratch, with a --vae_lr_ratio")
     flag("text_vae_batch", 48, "texts a step")
     flag("text_vae_lr", 4e-3, "peak learning rate of AdamW")
 
@@ -153,6 +153,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("clip", 1.0, "largest gradient norm")
     flag("ema", 0.9999, "limit of the decay min(ema, (1 + n) / (10 + n)) of the averaged weights")
     flag("vae_lr_ratio", 0.0, "text VAE's learning rate / --lr: 0 frozen, 1 joint (the paper's best)")
+    flag("vae_interval", [1, 0], "steps that the text VAE trains on and then rests, in turn; the paper compares 22 33",
+         nargs=2, type=int, metavar=("TRAIN", "REST"))
     flag("lambda_vae", 1.0, "weight of the text VAE's own loss in stage 2")
     flag("lambda_fm", 1.0, "weight of the flow-matching losses")
     flag("lambda_ref", 0.0, "weight of KL(q || q_ref) to the encoder of stage 1")
@@ -193,7 +195,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse impossible values before any work; None stands for a default. ValueError, one line."""
     for low, high, expected, names in (
             (1, math.inf, "at least 1",
-             "steps text_vae_steps image_vae_steps batch_size micro_steps text_vae_batch image_vae_batch "
+             "steps image_vae_steps batch_size micro_steps text_vae_batch image_vae_batch "
              "save_every sample_steps repaint_cycles pool seq_len vocab_size block_len vae_block_len width layers heads "
              "text_vae_width text_vae_layers text_vae_heads text_latent_dim text_patch image_size downsample "
              "image_latent_dim image_vae_width image_vae_levels image_vae_blocks image_vae_patch repa_layer"),
@@ -203,7 +205,7 @@ def check(args: argparse.Namespace) -> None:
              "w_answer scale time_scale clip lr muon_lr text_vae_lr image_vae_lr"),
             (0, math.inf, "a number of at least 0",
              "weight_decay beta lambda_mask lambda_vae lambda_fm lambda_ref w_text w_repa vae_lr_ratio "
-             "text_temperature eval_samples procs"),
+             "text_temperature eval_samples procs text_vae_steps vae_interval"),
             (-math.inf, math.inf, "a number", "guidance text_guidance image_loc text_loc")):
         for name in names.split():
             value = getattr(args, name)
@@ -218,6 +220,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^56")
     if args.width % (2 * args.heads):
         raise ValueError(f"--width {args.width} does not split into --heads {args.heads} of even width")
+    if not args.text_vae_steps and not args.vae_lr_ratio:
+        raise ValueError("--text_vae_steps 0: the text VAE would never be trained; add --vae_lr_ratio 1")
+    if not args.vae_interval[0]:
+        raise ValueError("--vae_interval 0 ..: the text VAE would always rest; say --vae_lr_ratio 0")
     if args.w_repa and args.repa_layer >= args.layers:
         raise ValueError(f"--repa_layer {args.repa_layer}: expected one before the last "
                          f"of --layers {args.layers}")
@@ -635,14 +641,19 @@ class Touch(torch.autograd.Function):
         return (None,) * ctx.number
 
 
+def trains_now(interval: list[int], step: int) -> bool:
+    """Whether this step is one of the first of its cycle of steps on and steps off (paper, Sec. 4.3)."""
+    return step % sum(interval) < interval[0]
+
+
 class PriorStage(nn.Module):
     """Stage 2: the prior, jointly with the text VAE when that has a learning rate."""
     def __init__(self, model: Cola, args: argparse.Namespace):
         super().__init__()
         self.args, self.mmdit, self.text_vae = args, model.mmdit, model.text_vae
-        self.joint, self.progress = args.vae_lr_ratio > 0, 0.0     # progress: share of the steps done
+        self.joint, self.step, self.steps = args.vae_lr_ratio > 0, 0, 1    # steps done, and in all
         self.text_vae.requires_grad_(self.joint)
-        if args.lambda_ref:
+        if self.joint:                     # where the encoder was when the stage began
             self.ref = copy.deepcopy(model.text_vae).requires_grad_(False)
         if args.w_repa:                    # features: the clean image latents (SRA-2, 2601.17830)
             self.repa = nn.Linear(args.width, model.image_vae.channels)
@@ -651,29 +662,33 @@ class PriorStage(nn.Module):
         """counts: Batch.counts of the whole step, over all workers. Terms come before their weights in the
         loss; w_answer is inside "text"."""
         a, vae, terms, loss = self.args, self.text_vae, {}, 0.0
+        joint = self.joint and trains_now(a.vae_interval, self.step)
         image_count, *text_counts, token_count, mask_count = counts
 
         plan = vae.make_plan(b.lengths)
-        with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
             mean, logvar = vae.encode(b.ids, b.lengths, plan)                        # (Lv, Dz)
-        if self.joint:
+        if joint:
             loss, terms = text_vae_loss(
                 vae, b.ids, b.lengths, b.posterior, b.hidden if a.lambda_mask else None, beta=a.beta,
                 lambda_mask=a.lambda_mask, learned_prior=True, posterior=(mean, logvar), count=token_count,
                 mask_count=mask_count, plan=plan)
             loss, terms["logsnr"] = a.lambda_vae * loss, terms["logsnr"] * b.ids.numel() / token_count
-        if a.lambda_ref:
+        if self.joint:
             with torch.no_grad():
                 mean_ref, logvar_ref = self.ref.encode(b.ids, b.lengths, plan)
+            share = b.ids.numel() / token_count
+            terms["drift"] = share * (mean - mean_ref).square().mean()     # of means whose mean square is 1
             terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / token_count
-            loss = loss + a.lambda_ref * terms["ref"]
+            if a.lambda_ref:
+                loss = loss + a.lambda_ref * terms["ref"]
 
         z0 = vae.latents(mean, logvar, b.posterior).index_select(0, b.source)        # (Lt, Dz)
         is_image, t = b.layout.segment == masks.I, b.t[b.t_index]                    # (L,) each
         # Clean latents are detached where they enter; N is not: L_FM reaches the encoder through z_t and v.
         zt = torch.where(b.noisy[:, None], flow.interpolate(z0, b.eps_text, t[~is_image]), z0.detach())
         zt_image = flow.interpolate(b.z_image, b.eps_image, t[is_image])             # (Li, Cz)
-        repa = a.w_repa if self.progress < a.repa_until and image_count else 0.0
+        repa = a.w_repa if self.step < a.repa_until * self.steps and image_count else 0.0
         v_text, v_image, hidden = self.mmdit(
             zt, zt_image, b.t, b.t_index, b.layout, b.plan,
             tap=a.repa_layer - 1 if repa else -1, targets=(b.targets, b.target_plan))
@@ -732,6 +747,7 @@ class Run:
         self.seconds = 0.0                                     # of training
         self.ema: dict[str, dict[str, Tensor]] = {}            # averaged weights, by part
         self.optimizer_state: list[dict] = []
+        self.reference: dict[str, Tensor] = {}                 # the text VAE when a joint stage 2 began
         self.stop = 0                                          # the signal that asked us to leave
 
     def state(self) -> dict:
@@ -743,7 +759,8 @@ class Run:
                   "block_len": m.block_len, "image_hw": list(m.image_hw)}
         return {"format": sample.FORMAT, "config": config, "args": plain(self.args),
                 "tokenizer": m.tokenizer.to_dict(), "model": weights, "ema": weights | self.ema,
-                "progress": self.progress, "optimizers": self.optimizer_state, "seconds": self.seconds}
+                "progress": self.progress, "optimizers": self.optimizer_state, "seconds": self.seconds,
+                "reference": self.reference}
 
     def save(self) -> None:
         """Write out/ckpt.pt whole or not at all."""
@@ -762,7 +779,7 @@ class Run:
             module.load_state_dict(checkpoint["model"][name])
         self.ema = {k: v for k, v in checkpoint["ema"].items() if k != "image_vae"}
         self.progress, self.seconds = dict(checkpoint["progress"]), checkpoint["seconds"]
-        self.optimizer_state = checkpoint["optimizers"]
+        self.optimizer_state, self.reference = checkpoint["optimizers"], checkpoint["reference"]
 
     def step(self, wrapped: nn.Module, optimizers: list[torch.optim.Optimizer], batches: list,
              amp: torch.autocast) -> tuple[dict[str, float], float]:
@@ -819,8 +836,8 @@ class Run:
         for step in range(start, steps):
             rise, fall = (step + 1) / (a.warmup * steps + 1), (steps - step) / (a.cooldown * steps + 1)
             for g, peak in zip(groups, peaks):
-                g["lr"] = peak * min(1.0, rise, fall)
-            module.progress, began = step / steps, time.perf_counter()
+                g["lr"] = peak * min(1.0, rise, fall) * trains_now(g.get("interval", (1, 0)), step)
+            module.step, module.steps, began = step, steps, time.perf_counter()
             batches = [moved(b, worker.device) for b in make(step)]
             prepared = time.perf_counter() - began
             sums, norm = self.step(wrapped, optimizers, batches, amp)
@@ -863,7 +880,9 @@ def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float,
         if p.requires_grad:
             is_hidden = muon and "blocks." in name and p.dim() == 2 and ".ada." not in name
             (vae if name.startswith("text_vae.") else hidden if is_hidden else rest).append(p)
-    groups = [{"params": rest, "lr": lr}] + ([{"params": vae, "lr": lr * args.vae_lr_ratio}] if vae else [])
+    groups = [{"params": rest, "lr": lr}]
+    if vae:
+        groups.append({"params": vae, "lr": lr * args.vae_lr_ratio, "interval": args.vae_interval})
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay,
@@ -876,7 +895,7 @@ def train_stages(run: Run) -> None:
     a, w, model, batches = run.args, run.worker, run.model, run.batches
     w.training = True
     wanted, muon = STAGES if a.stage == "all" else (a.stage,), a.optimizer == "muon"
-    scaled = lambda steps: max(1, round(steps * a.scale))
+    scaled = lambda steps: max(1, round(steps * a.scale)) if steps else 0
     if "text_vae" in wanted:
         stage = TextStage(model.text_vae, a)
         run.fit("text_vae", stage, optimizers_for(a, stage, a.text_vae_lr, False), scaled(a.text_vae_steps),
@@ -891,6 +910,9 @@ def train_stages(run: Run) -> None:
     model.image_vae.eval().requires_grad_(False)
     if "mmdit" in wanted:
         stage, M, n = PriorStage(model, a), a.micro_steps, a.batch_size
+        if stage.joint:
+            stage.ref.load_state_dict(run.reference or model.text_vae.state_dict())
+            run.reference = stage.ref.state_dict()
 
         def make(step: int) -> list[Batch]:
             place = data.rng(a.seed, step, data.TASK).random()     # tasks lie evenly spread over the ratios
@@ -1093,7 +1115,7 @@ def loss_plot(log: Path, path: Path) -> None:
     """Every loss of log.jsonl against its step, a panel a stage, on a log scale, smoothed over 2 %."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     colors = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
-    skip = {"stage", "step", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q", "psnr"}
+    skip = {"stage", "step", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q", "psnr", "drift"}
     canvas = Image.new("RGB", (3 * 420, 320), "white")
     pen = ImageDraw.Draw(canvas)
     for panel, stage in enumerate(STAGES):
@@ -1155,7 +1177,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
             setattr(args, name, value)
     check(args)                                        # what was given, together with what was not
     if not goes_on:                                    # its weights alone
-        checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": [], "seconds": 0.0}
+        checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": [], "seconds": 0.0, "reference": {}}
     return checkpoint, args
 
 
@@ -1191,7 +1213,7 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         raise ValueError("--stage image_vae: this data has no images")
     if args.stage == "mmdit" and not args.init_from and not run.progress["mmdit"]:
         for stage in STAGES[:2 if dataset.num_images else 1]:
-            if not run.progress[stage]:
+            if not run.progress[stage] and (stage == "image_vae" or args.text_vae_steps):
                 raise ValueError(f"--stage mmdit: the {stage} is not trained; first --stage {stage}, from the "
                                  "second stage on with --resume auto, or name a checkpoint by --init_from")
     if not args.eval_only:

@@ -79,9 +79,15 @@ def test_eval_only_rewrites_the_metrics(tiny, tmp_path):
     assert (out / "ckpt.pt").read_bytes() == before
 
 
-def test_resume_equals_the_uninterrupted_run(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("joint", (False, True), ids=["frozen VAE", "joint"])
+def test_resume_equals_the_uninterrupted_run(joint, tiny, tmp_path, monkeypatch):
     """Stopped in the middle of stage 2 and continued: weights, average and losses bit for bit."""
-    out, whole = tmp_path / "out", sample.read_checkpoint(tiny / "ckpt.pt")
+    out, straight, flags = tmp_path / "out", tiny, list(TINY)
+    if joint:
+        flags += "--vae_lr_ratio 1 --vae_interval 2 1 --lambda_ref 0.1 --eval_samples 0".split()
+        straight = tmp_path / "straight"
+        assert train.main([*flags, "--out_dir", str(straight)]) == 0
+    whole = sample.read_checkpoint(straight / "ckpt.pt")
     make, calls = train.Batches.make, []
 
     def interrupted(self, work):
@@ -90,10 +96,10 @@ def test_resume_equals_the_uninterrupted_run(tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return make(self, work)
     monkeypatch.setattr(train.Batches, "make", interrupted)
-    assert train.main([*TINY, "--save_every", "1", "--out_dir", str(out)]) == 130
+    assert train.main([*flags, "--save_every", "1", "--out_dir", str(out)]) == 130
     monkeypatch.setattr(train.Batches, "make", make)
     assert sample.read_checkpoint(out / "ckpt.pt")["progress"]["mmdit"] == 2
-    assert train.main([*TINY, "--resume", "auto", "--out_dir", str(out)]) == 0
+    assert train.main([*flags, "--resume", "auto", "--out_dir", str(out)]) == 0
     again = sample.read_checkpoint(out / "ckpt.pt")
     for weights in ("model", "ema"):
         for part, state in whole[weights].items():
@@ -101,7 +107,13 @@ def test_resume_equals_the_uninterrupted_run(tiny, tmp_path, monkeypatch):
                 assert torch.equal(value, again[weights][part][name]), (weights, part, name)
     drop = {"seconds", "data_seconds"}
     strip = lambda entries: [{k: v for k, v in e.items() if k not in drop} for e in entries]
-    assert strip(log_of(out)) == strip(log_of(tiny))
+    assert strip(log_of(out)) == strip(log_of(straight))
+    stage2 = [e for e in log_of(out) if e["stage"] == "mmdit"]
+    assert [e.get("drift", 0) > 0 for e in stage2] == ([False, True, True, True] if joint else [False] * 4)
+    assert ["recon" in e for e in stage2] == ([True, True, False, True] if joint else [False] * 4)
+    if joint:                              # it rests in the third step: no closer, no farther
+        assert stage2[1]["ref"] > 0 and all(torch.equal(whole["reference"][k], v) for k, v in
+                                            again["reference"].items())
 
 
 def test_resuming_keeps_the_flags_of_the_checkpoint(tiny, capsys):
@@ -110,6 +122,26 @@ def test_resuming_keeps_the_flags_of_the_checkpoint(tiny, capsys):
     assert args.width == 32 and args.batch_size == 4 and args.lr == 0.5
     assert train.main(["--out_dir", str(tiny), "--resume", "auto", "--width", "64"]) == 2
     assert "--width 64" in capsys.readouterr().err
+
+
+def test_the_text_vae_rests_in_its_interval(tiny, tmp_path):
+    """Two steps on, two off: after two and after four the weights are the same, in three they are not."""
+    weights = []
+    for steps in (1, 2, 4, 5):
+        out = tmp_path / str(steps)
+        flags = f"--vae_lr_ratio 1 --vae_interval 2 2 --cooldown 0 --warmup 0 --steps {steps} --eval_samples 0"
+        assert train.main([*TINY, *flags.split(), "--out_dir", str(out)]) == 0
+        weights.append(sample.read_checkpoint(out / "ckpt.pt")["model"]["text_vae"]["encoder.final_layer.weight"])
+    one, two, four, five = weights
+    assert torch.equal(two, four) and not torch.equal(one, two) and not torch.equal(four, five)
+
+
+def test_stage_2_from_scratch(tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = [*TINY, "--text_vae_steps", "0", "--eval_samples", "0", "--out_dir", str(out)]
+    assert train.main(flags) == 2 and "--vae_lr_ratio 1" in capsys.readouterr().err and not out.exists()
+    assert train.main([*flags, "--vae_lr_ratio", "1"]) == 0
+    assert {e["stage"] for e in log_of(out)} == {"image_vae", "mmdit"}
 
 
 def test_learning_rate_rises_stays_and_falls(tiny, tmp_path):
@@ -384,8 +416,8 @@ def test_it2t_has_no_image_loss_and_frozen_vae_no_gradient(system):
 def test_repa_and_reference_terms(system):
     stage, b = stage_and_batch(system, T2I, "--w_repa", "0.5", "--repa_layer", "1", "--lambda_ref", "1")
     loss, terms = stage(b, b.counts())
-    assert 0 < terms["repa"] < 2 and abs(float(terms["ref"])) < 1e-6
-    stage.progress = 0.9
+    assert 0 < terms["repa"] < 2 and abs(float(terms["ref"])) < 1e-6 and terms["drift"] < 1e-12
+    stage.step, stage.steps = 9, 10
     assert "repa" not in stage(b, b.counts())[1]
 
 
