@@ -30,6 +30,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -81,6 +82,16 @@ def order(seed: int, k: int, n: int) -> int:
 # to the word. Every run is bounded, which keeps the time linear for any input.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,16}"
            r"|\s{1,16}(?!\S)|\s")
+
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter by which a tokenizer.json writes each byte: itself if it can be seen, else one from 256 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unseen = [b for b in range(256) if b not in seen]
+    return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(unseen)}
 
 
 class Tokenizer:
@@ -144,12 +155,12 @@ class Tokenizer:
                         risen.add(other)
             for other in risen:
                 heapq.heappush(heap, (-pairs[other], other))
-        return cls._of_tokens(tokens)
+        return cls._of_tokens(tokens, PATTERN, {END_TEXT.decode(): len(tokens)})
 
     @classmethod
-    def _of_tokens(cls, tokens: list[bytes]) -> "Tokenizer":
-        return cls(tiktoken.Encoding("bpe", pat_str=PATTERN, special_tokens={END_TEXT.decode(): len(tokens)},
-                                     mergeable_ranks={token: i for i, token in enumerate(tokens)}))
+    def _of_tokens(cls, tokens: list[bytes], pattern: str, special: dict[str, int]) -> "Tokenizer":
+        ranks = {token: i for i, token in enumerate(tokens)}
+        return cls(tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
     @classmethod
     def named(cls, name: str) -> "Tokenizer":
@@ -166,22 +177,90 @@ class Tokenizer:
         """Plain types for a checkpoint; in the strings each character is one byte."""
         if self.encoding.name != "bpe":
             return {"name": self.encoding.name}
-        return {"name": "bpe", "tokens": [self.encoding.decode_single_token_bytes(i).decode("latin-1")
-                                          for i in range(self.end)]}
+        return {"name": "bpe", "tokens": [token.decode("latin-1") for token in self.tokens()],
+                "pattern": self.encoding._pat_str, "special": dict(self.encoding._special_tokens)}
+
+    def tokens(self) -> list[bytes]:
+        """All that merging makes, by id; special tokens come behind."""
+        return [self.encoding.decode_single_token_bytes(i) for i in range(len(self.encoding._mergeable_ranks))]
 
     @classmethod
     def from_dict(cls, state: dict) -> "Tokenizer":
         """Inverse of to_dict. ValueError for anything it cannot have written."""
-        name, tokens = (state.get("name"), state.get("tokens")) if isinstance(state, dict) else (None, None)
+        name = state.get("name") if isinstance(state, dict) else None
         if isinstance(name, str) and name != "bpe":
             return cls.named(name)
         try:
-            tokens = [token.encode("latin-1") for token in tokens]
-        except (TypeError, AttributeError, UnicodeError):
-            tokens = []
-        if tokens[:256] != [bytes([i]) for i in range(256)] or len({b"", *tokens}) != len(tokens) + 1:
-            raise ValueError("the tokenizer is not one that Tokenizer.to_dict wrote; use another checkpoint")
-        return cls._of_tokens(tokens)
+            tokens = [token.encode("latin-1") for token in state["tokens"]]
+            if not {bytes([i]) for i in range(256)} <= {*tokens} or len({b"", *tokens}) != len(tokens) + 1:
+                raise ValueError("not all bytes, or a token twice")
+            if END_TEXT.decode() not in state["special"] or min(state["special"].values()) < len(tokens):
+                raise ValueError("no end token behind the others")
+            return cls._of_tokens(tokens, state["pattern"], state["special"])
+        except Exception as error:             # a pattern that tiktoken refuses is a plain exception
+            raise ValueError(f"the tokenizer is not one that Tokenizer.to_dict wrote ({error!r:.80}); use another "
+                             "checkpoint") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """A byte-level BPE tokenizer.json, as tiktoken has it. ValueError, naming the file, for anything else,
+        and where ids do not rise in the order of merges, which is how tiktoken ranks them."""
+        try:
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            model, pre = state["model"], state["pre_tokenizer"]
+            added = {token["content"]: token["id"] for token in state["added_tokens"]}
+            vocab = {word: i for word, i in model["vocab"].items() if word not in added}
+            merges = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+            steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+            kinds, last = [step["type"] for step in steps], steps[-1]
+            byte = {letter: b for b, letter in byte_letters().items()}
+            words = sorted(vocab, key=vocab.get)
+            tokens = [bytes(byte[letter] for letter in word) for word in words]
+            if model["type"] != "BPE" or state.get("normalizer") or kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
+                raise ValueError(f"{model['type']} with normalizer {state.get('normalizer')} behind {kinds}; only a "
+                                 "byte-level BPE that splits by one pattern, or by GPT-2's, is read here")
+            if last["add_prefix_space"] or last.get("use_regex", True) != (len(steps) == 1):
+                raise ValueError("a space before the text, or two patterns")
+            if [vocab[word] for word in words] != list(range(len(words))):
+                raise ValueError("its ids have gaps")
+            ranks = [vocab[word] for word in merges if word in vocab]
+            if ranks != sorted(ranks):
+                raise ValueError("its ids do not rise in the order of merges")
+            pattern = steps[0]["pattern"]["Regex"] if len(steps) == 2 else GPT2_PATTERN
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path}: not a byte-level BPE tokenizer.json ({error!r:.200})") from None
+        return cls.from_dict({"name": "bpe", "tokens": [token.decode("latin-1") for token in tokens],
+                              "pattern": pattern, "special": added})
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json that from_file reads back."""
+        letters, tokens = byte_letters(), self.tokens()
+        ranks = {token: i for i, token in enumerate(tokens)}
+        word = ["".join(letters[b] for b in token) for token in tokens]
+        merges = []
+        for i, token in enumerate(tokens):         # a token is the pair that merging it without itself ends with
+            if len(token) > 1:
+                parts = [token[j:j + 1] for j in range(len(token))]
+                while len(parts) > 2:
+                    rank, j = min((ranks.get(a + b, i), j) for j, (a, b) in enumerate(zip(parts, parts[1:])))
+                    if rank >= i:
+                        raise ValueError(f"token {token!r} cannot be merged from earlier ones")
+                    parts[j:j + 2] = [parts[j] + parts[j + 1]]
+                merges.append([word[ranks[part]] for part in parts])
+        special = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                    "normalized": False, "special": True} for name, i in self.encoding._special_tokens.items()]
+        split = {"type": "Split", "pattern": {"Regex": self.encoding._pat_str}, "behavior": "Isolated",
+                 "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        state = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+                 "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+                 "post_processor": None, "decoder": level,
+                 "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                           "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                           "ignore_merges": False, "vocab": {w: i for i, w in enumerate(word)}, "merges": merges}}
+        Path(path).write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
 
 def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:

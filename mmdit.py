@@ -21,8 +21,11 @@ Run: python mmdit.py   (CPU, 5 s)
 """
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Container
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -32,6 +35,7 @@ from torch import Tensor
 import masks
 from cuda_attention import Plan, attention, make_plan
 from masks import Layout
+from text_vae import write_safetensors
 
 
 @dataclass
@@ -236,8 +240,8 @@ class MMDiT(nn.Module):
         self.attention_backend = "auto"
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Gates start at 1, shifts and scales at 0, outputs at 0: a plain pre-norm transformer with v = 0.
+    def reset_parameters(self, names: Container[str] | None = None) -> None:
+        """Fresh values for the parameters of these names, or for all. Gates start at 1, shifts and scales at 0, outputs at 0: a plain pre-norm transformer with v = 0.
 
         adaLN-Zero starts the gates at 0, which costs a short run most of its steps: after 600 of them those
         of clean context were still near 0.1, and images as good as unread. Matrices inside the blocks start
@@ -245,7 +249,7 @@ class MMDiT(nn.Module):
         """
         zero = "place.segment.", ".ada.", "_out_ada.", "_out.proj."
         for name, p in self.named_parameters():
-            if ".norm_" in name or "_norm." in name:
+            if ".norm_" in name or "_norm." in name or names is not None and name not in names:
                 continue
             if p.dim() < 2 or any(part in name for part in zero):
                 nn.init.constant_(p, 1.0 if name.endswith(("msa_out.1.bias", "mlp_out.1.bias")) else 0.0)
@@ -313,15 +317,18 @@ class MMDiT(nn.Module):
 
 # ---- the public release's files ----------------------------------------------------------------------------
 
+IMAGE_SIDE = ("img_", "image_blocks.")
 RELEASE_KEYS = {"txt_in_channels": "text_channels", "txt_dim": "width", "heads": "heads",
                 "head_dim": "head_dim", "num_layers": "layers", "expand_ratio": "expand_ratio",
                 "emb_dim": "emb_dim", "rope_dim": "rope_dim", "qk_bias": "qk_bias", "norm_eps": "norm_eps"}
 
 
-def load_official(config: dict, tensors: dict[str, Tensor]) -> tuple[MMDiT, int]:
+def load_official(config: dict, tensors: dict[str, Tensor], image_channels: int = 0,
+                  streams: int = 1) -> tuple[MMDiT, int]:
     """The released text-only DiT, from its config.json as a dict and its tensors (text_vae.read_safetensors).
 
-    Returns the model and its block_len. The weights are the given tensors themselves, never a copy.
+    With image_channels the image side is there too, and with 2 streams its own blocks, all of them fresh.
+    Returns the model and its block_len. The released weights are the given tensors themselves, never a copy.
     ValueError, one line, where config and tensors do not fit.
     """
     missing = [key for key in (*RELEASE_KEYS, "block_size") if key not in config]
@@ -332,15 +339,39 @@ def load_official(config: dict, tensors: dict[str, Tensor]) -> tuple[MMDiT, int]
         raise ValueError("cola_dit config: only patch_size 1 and as many channels out as in are built here")
     settings = {ours: config[theirs] for theirs, ours in RELEASE_KEYS.items()}
     with torch.device("meta"):
-        model = MMDiT(MMDiTConfig(**settings, image_channels=0, place=False))
-    want, have = model.state_dict(), dict(tensors)
+        model = MMDiT(MMDiTConfig(**settings, image_channels=image_channels, streams=streams, place=False))
+    fresh = {name for name in model.state_dict() if name.startswith(IMAGE_SIDE)}
+    want, have = {k: v for k, v in model.state_dict().items() if k not in fresh}, dict(tensors)
     for name in sorted(want.keys() | have.keys()):
         got, expected = (tuple(d[name].shape) if name in d else "missing" for d in (have, want))
         if got != expected:
             raise ValueError(f"cola_dit: {name} is {got}, the config asks for {expected}; "
                              "both must be of one release")
-    model.load_state_dict(have, assign=True)
+    new = {name: torch.empty(v.shape) for name, v in model.state_dict().items() if name in fresh}
+    for name, value in new.items():
+        if name.endswith("rope.freqs"):
+            value.copy_(have["blocks.0.msa.rope.rope.freqs"])
+        elif ".norm_" in name or "_norm." in name:             # LayerNorm's affine part
+            value.fill_(float(name.endswith("weight")))
+    model.load_state_dict(have | new, assign=True)
+    model.reset_parameters(fresh)
     return model, config["block_size"]
+
+
+def save_official(model: MMDiT, block_len: int, folder: str | Path) -> None:
+    """Write the text stream as a cola_dit folder that `load_official` reads back.
+
+    ValueError for a model with `place`, which the release has no weights for."""
+    if model.place:
+        raise ValueError("the prior was trained with an absolute place at its entrance, for which the public "
+                         "format has no weights; train with --no-place")
+    config = {theirs: getattr(model.config, ours) for theirs, ours in RELEASE_KEYS.items()}
+    config |= {"model_type": "cola_dit", "block_size": block_len, "patch_size": 1,
+               "txt_out_channels": model.config.text_channels}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_safetensors(Path(folder, "model.safetensors"),
+                      {k: v for k, v in model.state_dict().items() if not k.startswith(IMAGE_SIDE)})
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:

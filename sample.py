@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import os
 import re
@@ -45,7 +46,9 @@ from cuda_attention import Plan, make_plan
 from image_vae import ImageVAE
 from masks import IT2T, T2I, T2T, Layout, Sample, pack
 from mmdit import Cache, MMDiT, MMDiTConfig
-from text_vae import TextVAE
+from mmdit import load_official as load_prior, save_official as save_prior
+from text_vae import TextVAE, read_safetensors
+from text_vae import load_official as load_vae, save_official as save_vae
 
 FIRST_BLOCK = ("clean", "repaint", "left", "right")
 FORMAT = "unified-cola-1"                  # what a checkpoint of ours says of itself
@@ -57,13 +60,19 @@ MAX_LATENTS = 1 << 14                      # of an image that is drawn: its mask
 class Cola:
     """The whole system: two VAEs, the prior between them, and the tokenizer."""
     text_vae: TextVAE
-    image_vae: ImageVAE
+    image_vae: ImageVAE | None             # None: the public release, which has text alone
     mmdit: MMDiT
     tokenizer: data.Tokenizer
     block_len: int
     image_hw: tuple[int, int]
     image_loc: float                       # mean of the logit time that images were trained at
     first_block: str = "clean"             # what becomes of a prefix that ends inside a block
+
+    def to(self, device: str | torch.device) -> Cola:
+        """Itself, its modules moved."""
+        for module in filter(None, (self.text_vae, self.image_vae, self.mmdit)):
+            module.to(device)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -173,6 +182,7 @@ class Settings:
 
 IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))    # at lower times it bleeds colours (cf. 2404.07724)
 TEXT = Settings(shift=3.0, temperature=0.3)            # 1 has outliers, 0 but one story; guidance oversharpens
+RELEASED = Settings(guidance=7.0, snap=False)          # the paper's, for the public release
 
 
 def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: Tensor | None = None,
@@ -184,7 +194,7 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
     model, alone = context.model, Context(context.model)
     is_image = bool((layout.segment == masks.I).any())
     moves = torch.ones_like(layout.segment) if known is None or redraw else (~known).long()
-    empty = z.new_zeros(0, model.text_vae.latent_dim if is_image else model.image_vae.channels)
+    empty = z.new_zeros(0, model.text_vae.latent_dim if is_image else model.mmdit.config.image_channels)
     plan, plan_alone = context.plan(layout), alone.plan(layout)
 
     def velocity(where: Context, z: Tensor, t: float, plan: Plan) -> Tensor:
@@ -250,7 +260,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
     z_known, known = model.encode_text(ids)
     z = list(z_known.split(known))                                                   # B of (n, Dz)
     block = [n // bl for n in known]                                                 # which each fills next
-    empty = z_known.new_zeros(0, model.image_vae.channels)
+    empty = z_known.new_zeros(0, model.mmdit.config.image_channels)
     if any(block):
         layout = pack([Sample(task, clean=b * bl, start=n) for b, n in zip(block, starts)], bl, device)
         context.add(torch.cat([x[:b * bl] for x, b in zip(z, block)]), empty, layout)
@@ -310,7 +320,7 @@ def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, know
     log_q = flow.log_normal(z, vae.latents(mean), logvar + 2 * math.log(vae.config["scaling_factor"]))
     log_px = -F.cross_entropy(vae.decode(z, lengths), tokens, reduction="none")      # (K n patch,)
 
-    context, image = Context(model), z.new_zeros(0, model.image_vae.channels)
+    context, image = Context(model), z.new_zeros(0, model.mmdit.config.image_channels)
     context.add(z, image, pack([Sample(T2T, clean=n)] * K, bl, model.device))
     noisy = pack([Sample(T2T, noisy=n)] * K, bl, model.device)      # its blocks do not see each other
     plan, given = context.plan(noisy), torch.arange(n, device=model.device).repeat(K) < known      # (K n,)
@@ -404,10 +414,38 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
 
 def load(path: str | Path, device: str = "cpu") -> Cola:
     """The system in a checkpoint file, ready to sample."""
-    model = build(read_checkpoint(path))
-    for module in (model.text_vae, model.image_vae, model.mmdit):
-        module.to(device)
-    return model
+    return build(read_checkpoint(path)).to(device)
+
+
+def load_official(folder: str | Path, image_channels: int = 0, streams: int = 1) -> Cola:
+    """The public release: cola_vae/, cola_dit/ and tokenizer.json in a folder; text alone, but with
+    image_channels a prior that has a fresh image side (mmdit.load_official). Weights are mapped, not copied.
+
+    FileNotFoundError or ValueError, one line."""
+    folder = Path(folder)
+    for name in ("cola_vae", "cola_dit/config.json", "tokenizer.json"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / name}: not there; expected the folder of a public release")
+    text_vae, tokenizer = load_vae(folder / "cola_vae"), data.Tokenizer.from_file(folder / "tokenizer.json")
+    try:
+        config = dict(json.loads((folder / "cola_dit" / "config.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}/cola_dit/config.json: not a JSON object ({error!r})") from None
+    prior, block_len = load_prior(config, read_safetensors(folder / "cola_dit"), image_channels, streams)
+    if prior.config.text_channels != text_vae.latent_dim:
+        raise ValueError(f"{folder}: latents of {text_vae.latent_dim} channels in cola_vae, of "
+                         f"{prior.config.text_channels} in cola_dit; both must be of one release")
+    if tokenizer.n_vocab > text_vae.vocab_size:
+        raise ValueError(f"{folder}: {tokenizer.n_vocab} tokens in tokenizer.json, {text_vae.vocab_size} in "
+                         "cola_vae; both must be of one release")
+    return Cola(text_vae.eval(), None, prior.eval(), tokenizer, block_len, (0, 0), 0.0)
+
+
+def save_official(model: Cola, folder: str | Path) -> None:
+    """Write the text stream as a folder that `load_official` reads back."""
+    save_prior(model.mmdit, model.block_len, Path(folder, "cola_dit"))
+    save_vae(model.text_vae, Path(folder, "cola_vae"))
+    model.tokenizer.save(Path(folder, "tokenizer.json"))
 
 
 # ---- command line ------------------------------------------------------------------------------------------
@@ -433,8 +471,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    base = Parser(add_help=False)
-    base.add_argument("--checkpoint", default="out/ckpt.pt", help="what train.py wrote")
+    trained = Parser(add_help=False)
+    trained.add_argument("--checkpoint", default="out/ckpt.pt", help="what train.py wrote")
+    base = Parser(add_help=False, parents=[trained])
+    base.add_argument("--official", default="", help="the folder of a public Cola DLM release (cola_vae/, "
+                      "cola_dit/, tokenizer.json) in place of a checkpoint; it knows text alone")
     base.add_argument("--steps", type=int, default=16, help="solver steps; fewer is faster and coarser")
     base.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -454,7 +495,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common.add_argument("--temperature", type=float, default=argparse.SUPPRESS,
                         help="scale of the noise to start from; at 0 all samples are the same "
                         f"(default {IMAGE.temperature} for images, {TEXT.temperature} for text)")
-    common.add_argument("--snap", action=argparse.BooleanOptionalAction, default=True,
+    common.add_argument("--snap", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                         help="text goes on from the tokens that its latents so far decode to; off, as in the "
                         "paper, from these latents themselves")
     common.add_argument("--n", type=int, default=1, help="samples to draw; of text at a temperature above 0")
@@ -486,6 +527,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--divergence", choices=("exact", "hutchinson"), default="exact",
                    help="exact takes a backward pass for every number of a block; hutchinson one in all, but "
                    "its noise biases the IWAE upwards")
+    p = commands.add_parser("export", parents=[trained],
+                            help="write text VAE, text stream and tokenizer as the public release has them")
+    p.add_argument("folder")
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -494,11 +538,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def settings(args: argparse.Namespace) -> Settings:
     """The task's defaults, and what the flags say otherwise."""
     given = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
-    return replace(IMAGE if args.task == "t2i" else TEXT, cached=args.kv_cache, **given)
+    default = IMAGE if args.task == "t2i" else RELEASED if args.official else TEXT
+    return replace(default, cached=args.kv_cache, **given)
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible values before any work. ValueError or FileNotFoundError, one line."""
+    if args.task == "export":
+        if Path(args.folder).exists():
+            raise ValueError(f"{args.folder} exists; name a new folder")
+        return
+    if args.official and args.task in ("t2i", "it2t"):
+        raise ValueError(f"--official: the public release knows text alone, no {args.task}")
     for name in ("n", "steps", "max_tokens", "samples", "repaint_cycles"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
@@ -584,7 +635,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         try:                               # whatever a user can get wrong
             args = parse(argv)
-            model, picture = load(args.checkpoint, args.device), None
+            if args.task == "export":
+                save_official(load(args.checkpoint), args.folder)
+                print(f"{args.folder}/cola_vae, {args.folder}/cola_dit and {args.folder}/tokenizer.json written")
+                return 0
+            model = load_official(args.official).to(args.device) if args.official else \
+                load(args.checkpoint, args.device)
+            picture = None
             hw = model.image_hw
             if args.task == "it2t":
                 picture = data.load_image(args.image, hw)

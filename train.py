@@ -82,6 +82,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("stage", "all", "train one stage alone", choices=(*STAGES, "all"))
     flag("resume", "never", "auto continues from out_dir/ckpt.pt", choices=("never", "auto"))
     flag("init_from", "", "start from the weights of a checkpoint, at another --image_size or on other data")
+    flag("init_official", "", "start from a public Cola DLM release, a folder with cola_vae, cola_dit and "
+         "tokenizer.json: its text VAE and text stream, a fresh image side")
     flag("eval_only", False, "evaluate out_dir/ckpt.pt and write metrics.json", action="store_true")
     flag("seed", 0, "same seed, same run")
     flag("scale", 1.0, "multiplies the steps of every stage: 5 takes five times as long")
@@ -135,6 +137,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("width", 128, "width D; the release has 2048")
     flag("layers", 4, "blocks; the release has 24")
     flag("heads", 8, "attention heads; the release has 16")
+    flag("place", True, "segment type and absolute place at the entrance; the public release has none",
+         action=argparse.BooleanOptionalAction)
     flag("streams", 2, "1 shares the weights of text and image, 2 gives each their own, joined in attention",
          type=int, choices=(1, 2))
     flag("block_len", 1, "text latents generated together; 16 in the release, 1 learns fastest")
@@ -220,7 +224,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^56")
     if args.width % (2 * args.heads):
         raise ValueError(f"--width {args.width} does not split into --heads {args.heads} of even width")
-    if not args.text_vae_steps and not args.vae_lr_ratio:
+    if not (args.text_vae_steps or args.vae_lr_ratio or args.init_official or args.init_from):
         raise ValueError("--text_vae_steps 0: the text VAE would never be trained; add --vae_lr_ratio 1")
     if not args.vae_interval[0]:
         raise ValueError("--vae_interval 0 ..: the text VAE would always rest; say --vae_lr_ratio 0")
@@ -717,20 +721,28 @@ class PriorStage(nn.Module):
 # ---- the run -----------------------------------------------------------------------------------------------
 
 def new_model(args: argparse.Namespace, dataset) -> Cola:
-    """A system with fresh weights: the same on every worker, as all start from one seed."""
-    tokenizer = data.Tokenizer.named(args.tokenizer) if args.tokenizer else \
-        data.Tokenizer.train(dataset.corpus(4000), args.vocab_size)
+    """A system with fresh weights, but for those of a public release: the same on every worker, as all start
+    from one seed."""
+    if not args.init_official:
+        tokenizer = data.Tokenizer.named(args.tokenizer) if args.tokenizer else \
+            data.Tokenizer.train(dataset.corpus(4000), args.vocab_size)
     torch.manual_seed(args.seed)
-    width, layers = args.text_vae_width, args.text_vae_layers
-    text_vae = TextVAE(tokenizer.n_vocab, width, 4 * width, args.text_vae_heads, layers, layers,
-                       args.text_latent_dim, args.text_patch, args.vae_block_len,
-                       None if args.vae_logsnr == "learned" else float(args.vae_logsnr))
+    if args.init_official:
+        released = sample.load_official(args.init_official, args.image_latent_dim, args.streams)
+        tokenizer, text_vae, mmdit = released.tokenizer, released.text_vae, released.mmdit
+    else:
+        width, layers = args.text_vae_width, args.text_vae_layers
+        text_vae = TextVAE(tokenizer.n_vocab, width, 4 * width, args.text_vae_heads, layers, layers,
+                           args.text_latent_dim, args.text_patch, args.vae_block_len,
+                           None if args.vae_logsnr == "learned" else float(args.vae_logsnr))
     image_vae = ImageVAE(args.image_latent_dim, args.downsample, args.image_vae_width,
                          tuple(args.image_vae_levels), args.image_vae_blocks, args.image_vae_patch)
     hw, head_dim = (args.image_size[0], args.image_size[-1]), args.width // args.heads
     image_vae.check_size(*hw)
-    mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads, head_dim,
-                              args.layers, emb_dim=args.width, rope_dim=head_dim, streams=args.streams))
+    if not args.init_official:
+        mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads, head_dim,
+                                  args.layers, emb_dim=args.width, rope_dim=head_dim, streams=args.streams,
+                                  place=args.place))
     return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, args.image_loc, args.first_block)
 
 
@@ -1146,14 +1158,16 @@ def loss_plot(log: Path, path: Path) -> None:
 
 # ---- main --------------------------------------------------------------------------------------------------
 
-RUN_FLAGS = {"out_dir", "resume", "init_from", "eval_only", "device", "procs", "save_every", "strict_data",
+RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "eval_only", "device", "procs", "save_every", "strict_data",
              "eval_samples", "guidance", "text_guidance", "text_temperature",
              "sample_steps", "repaint_share", "repaint_cycles"}        # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's only where its own run goes on
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
                 "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",
                 "image_vae_width", "image_vae_levels", "image_vae_blocks", "image_vae_patch",
-                "width", "layers", "heads", "streams"}
+                "width", "layers", "heads", "streams", "place"}
+RELEASED = {"text_latent_dim": "latent_dim", "text_patch": "patch_size", "text_vae_width": "dim",
+            "text_vae_layers": "encoder_num_blocks", "text_vae_heads": "num_heads", "vae_block_len": "block_len"}
 
 
 def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
@@ -1163,6 +1177,10 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
     goes_on = args.eval_only or args.resume == "auto" and path.exists()
     if path.exists() and not goes_on:
         raise ValueError(f"{path} exists; continue it with --resume auto, or choose another --out_dir")
+    if not goes_on and args.init_official:
+        if args.init_from:
+            raise ValueError("--init_from and --init_official: name one of them")
+        follow_release(args)
     if not goes_on and not args.init_from:
         check(args)
         return None, args
@@ -1179,6 +1197,21 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
     if not goes_on:                                    # its weights alone
         checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": [], "seconds": 0.0, "reference": {}}
     return checkpoint, args
+
+
+def follow_release(args: argparse.Namespace) -> None:
+    """Set the flags that a public release settles. ValueError where they were given otherwise."""
+    model = sample.load_official(args.init_official)           # mapped: nothing is read yet
+    vae, prior = model.text_vae.config, model.mmdit.config
+    settled = {ours: vae[theirs] for ours, theirs in RELEASED.items()}
+    settled |= {"vae_logsnr": "learned", "width": prior.width, "layers": prior.layers, "heads": prior.heads,
+                "block_len": model.block_len, "vocab_size": model.tokenizer.n_vocab, "tokenizer": "", "place": False}
+    for name, value in settled.items():
+        if name in args.given and getattr(args, name) != value:
+            raise ValueError(f"--{name} {getattr(args, name)}: {args.init_official} has {value}; leave the flag out")
+        setattr(args, name, value)
+    if "text_vae_steps" not in args.given:                     # it is trained
+        args.text_vae_steps = 0
 
 
 def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> None:
@@ -1204,8 +1237,7 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         if (n := len(model.tokenizer.encode(item.text))) >= args.seq_len:
             raise ValueError(f"{item.name}: its caption has {n} tokens, which with the end token is more "
                              f"than --seq_len {args.seq_len}; raise it to {n + 1} or shorten the caption")
-    for module in parts(model).values():
-        module.to(worker.device)
+    model.to(worker.device)
     run = Run(args, worker, model, dataset)
     if checkpoint is not None:
         run.restore(checkpoint)
@@ -1233,9 +1265,7 @@ def finish(run: Run) -> None:
     """Evaluate the averaged weights; write metrics.json, samples.png, loss.png; say what to try next."""
     args, out, worker, metrics = run.args, run.out, run.worker, None
     tasks, generated = tasks_of(args), not args.data and not args.text
-    model = sample.build(run.state())
-    for module in parts(model).values():
-        module.to(worker.device)
+    model = sample.build(run.state()).to(worker.device)
     with torch.autocast(worker.device.type, torch.bfloat16, enabled=args.bf16 == "on"):
         if worker.rank == 0:
             if (out / "log.jsonl").exists():
