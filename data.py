@@ -47,7 +47,8 @@ import scenes
  SAMPLE) = range(15)
 
 
-SEEDS = 1 << 56                 # a run's seed lies below; a key is seed * 64 + purpose, of at most 63 bits
+SEEDS = 1 << 56                 # a run's seed lies below, that of its evaluation as far above it; a key is
+                                # seed * 64 + purpose, of at most 63 bits
 
 
 class Key(np.random.bit_generator.ISeedSequence):
@@ -62,7 +63,7 @@ class Key(np.random.bit_generator.ISeedSequence):
 
 def rng(seed: int, k: int, purpose: int) -> np.random.Generator:
     """Generator of (seed, k, purpose) alone: counter-based, so sample k needs none of those before it."""
-    if not 0 <= seed < 2 * SEEDS or k < 0:                # evaluations have seeds of their own, above a run's
+    if not 0 <= seed < 2 * SEEDS or k < 0:
         raise ValueError(f"got seed {seed} and sample number {k}, expected both >= 0, the seed below 2^57")
     return np.random.Generator(np.random.Philox(Key(seed * 64 + purpose, k)))
 
@@ -84,6 +85,7 @@ PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\
            r"|\s{1,16}(?!\S)|\s")
 
 
+ALL_KINDS = (["ByteLevel"], ["Split", "ByteLevel"])      # how a tokenizer.json that is read here splits
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -216,9 +218,9 @@ class Tokenizer:
             byte = {letter: b for b, letter in byte_letters().items()}
             words = sorted(vocab, key=vocab.get)
             tokens = [bytes(byte[letter] for letter in word) for word in words]
-            if model["type"] != "BPE" or state.get("normalizer") or kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
-                raise ValueError(f"{model['type']} with normalizer {state.get('normalizer')} behind {kinds}; only a "
-                                 "byte-level BPE that splits by one pattern, or by GPT-2's, is read here")
+            if model["type"] != "BPE" or state.get("normalizer") or kinds not in ALL_KINDS:
+                raise ValueError(f"{model['type']} with normalizer {state.get('normalizer')} behind {kinds}; only "
+                                 "a byte-level BPE that splits by one pattern, or by GPT-2's, is read here")
             if last["add_prefix_space"] or last.get("use_regex", True) != (len(steps) == 1):
                 raise ValueError("a space before the text, or two patterns")
             if [vocab[word] for word in words] != list(range(len(words))):
@@ -244,7 +246,8 @@ class Tokenizer:
             if len(token) > 1:
                 parts = [token[j:j + 1] for j in range(len(token))]
                 while len(parts) > 2:
-                    rank, j = min((ranks.get(a + b, i), j) for j, (a, b) in enumerate(zip(parts, parts[1:])))
+                    pairs = [a + b for a, b in zip(parts, parts[1:])]
+                    rank, j = min((ranks.get(pair, i), j) for j, pair in enumerate(pairs))
                     if rank >= i:
                         raise ValueError(f"token {token!r} cannot be merged from earlier ones")
                     parts[j:j + 2] = [parts[j] + parts[j + 1]]
@@ -254,12 +257,12 @@ class Tokenizer:
         split = {"type": "Split", "pattern": {"Regex": self.encoding._pat_str}, "behavior": "Isolated",
                  "invert": False}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+               "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+               "vocab": {w: i for i, w in enumerate(word)}, "merges": merges}
         state = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
                  "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-                 "post_processor": None, "decoder": level,
-                 "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                           "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                           "ignore_merges": False, "vocab": {w: i for i, w in enumerate(word)}, "merges": merges}}
+                 "post_processor": None, "decoder": level, "model": bpe}
         Path(path).write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
 

@@ -49,16 +49,6 @@ def velocity(z0: Tensor, eps: Tensor) -> Tensor:
     return eps - z0
 
 
-def z0_from_v(zt: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """The data end of the straight line through z_t with slope v: z_0 = z_t - t v. Shapes: interpolate."""
-    return zt - _over_channels(t, zt) * v
-
-
-def eps_from_v(zt: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """The noise end of the same line: eps = z_t + (1 - t) v."""
-    return zt + (1 - _over_channels(t, zt)) * v
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Times
 

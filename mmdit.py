@@ -34,6 +34,7 @@ from torch import Tensor
 
 import masks
 from cuda_attention import Plan, attention, make_plan
+from flow import TIME_SCALE
 from masks import Layout
 from text_vae import write_safetensors
 
@@ -70,9 +71,9 @@ class Cache:
 
 
 def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
-    """[sin | cos] of 1000 t at frequencies exp(-ln(10000) i / (width/2)). t (U,) in [0, 1] -> (U, width)"""
+    """[sin | cos] of 1000 t at frequencies 10000^(-i / (width/2)). t (U,) in [0, 1] -> (U, width)"""
     freqs = torch.exp(-math.log(10000.0) / (width // 2) * torch.arange(width // 2, device=t.device))
-    angle = 1000.0 * t.float()[:, None] * freqs
+    angle = TIME_SCALE * t.float()[:, None] * freqs
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 

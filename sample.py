@@ -52,7 +52,8 @@ from text_vae import load_official as load_vae, save_official as save_vae
 
 FIRST_BLOCK = ("clean", "repaint", "left", "right")
 FORMAT = "unified-cola-1"                  # what a checkpoint of ours says of itself
-CONTENTS = {"config", "args", "tokenizer", "model", "ema", "progress", "optimizers", "seconds", "reference"}  # and has
+CONTENTS = {"config", "args", "tokenizer", "model", "ema", "progress", "optimizers", "seconds",
+            "reference"}                   # and has
 MAX_LATENTS = 1 << 14                      # of an image that is drawn: its mask has the square of that
 
 
@@ -214,7 +215,7 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
 
 def noise(seed: int, first: int, count: int) -> list[np.random.Generator]:
     """One generator per sample number: a sample is the same alone and in any batch."""
-    return [data.rng(seed, first + k, data.NOISE) for k in range(count)]
+    return [data.rng(seed, first + k, data.SAMPLE) for k in range(count)]
 
 
 @torch.inference_mode()
@@ -413,8 +414,11 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
 
 
 def load(path: str | Path, device: str = "cpu") -> Cola:
-    """The system in a checkpoint file, ready to sample."""
-    return build(read_checkpoint(path)).to(device)
+    """The system in a checkpoint file, ready to sample. ValueError also where its prior was never trained."""
+    checkpoint = read_checkpoint(path)
+    if not checkpoint["progress"]["mmdit"]:
+        raise ValueError(f"{path}: its prior was never trained; go on with train.py --resume auto --stage all")
+    return build(checkpoint).to(device)
 
 
 def load_official(folder: str | Path, image_channels: int = 0, streams: int = 1) -> Cola:
@@ -504,16 +508,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="sample.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="task", required=True, parser_class=Parser)
     p = commands.add_parser("t2i", parents=[common], help="text to image")
-    p.add_argument("prompt")
+    p.add_argument("prompt", help="what to draw")
     p.add_argument("--out", default="sample.png",
                    help="PNG to write; with --n above 1 a number is added to its name")
     p.add_argument("--size", type=int, nargs="+", help="pixels: one number, or height and width")
     p = commands.add_parser("it2t", parents=[common], help="image and text to text")
-    p.add_argument("image")
-    p.add_argument("prompt", nargs="?", default="describe the image.")
+    p.add_argument("image", help="a picture of any size and format")
+    p.add_argument("prompt", nargs="?", default="describe the image.", help="what to do, or a question")
     p.add_argument("--max_tokens", type=int, default=64, help="longest answer")
     p = commands.add_parser("t2t", parents=[common], help="continue a text")
-    p.add_argument("prompt")
+    p.add_argument("prompt", help="the text")
     p.add_argument("--max_tokens", type=int, default=64, help="longest continuation")
     p.add_argument("--repaint_share", type=float, default=TEXT.repaint_share, help="of a model trained with "
                    "--first_block repaint: share of the steps in which the prompt leads its block")
@@ -521,7 +525,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    help="how often each of these steps is taken")
     p = commands.add_parser("score", parents=[base], help="likelihood of a text and of its end")
     p.add_argument("prefix", help='"" for none')
-    p.add_argument("response")
+    p.add_argument("response", help="what follows it, letter for letter")
     p.add_argument("--solver", choices=flow.SOLVERS, default="rk4", help="rk4 costs most and errs least")
     p.add_argument("--samples", type=int, default=8, help="draws K of the latents; IWAE is tighter with more")
     p.add_argument("--divergence", choices=("exact", "hutchinson"), default="exact",
@@ -529,7 +533,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    "its noise biases the IWAE upwards")
     p = commands.add_parser("export", parents=[trained],
                             help="write text VAE, text stream and tokenizer as the public release has them")
-    p.add_argument("folder")
+    p.add_argument("folder", help="a new one, for cola_vae/, cola_dit/ and tokenizer.json")
     args = parser.parse_args(argv)
     check(args)
     return args

@@ -177,11 +177,16 @@ def _coverage(shape, size, fx, fy, unit, reach):
     return hit.reshape(n, sub, n, sub).mean((1, 3), dtype=np.float32)
 
 
+def check_size(H: int, W: int) -> None:
+    """ValueError for a picture in which shapes could not be told apart."""
+    if min(H, W) < 24:
+        raise ValueError(f"a scene needs at least 24 x 24 pixels, got {H} x {W}; choose a larger image size")
+
+
 def render(scene: Scene, size: int | tuple[int, int] = 32) -> np.ndarray:
     """Draw a scene, anti-aliased: size (side, or height and width, each >= 24) -> uint8 (H, W, 3)."""
     H, W = (size, size) if isinstance(size, int) else size
-    if min(H, W) < 24:
-        raise ValueError(f"a scene needs at least 24 x 24 pixels, got {H} x {W}; choose a larger image size")
+    check_size(H, W)
     unit, pad = min(H, W) / 32, _reach("large", min(H, W) / 32)
     background = np.array(BACKGROUNDS[scene.background], np.float32)
     image = np.tile(background, (H + 2 * pad, W + 2 * pad, 1))         # with a frame, so that no patch is cut

@@ -157,8 +157,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("clip", 1.0, "largest gradient norm")
     flag("ema", 0.9999, "limit of the decay min(ema, (1 + n) / (10 + n)) of the averaged weights")
     flag("vae_lr_ratio", 0.0, "text VAE's learning rate / --lr: 0 frozen, 1 joint (the paper's best)")
-    flag("vae_interval", [1, 0], "steps that the text VAE trains on and then rests, in turn; the paper compares 22 33",
-         nargs=2, type=int, metavar=("TRAIN", "REST"))
+    flag("vae_interval", [1, 0], "steps that the text VAE trains and then rests, in turn; the paper compares "
+         "22000 33000", nargs=2, type=int, metavar=("TRAIN", "REST"))
     flag("lambda_vae", 1.0, "weight of the text VAE's own loss in stage 2")
     flag("lambda_fm", 1.0, "weight of the flow-matching losses")
     flag("lambda_ref", 0.0, "weight of KL(q || q_ref) to the encoder of stage 1")
@@ -201,8 +201,9 @@ def check(args: argparse.Namespace) -> None:
             (1, math.inf, "at least 1",
              "steps image_vae_steps batch_size micro_steps text_vae_batch image_vae_batch "
              "save_every sample_steps repaint_cycles pool seq_len vocab_size block_len vae_block_len width layers heads "
-             "text_vae_width text_vae_layers text_vae_heads text_latent_dim text_patch image_size downsample "
+             "text_vae_width text_vae_layers text_vae_heads text_latent_dim text_patch downsample "
              "image_latent_dim image_vae_width image_vae_levels image_vae_blocks image_vae_patch repa_layer"),
+            (8, math.inf, "at least 8 pixels, which the loss of stage 1b halves thrice", "image_size"),
             (0, 1, "a share between 0 and 1",
              "any_order questions aux_caption cfg_drop warmup cooldown repa_until ema repaint_share"),
             (math.ulp(0), math.inf, "a number above 0",        # from the smallest such number
@@ -233,6 +234,8 @@ def check(args: argparse.Namespace) -> None:
                          f"of --layers {args.layers}")
     if args.aspect and not args.data:
         raise ValueError("--aspect is for --data; generated scenes are all of one shape")
+    if not args.data and not args.text:
+        scenes.check_size(args.image_size[0], args.image_size[-1])
     if not args.out_dir or Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
         raise ValueError(f"--out_dir {args.out_dir!r}: expected a folder, which may be new")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -382,6 +385,10 @@ class TextBatch:
     noise: Tensor           # (Lv, Dz) of the posterior sample
     hidden: Tensor          # (T,) bool, tokens masked for L_mask
 
+    @property
+    def positions(self) -> int:
+        return sum(self.lengths)
+
     def counts(self) -> list[float]:
         """Tokens, masked tokens."""
         return [self.ids.numel(), int(self.hidden.sum())]
@@ -392,6 +399,10 @@ class ImageBatch:
     """Images of one size for stage 1b."""
     x: Tensor               # (B, 3, H, W) in [-1, 1]
     noise: Tensor           # (B, Cz, h, w) of the posterior sample
+
+    @property
+    def positions(self) -> int:
+        return self.noise[:, 0].numel()
 
     def counts(self) -> list[float]:
         """Images."""
@@ -417,6 +428,10 @@ class Batch:
     eps_image: Tensor       # (Li, Cz)
     t: Tensor               # (U,) distinct times; t[0] = 0
     t_index: Tensor         # (L,)
+
+    @property
+    def positions(self) -> int:
+        return len(self.layout)
 
     def counts(self) -> list[float]:
         """Loss positions x channels of L_image and of L_text in each task; tokens, masked tokens."""
@@ -460,9 +475,9 @@ class Batches:
     def whole(self, ids: list[int]) -> list[int]:
         """Tokens of a text, ended and filled up to whole blocks; one longer than seq_len is cut, to whole
         blocks, and does not end."""
-        n, block = self.args.seq_len, self.model.block_len * self.model.text_vae.patch_size
-        return (data.pad_to_multiple(ids, block, self.model.tokenizer.end) if len(ids) < n
-                else ids[:n // block * block])
+        block = self.model.block_len * self.model.text_vae.patch_size
+        n = self.args.seq_len // block * block
+        return data.pad_to_multiple(ids, block, self.model.tokenizer.end) if len(ids) < n else ids[:n]
 
     def text_ids(self, text: str) -> list[int]:
         """The tokens of a whole text."""
@@ -471,7 +486,7 @@ class Batches:
     def cut_text(self, text: str, draw: np.random.Generator) -> tuple[list[int], int, range]:
         """A text of which all before a cut, any of its tokens, is given, as sampling has it: tokens, latents
         before the cut, latents that are filling (Cola.align)."""
-        ids, n = self.model.tokenizer.encode(text), self.args.seq_len
+        ids = self.model.tokenizer.encode(text)
         ids, cut, filling = self.model.align(ids, int(draw.integers(min(len(ids), len(self.whole(ids))))))
         ids = self.whole(ids)
         return ids, min(cut, len(ids)) // self.model.text_vae.patch_size, filling
@@ -530,7 +545,7 @@ class Batches:
         items = [self.item(task, k) for task, k in work]
         pictures = iter(self.image_latents([index for _, index, _ in items if index >= 0]))
         ids, lengths, samples, vae_noise, normals, shifts, eps_text, eps_image, z_image = ([] for _ in range(9))
-        start, prompt_at, text_at, prefix_at, cut, fill, filled, slot = np.zeros((8, S), int)   # of each sample
+        start, prompt_at, text_at, prefix_at, cut, fill, filled, slot = np.zeros((8, S), int)  # of each sample
 
         def add(tokens: list[int]) -> int:
             """Queue a text for the VAE; returns where its latents will begin."""
@@ -793,6 +808,13 @@ class Run:
         self.progress, self.seconds = dict(checkpoint["progress"]), checkpoint["seconds"]
         self.optimizer_state, self.reference = checkpoint["optimizers"], checkpoint["reference"]
 
+    def trim_log(self) -> None:
+        """Drop from log.jsonl the steps behind the checkpoint, which will be taken again."""
+        path = self.out / "log.jsonl"
+        if path.exists() and not self.worker.rank:
+            kept = [e for e in read_log(path) if e["step"] <= self.progress[e["stage"]]]
+            path.write_text("".join(json.dumps(e) + "\n" for e in kept))
+
     def step(self, wrapped: nn.Module, optimizers: list[torch.optim.Optimizer], batches: list,
              amp: torch.autocast) -> tuple[dict[str, float], float]:
         """One step on this worker's micro-batches: its share of each loss term, and the gradient's norm."""
@@ -855,7 +877,8 @@ class Run:
             sums, norm = self.step(wrapped, optimizers, batches, amp)
             self.average(averaged, step)
             names = sorted(sums)
-            signal_seen, *values = worker.sum([float(self.stop), *(sums[n] for n in names)])
+            positions = sum(b.positions for b in batches)
+            signal_seen, positions, *values = worker.sum([float(self.stop), positions, *(sums[n] for n in names)])
             now = time.perf_counter()
             took, last = now - last, now
             self.seconds += took
@@ -863,11 +886,11 @@ class Run:
             if log:
                 terms = dict(zip(names, values))
                 entry = {"stage": stage, "step": step + 1, **terms, "lr": groups[0]["lr"], "norm": norm,
-                         "seconds": round(took, 4), "data_seconds": round(prepared, 4)}
-                if stage == "mmdit":
-                    entry["positions"] = sum(len(b.layout) for b in batches) * worker.world
+                         "positions": int(positions), "seconds": round(took, 4),
+                         "data_seconds": round(prepared, 4)}
                 log.write(json.dumps(entry) + "\n")
-                bar.set_postfix({n: f"{v:.4f}" for n, v in terms.items()}, refresh=False)
+                shown = {n: f"{v:.4f}" for n, v in terms.items()} | {"positions/s": f"{positions / took:.0f}"}
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
             if (step + 1) % a.save_every == 0 or done or signal_seen:
                 self.optimizer_state = [] if done else [o.state_dict() for o in optimizers]
@@ -878,6 +901,7 @@ class Run:
                 self.save()
                 last = time.perf_counter()
             if signal_seen:
+                bar.close()
                 worker.sum([0.0])                      # nobody leaves while the first still writes
                 raise KeyboardInterrupt
         bar.close()
@@ -915,7 +939,7 @@ def train_stages(run: Run) -> None:
     if "image_vae" in wanted and run.dataset.num_images:
         model.image_vae.train()
         stage = ImageStage(model.image_vae)
-        shown = [b.x.to(w.device) for b in batches.pixels(range(1024))]
+        shown = (b.x.to(w.device) for k in range(0, 1024, 32) for b in batches.pixels(range(k, k + 32)))
         run.fit("image_vae", stage, optimizers_for(a, stage, a.image_vae_lr, muon), scaled(a.image_vae_steps),
                 lambda step: batches.pixels(w.share(step * a.image_vae_batch, a.image_vae_batch)),
                 at_end=lambda: model.image_vae.set_statistics(shown))
@@ -1030,7 +1054,8 @@ def evaluate(model: Cola, args: argparse.Namespace, worker: Worker) -> dict:
 
     Each is a mean over n = --eval_samples scenes, those of T2I over n of each number of objects; the samples
     are split among the workers, and all of them get the result."""
-    (image, text), seed, n = settings(args, args.seed), args.seed + 1_000_003, args.eval_samples
+    seed, n = data.SEEDS + args.seed, args.eval_samples        # no run's own
+    image, text = settings(args, seed)
     rows: list[tuple[str, bool]] = []
     bar = tqdm(total=2 * math.ceil(3 * n / 64), desc="evaluate", disable=worker.rank > 0)
     for split in ("seen", "heldout"):
@@ -1070,12 +1095,13 @@ def table(metrics: dict) -> str:
     rows = [("t2i scene, 1-3 objects", "t2i.scene", 3 * n)]
     rows += [(f"t2i scene, {c} object{'s' if c > 1 else ''}", f"t2i.by_count.{c}", n) for c in (1, 2, 3)]
     attributes = ("count", "color", "shape", "size", "relation", "background")
-    rows += [(f"t2i {x}", f"t2i.{x}", 3 * n) for x in attributes]
+    rows += [(f"t2i {x}", f"t2i.{x}", (2 if x == "relation" else 3) * n) for x in attributes]
     rows += [(x.replace(".", " "), x, n) for x in ("it2t.exact", "it2t.true", "it2t.vqa", "t2t.consistent")]
     lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
     for title, x, count in rows:
         lines.append(f"{title:26s}{cell(f'seen.{x}', count):24s}{cell(f'heldout.{x}', count)}")
-    return "\n".join(lines + [f"ceiling {x:18s}{cell(f'ceiling.{x}', n)}" for x in ("image", "text")])
+    ceilings = (("image", n), ("text", 2 * n))                 # a caption and a story of each scene
+    return "\n".join(lines + [f"ceiling {x:18s}{cell(f'ceiling.{x}', count)}" for x, count in ceilings])
 
 
 # ---- pictures of the run -----------------------------------------------------------------------------------
@@ -1083,7 +1109,7 @@ def table(metrics: dict) -> str:
 def sample_grid(model: Cola, run: Run, path: Path) -> None:
     """Images drawn for captions, captions or answers given to images; texts are continued on the terminal."""
     image, text = settings(run.args)
-    dataset, cells, numbers = run.dataset, [], range(10 ** 9, 10 ** 9 + 6)   # far from any sample of training
+    dataset, cells, numbers = run.dataset, [], range(10 ** 9, 10 ** 9 + 6)   # in other words than in training
     tasks = tasks_of(run.args)
     if "t2i" in tasks:
         captions = [dataset.t2i(k)[0] for k in numbers]
@@ -1123,11 +1149,20 @@ def captioned_grid(cells: list[tuple[np.ndarray, str]], columns: int = 6, tile: 
     return canvas
 
 
+def read_log(path: Path) -> list[dict]:
+    """The steps of a log.jsonl; a line that was cut off, by a full disk or a power failure, is left out."""
+    entries = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
+
+
 def loss_plot(log: Path, path: Path) -> None:
     """Every loss of log.jsonl against its step, a panel a stage, on a log scale, smoothed over 2 %."""
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = read_log(log)
     colors = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
-    skip = {"stage", "step", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q", "psnr", "drift"}
+    skip = {"stage", "step", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q", "drift"}
     canvas = Image.new("RGB", (3 * 420, 320), "white")
     pen = ImageDraw.Draw(canvas)
     for panel, stage in enumerate(STAGES):
@@ -1189,13 +1224,14 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
     kept = args.given | RUN_FLAGS | (set() if goes_on else GOAL_FLAGS)
     for name, value in checkpoint["args"].items():
         if name in ARCHITECTURE & args.given and getattr(args, name) != value:
-            raise ValueError(f"--{name} {getattr(args, name)}: {source} has {value}; leave the flag out, "
+            raise ValueError(f"--{name} {getattr(args, name)}: {source} has {value!r}; leave the flag out, "
                              f"or train from nothing")
         if name not in kept and hasattr(args, name):
             setattr(args, name, value)
     check(args)                                        # what was given, together with what was not
     if not goes_on:                                    # its weights alone
-        checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": [], "seconds": 0.0, "reference": {}}
+        checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": [], "seconds": 0.0,
+                       "reference": {}}
     return checkpoint, args
 
 
@@ -1205,10 +1241,12 @@ def follow_release(args: argparse.Namespace) -> None:
     vae, prior = model.text_vae.config, model.mmdit.config
     settled = {ours: vae[theirs] for ours, theirs in RELEASED.items()}
     settled |= {"vae_logsnr": "learned", "width": prior.width, "layers": prior.layers, "heads": prior.heads,
-                "block_len": model.block_len, "vocab_size": model.tokenizer.n_vocab, "tokenizer": "", "place": False}
+                "block_len": model.block_len, "vocab_size": model.tokenizer.n_vocab, "tokenizer": "",
+                "place": False}
     for name, value in settled.items():
         if name in args.given and getattr(args, name) != value:
-            raise ValueError(f"--{name} {getattr(args, name)}: {args.init_official} has {value}; leave the flag out")
+            raise ValueError(f"--{name} {getattr(args, name)}: {args.init_official} has {value}; leave the "
+                             "flag out")
         setattr(args, name, value)
     if "text_vae_steps" not in args.given:                     # it is trained
         args.text_vae_steps = 0
@@ -1216,7 +1254,11 @@ def follow_release(args: argparse.Namespace) -> None:
 
 def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> None:
     """One worker's run, from data to metrics. ValueError or OSError where flags and data do not fit."""
-    hw = (args.image_size[0], args.image_size[-1])
+    hw, usual = (args.image_size[0], args.image_size[-1]), plain(parse([]))
+    if not worker.rank:
+        words = [f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}"
+                 for k, v in plain(args).items() if v != usual[k]]
+        print("flags:", " ".join(words) or "all as by default")
     world = {} if args.data or args.text else \
         {"pool": args.pool, "any_order": args.any_order, "questions": args.questions}
     dataset = data.open_data(args.seed, args.data, args.text, hw, args.seq_len, args.aspect, args.downsample,
@@ -1233,10 +1275,15 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         model.image_hw, model.block_len = hw, args.block_len
         model.image_loc, model.first_block = args.image_loc, args.first_block
         model.image_vae.check_size(*hw)
-    for item in getattr(getattr(dataset, "pictures", dataset), "items", ()):
-        if (n := len(model.tokenizer.encode(item.text))) >= args.seq_len:
-            raise ValueError(f"{item.name}: its caption has {n} tokens, which with the end token is more "
-                             f"than --seq_len {args.seq_len}; raise it to {n + 1} or shorten the caption")
+    block = model.block_len * model.text_vae.patch_size
+    pictures = getattr(dataset, "pictures", dataset)
+    captions = [(item.name, item.text) for item in getattr(pictures, "items", ())]
+    if dataset.num_images and not captions:
+        captions = [("a generated scene", dataset.t2i(k)[0]) for k in range(256)]
+    for name, text in captions:
+        if (n := len(model.tokenizer.encode(text)) + 1) > args.seq_len // block * block:
+            raise ValueError(f"{name}: its caption has {n} tokens with the end token, more than whole blocks in "
+                             f"--seq_len {args.seq_len}; raise it to {-(-n // block) * block} or shorten the caption")
     model.to(worker.device)
     run = Run(args, worker, model, dataset)
     if checkpoint is not None:
@@ -1250,6 +1297,7 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
                                  "second stage on with --resume auto, or name a checkpoint by --init_from")
     if not args.eval_only:
         run.out.mkdir(parents=True, exist_ok=True)
+        run.trim_log()
         on_signals(lambda number, frame: setattr(run, "stop", number))
         before = dict(run.progress)
         train_stages(run)
@@ -1272,7 +1320,7 @@ def finish(run: Run) -> None:
                 loss_plot(out / "log.jsonl", out / "loss.png")
             if run.progress["mmdit"]:
                 sample_grid(model, run, out / "samples.png")
-        if generated and args.eval_samples and args.stage in ("all", "mmdit"):
+        if generated and args.eval_samples and run.progress["mmdit"] and args.stage in ("all", "mmdit"):
             metrics = evaluate(model, args, worker)
     if worker.rank:
         return

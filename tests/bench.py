@@ -31,7 +31,7 @@ import masks
 import sample
 import train
 from cuda_attention import attention, make_plan
-from masks import IT2T, T2I, T2T
+from masks import T2I
 
 CAPTION = "a large red circle above a small blue square on a gray background"
 SIZES = (16, 32, 64, 128, 256)
@@ -106,7 +106,8 @@ def growth() -> None:
 
 
 def preparation(steps: int = 45) -> None:
-    """(c) A default run in miniature: as many looks at each scene, the first of which costs most.
+    """(c) One of two workers of the default run, in miniature: as many looks at each scene, the first of which
+    costs most, against the passes and the optimizers (without clipping and averaging, which cost little).
 
     Data and work take turns, as in train.py: data alone, in a loop, would find its memory cached."""
     args = train.parse([])
@@ -114,10 +115,11 @@ def preparation(steps: int = 45) -> None:
     model = train.new_model(args, dataset)
     stage, batches = train.PriorStage(model, args), train.Batches(args, dataset, model)
     optimizers, times, B = train.optimizers_for(args, stage, args.lr, True), [], args.batch_size
+    M = args.micro_steps
     for i in range(steps):
         times.append([time.process_time()])
-        numbers = range(3 * i * B, 3 * (i + 1) * B)
-        made = [batches.make([((T2T, T2I, IT2T)[k // B % 3], k) for k in numbers])]
+        made = [batches.make([(train.pick_task(args, (m + 0.5) / M), (i * M + m) * B + j)
+                              for m in range(M) for j in range(B // 2)])]
         times[-1].append(time.process_time())
         step(stage, optimizers, made)
         times[-1].append(time.process_time())

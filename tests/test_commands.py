@@ -75,7 +75,9 @@ def test_commands_of_the_readme_parse(capsys):
     assert {script for script, _ in commands} == {"train", "sample"}
     for script, argv in commands:
         try:
-            {"train": train.parse, "sample": sample.parse}[script](argv)
+            args = {"train": train.parse, "sample": sample.parse}[script](argv)
+            if script == "train":
+                train.check(args)
         except (SystemExit, ValueError) as error:
             pytest.fail(f"README.md: {script}.py {shlex.join(argv)}: {capsys.readouterr().err or error}")
 

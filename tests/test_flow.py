@@ -68,8 +68,6 @@ def test_every_position_has_its_own_time(t_shape):
             tau = t[b, i] if len(t_shape) == 2 else t[b]
             torch.testing.assert_close(zt[b, i], (1 - tau) * z0[b, i] + tau * eps[b, i])
     v = flow.velocity(z0, eps)
-    torch.testing.assert_close(flow.z0_from_v(zt, v, t), z0)
-    torch.testing.assert_close(flow.eps_from_v(zt, v, t), eps)
 
 
 # Times

@@ -144,6 +144,42 @@ def test_stage_2_from_scratch(tmp_path, capsys):
     assert {e["stage"] for e in log_of(out)} == {"image_vae", "mmdit"}
 
 
+def test_a_torn_log_is_mended(tiny, tmp_path):
+    """A line cut off costs neither the evaluation nor the picture; resuming drops it, and the steps that will be
+    taken again."""
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    for name in ("loss.png", "metrics.json"):
+        (out / name).unlink()
+    lines = (out / "log.jsonl").read_text().splitlines(True)
+    torn = "".join(lines) + lines[-1].replace('"step": 4', '"step": 5') + '{"stage": "mm'
+    (out / "log.jsonl").write_text(torn)
+    assert train.main([*TINY, "--eval_only", "--out_dir", str(out)]) == 0
+    assert (out / "loss.png").exists() and (out / "metrics.json").exists()
+    assert (out / "log.jsonl").read_text() == torn
+    assert train.main([*TINY, "--resume", "auto", "--steps", "5", "--out_dir", str(out)]) == 0
+    steps = [e["step"] for e in log_of(out) if e["stage"] == "mmdit"]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_prior_never_trained_is_neither_judged_nor_sampled(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train.main([*TINY, "--stage", "text_vae", "--out_dir", str(out)]) == 0
+    assert train.main([*TINY, "--eval_only", "--stage", "all", "--out_dir", str(out)]) == 0
+    assert not (out / "metrics.json").exists() and not (out / "samples.png").exists()
+    capsys.readouterr()
+    assert sample.main(["t2i", "a circle", "--checkpoint", str(out / "ckpt.pt")]) == 2
+    assert "never trained" in capsys.readouterr().err
+
+
+def test_an_interval_is_that_of_the_samples_behind_it():
+    rates = dict(n=50, seen={"t2i": {"relation": 0.5, "color": 0.5}}, ceiling={"text": 0.5, "image": 0.5})
+    lines = train.table(rates).splitlines()
+    show = lambda n: "[{:.3f}, {:.3f}]".format(*train.wilson(0.5, n))
+    for word, n in (("t2i relation", 100), ("t2i color", 150), ("ceiling text", 100), ("ceiling image", 50)):
+        assert show(n) in next(line for line in lines if line.startswith(word)), word
+
+
 def test_learning_rate_rises_stays_and_falls(tiny, tmp_path):
     assert train.main([*TINY, "--out_dir", str(tmp_path), "--stage", "mmdit", "--init_from",
                        str(tiny / "ckpt.pt"), "--eval_samples", "0", "--steps", "10", "--warmup", "0.2",
@@ -490,6 +526,12 @@ def fails(argv, capsys, *words):
     (["--scale", "0"], ["--scale"]),
     (["--vae_logsnr", "loud"], ["--vae_logsnr loud", "learned"]),
     (["--image_size", "33"], ["33"]),
+    (["--image_size", "16"], ["24 x 24"]),
+    (["--image_size", "4", "--downsample", "4", "--data", "."], ["--image_size 4", "8 pixels"]),
+    (["--seq_len", "8"], ["--seq_len 8", "raise it to"]),
+    (["--text_vae_steps", "0"], ["--vae_lr_ratio 1"]),
+    (["--vae_interval", "0", "5"], ["--vae_interval 0"]),
+    (["--repaint_share", "2"], ["--repaint_share 2"]),
     (["--image_size", "32", "32", "32"], ["--image_size"]),
     (["--data", "/no/such/folder"], ["/no/such/folder"]),
     (["--text", "/no/such/file.txt"], ["/no/such/file.txt"]),
@@ -612,7 +654,16 @@ def test_a_folder_with_some_bad_images_trains_on(tmp_path, capsys):
     assert (out / "samples.png").exists() and len(log_of(out)) == 10
 
 
-def test_help_explains_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
-    assert "None" not in capsys.readouterr().out.replace("default: None", "")
+def test_help_explains_every_flag(monkeypatch):
+    """Those of sample.py too."""
+    parsers, made = [], sample.Parser.__init__
+
+    def recorded(self, *args, **kwargs):
+        parsers.append(self)
+        made(self, *args, **kwargs)
+    monkeypatch.setattr(sample.Parser, "__init__", recorded)
+    train.parse([])
+    sample.parse(["t2t", ""])
+    actions = [a for p in parsers for a in p._actions if not isinstance(a, argparse._SubParsersAction)]
+    assert len(actions) > 150 and len(parsers) > 6
+    assert all(a.help and len(a.help) > 3 for a in actions), [a.dest for a in actions if not a.help]
