@@ -68,6 +68,7 @@ class Cola:
     image_hw: tuple[int, int]
     image_loc: float                       # mean of the logit time that images were trained at
     first_block: str = "clean"             # what becomes of a prefix that ends inside a block
+    tasks: tuple[str, ...] = masks.TASKS   # that it was trained for
 
     def to(self, device: str | torch.device) -> Cola:
         """Itself, its modules moved."""
@@ -404,7 +405,7 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
         c = checkpoint["config"]
         model = Cola(TextVAE(**c["text_vae"]), ImageVAE(**c["image_vae"]), MMDiT(MMDiTConfig(**c["mmdit"])),
                      data.Tokenizer.from_dict(checkpoint["tokenizer"]), c["block_len"], tuple(c["image_hw"]),
-                     checkpoint["args"]["image_loc"], checkpoint["args"]["first_block"])
+                     checkpoint["args"]["image_loc"], checkpoint["args"]["first_block"], tuple(c["tasks"]))
         for name in ("text_vae", "image_vae", "mmdit"):
             getattr(model, name).load_state_dict(checkpoint[weights][name])
             getattr(model, name).eval()
@@ -442,7 +443,7 @@ def load_official(folder: str | Path, image_channels: int = 0, streams: int = 1)
     if tokenizer.n_vocab > text_vae.vocab_size:
         raise ValueError(f"{folder}: {tokenizer.n_vocab} tokens in tokenizer.json, {text_vae.vocab_size} in "
                          "cola_vae; both must be of one release")
-    return Cola(text_vae.eval(), None, prior.eval(), tokenizer, block_len, (0, 0), 0.0)
+    return Cola(text_vae.eval(), None, prior.eval(), tokenizer, block_len, (0, 0), 0.0, tasks=("t2t",))
 
 
 def save_official(model: Cola, folder: str | Path) -> None:
@@ -552,8 +553,6 @@ def check(args: argparse.Namespace) -> None:
         if Path(args.folder).exists():
             raise ValueError(f"{args.folder} exists; name a new folder")
         return
-    if args.official and args.task in ("t2i", "it2t"):
-        raise ValueError(f"--official: the public release knows text alone, no {args.task}")
     for name in ("n", "steps", "max_tokens", "samples", "repaint_cycles"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
@@ -645,6 +644,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             model = load_official(args.official).to(args.device) if args.official else \
                 load(args.checkpoint, args.device)
+            if (needed := "t2t" if args.task == "score" else args.task) not in model.tasks:
+                raise ValueError(f"{args.official or args.checkpoint} was trained for {', '.join(model.tasks)}, not for {needed}")
             picture = None
             hw = model.image_hw
             if args.task == "it2t":

@@ -783,7 +783,8 @@ class Run:
         weights = {name: module.state_dict() for name, module in parts(m).items()}
         config = {"text_vae": m.text_vae.config, "image_vae": m.image_vae.config,
                   "mmdit": dataclasses.asdict(m.mmdit.config),
-                  "block_len": m.block_len, "image_hw": list(m.image_hw)}
+                  "block_len": m.block_len, "image_hw": list(m.image_hw),
+                  "tasks": sorted(tasks_of(self.args))}
         return {"format": sample.FORMAT, "config": config, "args": plain(self.args),
                 "tokenizer": m.tokenizer.to_dict(), "model": weights, "ema": weights | self.ema,
                 "progress": self.progress, "optimizers": self.optimizer_state, "seconds": self.seconds,
@@ -936,7 +937,7 @@ def train_stages(run: Run) -> None:
         stage = TextStage(model.text_vae, a)
         run.fit("text_vae", stage, optimizers_for(a, stage, a.text_vae_lr, False), scaled(a.text_vae_steps),
                 lambda step: batches.texts(w.share(step * a.text_vae_batch, a.text_vae_batch)))
-    if "image_vae" in wanted and run.dataset.num_images:
+    if "image_vae" in wanted and (a.stage == "image_vae" or tasks_of(a) - {"t2t"}):
         model.image_vae.train()
         stage = ImageStage(model.image_vae)
         shown = (b.x.to(w.device) for k in range(0, 1024, 32) for b in batches.pixels(range(k, k + 32)))
@@ -1023,14 +1024,17 @@ def judge_stories(model: Cola, world: list, seed: int, numbers: list[int], s: sa
             yield f"t2t.by_residue.{len(model.tokenizer.encode(prefix)) % patch}", ok
 
 
-def judge_vaes(model: Cola, world: list, seed: int, numbers: list[int]) -> Rows:
-    """What the VAEs alone keep: scenes that are still read right, texts (captions, then stories) whose every
-    token comes back."""
+def judge_image_vae(model: Cola, world: list, seed: int, numbers: list[int]) -> Rows:
+    """What the image VAE alone keeps: scenes that are still read right."""
     grid = tuple(side // model.image_vae.downsample for side in model.image_hw)
     z = model.encode_images([scenes.render(scene, model.image_hw) for scene in world])           # (B h w, Cz)
     for scene, picture in zip(world, model.decode_images(z, grid)):
         told = scenes.read_caption(scenes.caption(scene, data.rng(seed, 0, data.CAPTION)))
         yield "ceiling.image", scenes.matches(scenes.read_image(picture), told)["scene"]
+
+
+def judge_text_vae(model: Cola, world: list, seed: int, numbers: list[int]) -> Rows:
+    """What the text VAE alone keeps: captions and stories whose every token comes back."""
     stories = [scenes.story(scene, data.rng(seed, k, data.WINDOW)) for scene, k in zip(world, numbers)]
     for texts in (captions_of(world, seed, numbers), stories):
         ids = [model.ids(text, end=True) for text in texts]
@@ -1052,21 +1056,25 @@ def settings(args: argparse.Namespace, seed: int = 0) -> tuple[sample.Settings, 
 def evaluate(model: Cola, args: argparse.Namespace, worker: Worker) -> dict:
     """Rates in [0, 1] on scenes the training never drew, of seen compositions and of held-out ones.
 
-    Each is a mean over n = --eval_samples scenes, those of T2I over n of each number of objects; the samples
-    are split among the workers, and all of them get the result."""
+    Each is a mean over n = --eval_samples scenes, those of T2I over n of each number of objects, for the tasks
+    that were trained; the samples are split among the workers, and all of them get the result."""
     seed, n = data.SEEDS + args.seed, args.eval_samples        # no run's own
     image, text = settings(args, seed)
     rows: list[tuple[str, bool]] = []
-    bar = tqdm(total=2 * math.ceil(3 * n / 64), desc="evaluate", disable=worker.rank > 0)
+    judges = [(task, judge, s, count) for task, judge, s, count in
+              (("t2i", judge_images, image, 3 * n), ("it2t", judge_answers, text, n),
+               ("t2t", judge_stories, text, n)) if task in tasks_of(args)]
+    bar = tqdm(total=2 * sum(math.ceil(count / 64) for *_, count in judges), desc="evaluate",
+               disable=worker.rank > 0)
     for split in ("seen", "heldout"):
-        for drawn in draw_scenes(split, seed, worker.share(0, 3 * n)):
-            rows += [(f"{split}.{name}", ok) for name, ok in judge_images(model, *drawn, image)]
-            bar.update(worker.world)
-        for drawn in draw_scenes(split, seed, worker.share(0, n)):
-            for judge in (judge_answers, judge_stories):
-                rows += [(f"{split}.{name}", ok) for name, ok in judge(model, *drawn, text)]
-            rows += judge_vaes(model, *drawn) if split == "seen" else []
+        for _, judge, s, count in judges:
+            for drawn in draw_scenes(split, seed, worker.share(0, count)):
+                rows += [(f"{split}.{name}", ok) for name, ok in judge(model, *drawn, s)]
+                bar.update(worker.world)
     bar.close()
+    for drawn in draw_scenes("seen", seed, worker.share(0, n)):
+        rows += judge_text_vae(model, *drawn)
+        rows += judge_image_vae(model, *drawn) if tasks_of(args) - {"t2t"} else []
     rates: dict[str, list[bool]] = {}
     for name, ok in worker.gather(rows):
         rates.setdefault(name, []).append(bool(ok))
@@ -1089,7 +1097,7 @@ def table(metrics: dict) -> str:
         for key in path.split("."):
             rate = rate.get(key) if rate else None
         if rate is None:
-            return " " * 20
+            return ""
         low, high = wilson(rate, count)
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
     rows = [("t2i scene, 1-3 objects", "t2i.scene", 3 * n)]
@@ -1097,11 +1105,12 @@ def table(metrics: dict) -> str:
     attributes = ("count", "color", "shape", "size", "relation", "background")
     rows += [(f"t2i {x}", f"t2i.{x}", (2 if x == "relation" else 3) * n) for x in attributes]
     rows += [(x.replace(".", " "), x, n) for x in ("it2t.exact", "it2t.true", "it2t.vqa", "t2t.consistent")]
+    rows += [("ceiling image", "image", n), ("ceiling text", "text", 2 * n)]   # a caption and a story each
     lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
     for title, x, count in rows:
-        lines.append(f"{title:26s}{cell(f'seen.{x}', count):24s}{cell(f'heldout.{x}', count)}")
-    ceilings = (("image", n), ("text", 2 * n))                 # a caption and a story of each scene
-    return "\n".join(lines + [f"ceiling {x:18s}{cell(f'ceiling.{x}', count)}" for x, count in ceilings])
+        seen, heldout = cell(f"seen.{x}", count) or cell(f"ceiling.{x}", count), cell(f"heldout.{x}", count)
+        lines += [f"{title:26s}{seen:24s}{heldout}"] if seen else []
+    return "\n".join(lines)
 
 
 # ---- pictures of the run -----------------------------------------------------------------------------------
@@ -1291,7 +1300,7 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
     if args.stage == "image_vae" and not dataset.num_images:
         raise ValueError("--stage image_vae: this data has no images")
     if args.stage == "mmdit" and not args.init_from and not run.progress["mmdit"]:
-        for stage in STAGES[:2 if dataset.num_images else 1]:
+        for stage in STAGES[:2 if tasks_of(args) - {"t2t"} else 1]:
             if not run.progress[stage] and (stage == "image_vae" or args.text_vae_steps):
                 raise ValueError(f"--stage mmdit: the {stage} is not trained; first --stage {stage}, from the "
                                  "second stage on with --resume auto, or name a checkpoint by --init_from")

@@ -78,7 +78,7 @@ def test_training_starts_from_the_release(release, tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["t2i", "a circle", "--official", "{release}"], "text alone"),
+    (["t2i", "a circle", "--official", "{release}"], "for t2t, not for t2i"),
     (["t2t", "there", "--official", "{release}/nowhere"], "cola_vae: not there"),
     (["export", "{release}", "--checkpoint", "{run}"], "exists"),
     (["export", "{tmp}/new", "--checkpoint", "{tiny}"], "--no-place"),

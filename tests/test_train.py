@@ -162,6 +162,20 @@ def test_a_torn_log_is_mended(tiny, tmp_path):
     assert steps == [1, 2, 3, 4, 5]
 
 
+def test_a_run_of_text_alone(tmp_path, capsys):
+    """No image VAE is trained, text alone is judged, and nobody draws with it."""
+    out = tmp_path / "out"
+    assert train.main([*TINY, "--tasks", "t2t:1,t2i:0", "--text_patch", "2", "--out_dir", str(out)]) == 0
+    assert {e["stage"] for e in log_of(out)} == {"text_vae", "mmdit"}
+    metrics, shown = json.loads((out / "metrics.json").read_text()), capsys.readouterr().out
+    assert metrics["seen"].keys() == {"t2t"} and metrics["ceiling"].keys() == {"text"}
+    assert metrics["seen"]["t2t"].keys() == {"consistent", "by_residue"}
+    assert "t2t consistent" in shown and "t2i scene" not in shown and "ceiling image" not in shown
+    assert sample.main(["t2i", "a circle", "--checkpoint", str(out / "ckpt.pt")]) == 2
+    assert "was trained for t2t, not for t2i" in capsys.readouterr().err
+    assert train.main([*TINY, "--eval_only", "--stage", "all", "--out_dir", str(out)]) == 0
+
+
 def test_a_prior_never_trained_is_neither_judged_nor_sampled(tmp_path, capsys):
     out = tmp_path / "out"
     assert train.main([*TINY, "--stage", "text_vae", "--out_dir", str(out)]) == 0
