@@ -1020,8 +1020,10 @@ def judge_stories(model: Cola, world: list, seed: int, numbers: list[int], s: sa
     for prefix, rest in zip(prefixes, sample.generate_text(model, prefixes, s=s, first=numbers[0])):
         ok, patch = scenes.consistent(prefix, rest), model.text_vae.patch_size
         yield "t2t.consistent", ok
+        residue = len(model.tokenizer.encode(prefix)) % patch
         if patch > 1:
-            yield f"t2t.by_residue.{len(model.tokenizer.encode(prefix)) % patch}", ok
+            yield f"t2t.by_residue.{residue}", ok
+            yield from ((f"t2t.share_of_residue.{r}", r == residue) for r in range(patch))
 
 
 def judge_image_vae(model: Cola, world: list, seed: int, numbers: list[int]) -> Rows:

@@ -99,6 +99,20 @@ def rate(metrics: list[dict], path: str) -> tuple[str, float]:
     return f"{mean:.3f} [{low:.3f}, {high:.3f}] ({', '.join(f'{v:.3f}' for v in values)})", mean
 
 
+def residues(metrics: list[dict]) -> str:
+    """Rates by what the prefix has left over, and the 95 % interval of the best minus the worst."""
+    told = [m["seen"]["t2t"] for m in metrics]
+    counts = {r: sum(t["share_of_residue"][r] * m["n"] for t, m in zip(told, metrics))
+              for r in told[0]["share_of_residue"]}
+    rates = {r: sum(t["by_residue"].get(r, 0) * t["share_of_residue"][r] * m["n"]
+                    for t, m in zip(told, metrics)) / max(n, 1) for r, n in counts.items()}
+    best, worst = max(rates, key=rates.get), min(rates, key=rates.get)
+    spread = 1.96 * sum(rates[r] * (1 - rates[r]) / max(counts[r], 1) for r in (best, worst)) ** 0.5
+    gap = rates[best] - rates[worst]
+    return (", ".join(f"{r}: {rates[r]:.3f} (n = {counts[r]:.0f})" for r in sorted(rates))
+            + f"; best - worst {gap:.3f} [{gap - spread:.3f}, {gap + spread:.3f}]")
+
+
 def show(out: Path, tables: list[str], seeds: list[int]) -> None:
     for key in tables:
         title, rows = TABLES[key]
@@ -112,6 +126,8 @@ def show(out: Path, tables: list[str], seeds: list[int]) -> None:
                 cells = [rate(metrics, path)[0] for path in ("seen.t2t.consistent", "heldout.t2t.consistent")]
                 ceiling = rate(metrics, "ceiling.text")[1]
                 print(f"| {name} | {cells[0]} | {cells[1]} | {ceiling:.3f} | {minutes} |")
+                if "by_residue" in metrics[0]["seen"]["t2t"]:
+                    print(f"| by residue of the prefix | {residues(metrics)} | | | |")
 
 
 def main() -> None:

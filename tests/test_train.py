@@ -169,7 +169,9 @@ def test_a_run_of_text_alone(tmp_path, capsys):
     assert {e["stage"] for e in log_of(out)} == {"text_vae", "mmdit"}
     metrics, shown = json.loads((out / "metrics.json").read_text()), capsys.readouterr().out
     assert metrics["seen"].keys() == {"t2t"} and metrics["ceiling"].keys() == {"text"}
-    assert metrics["seen"]["t2t"].keys() == {"consistent", "by_residue"}
+    told = metrics["seen"]["t2t"]
+    assert told.keys() == {"consistent", "by_residue", "share_of_residue"}
+    assert told["share_of_residue"].keys() == {"0", "1"} and sum(told["share_of_residue"].values()) == 1
     assert "t2t consistent" in shown and "t2i scene" not in shown and "ceiling image" not in shown
     assert sample.main(["t2i", "a circle", "--checkpoint", str(out / "ckpt.pt")]) == 2
     assert "was trained for t2t, not for t2i" in capsys.readouterr().err
