@@ -1,0 +1,186 @@
+"""pytest tests/test_tiles.py: the plan of the kernels, their algorithm in PyTorch, and v0 itself, emulated."""
+import ctypes
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import masks
+from cuda_attention import blockwise, tiles as T
+from masks import IT2T, T2I, T2T, Sample, pack
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def random_samples(g, count, most=90):
+    """Samples of every task and length, some segments empty."""
+    draw = lambda high: int(torch.randint(0, high, (), generator=g))
+    out = []
+    for _ in range(count):
+        task, clean, image = draw(3), draw(most), (draw(8), draw(9))
+        noisy, prompt = draw(2) * clean, draw(20) if task == IT2T else 0
+        image = (0, 0) if task == T2T else image
+        out.append(Sample(task, prompt, image, clean, noisy, prompt, skip=draw(2) * (noisy // 2)))
+    return out
+
+
+def layouts(seed, most=90):
+    """Queries and keys: the same, or the second half of the positions behind all of them, as a cache has it."""
+    g = torch.Generator().manual_seed(seed)
+    k = pack(random_samples(g, 1 + seed % 9, most), [1, 4, 16, 5][seed % 4])
+    if len(k) < 2 or seed % 3:
+        return k, k
+    index = torch.randperm(len(k), generator=g)[:len(k) // 2].sort().values
+    return k.select(index), k
+
+
+MADE_UP = torch.zeros(4, 4, 4, dtype=torch.uint8)      # the three tasks, and one that looks ahead
+MADE_UP[:3] = masks.RULES
+MADE_UP[3] = torch.tensor([[7, 4, 0, 2], [1, 6, 7, 5], [2, 3, 4, 1], [5, 0, 2, 7]])
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_tiles_are_the_mask(seed):
+    """Classes, order, transpose and bits against the whole mask, pair by pair."""
+    (q, k), rules = layouts(seed), masks.RULES
+    if not len(q) or not len(k):
+        pytest.skip("nothing packed")
+    if seed % 4 == 0:
+        q.task, k.task, rules = q.task * 0 + 3, k.task * 0 + 3, MADE_UP
+    plan, want = T.make_tiles(q, k, rules), masks.dense(q, k, rules)
+    assert plan.area == int(want.sum())
+    n, m = (-(-len(x) // T.TILE) * T.TILE for x in (q, k))
+    padded = torch.zeros(n, m, dtype=torch.bool)
+    padded[:len(q), :len(k)] = want
+    square = padded.view(n // T.TILE, T.TILE, m // T.TILE, T.TILE).transpose(1, 2)                 # (Tq, Tk, ..)
+    for visits, bits, x in ((plan.by_query, plan.bits, square),
+                            (plan.by_key, plan.bits_t, square.permute(1, 0, 3, 2))):
+        assert sorted(visits.order.tolist()) == list(range(x.shape[0]))
+        sizes = torch.diff(visits.start.long())[visits.order.long()]
+        assert (sizes[1:] <= sizes[:-1]).all() and visits.start[-1] == len(visits.other) == len(visits.bits)
+        got = torch.zeros_like(x)
+        for tile in range(x.shape[0]):
+            for i in range(int(visits.start[tile]), int(visits.start[tile + 1])):
+                number, other = int(visits.bits[i]), int(visits.other[i])
+                full = bool(x[tile, other].all())
+                assert (number < 0) == full and x[tile, other].any()
+                got[tile, other] = True if full else T.unpack_bits(bits[number][None])[0]
+        assert torch.equal(got, x)
+
+
+def test_bits_lie_as_in_the_accumulator():
+    """Every pair of a tile at the thread, word and bit that the fragment of m64nNk16 puts it (PTX ISA, 9.7.15)."""
+    for row, column in torch.randint(0, 128, (300, 2), generator=torch.Generator().manual_seed(0)).tolist():
+        tile = torch.zeros(1, 128, 128, dtype=torch.bool)
+        tile[0, row, column] = True
+        group, warp, lane = row // 64, row % 64 // 16, (row % 8) * 4 + (column % 8) // 2
+        element = column // 8 * 4 + (row % 16 >= 8) * 2 + column % 2       # of the 64 that a thread accumulates
+        bits = T.pack_bits(tile)
+        word = bits[0, 128 * group + 32 * warp + lane, element // 32].item() & 0xffffffff
+        assert word == 1 << element % 32 and (bits != 0).sum() == 1
+        assert torch.equal(T.unpack_bits(bits), tile)
+
+
+def test_nothing_is_refused():
+    empty = pack([Sample(T2T)], 4)
+    with pytest.raises(ValueError, match="0 queries"):
+        T.make_tiles(empty, empty)
+
+
+# ---- the algorithm -----------------------------------------------------------------------------------------
+
+def whole(q, k, v, mask):
+    """Attention with the whole mask in fp64; a query that may see nothing gives 0."""
+    s = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
+    p = s.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask, 0.0)
+    lse = s.masked_fill(~mask, -math.inf).logsumexp(-1) / math.log(2)
+    return torch.einsum("hij,jhd->ihd", p, v), lse.masked_fill(~mask.any(-1), math.inf)
+
+
+def case(seed, heads, d, dtype=torch.float64, most=90):
+    """q, k, v, the gradient of o, tiles, and what is true: o, lse, dq, dk, dv in fp64."""
+    q_layout, k_layout = layouts(seed, most)
+    g = torch.Generator().manual_seed(100 + seed)
+    q, do = (torch.randn(len(q_layout), heads, d, generator=g).to(dtype) for _ in range(2))
+    k, v = (torch.randn(len(k_layout), heads, d, generator=g).to(dtype) for _ in range(2))
+    mask, plan = masks.dense(q_layout, k_layout), T.make_tiles(q_layout, k_layout)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    o, lse = whole(*exact, mask)
+    return q, k, v, do, plan, (o.detach(), lse.detach(), *torch.autograd.grad(o, exact, do.double()))
+
+
+@pytest.mark.parametrize("seed", (1, 3, 4, 6, 9, 14))
+def test_blockwise_against_the_whole_mask(seed):
+    q, k, v, do, plan, (o, lse, dq, dk, dv) = case(seed, 2, 16)
+    got, got_lse = blockwise.forward(q, k, v, plan)
+    torch.testing.assert_close(got, o)
+    torch.testing.assert_close(got_lse, lse)
+    for x, want in zip(blockwise.backward(q, k, v, got, got_lse, do, plan), (dq, dk, dv)):
+        torch.testing.assert_close(x, want)
+
+
+# ---- v0: the CUDA source itself, each thread a fiber on the CPU ----------------------------------------------
+
+class Visits(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("start", "other", "bits", "order")]
+
+    def __init__(self, visits):
+        self.kept = visits
+        super().__init__(*(getattr(visits, name).data_ptr() for name in ("start", "other", "bits", "order")))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    path = tmp_path_factory.mktemp("v0") / "v0.so"
+    subprocess.run(["g++", "-O2", "-std=c++17", "-DEMULATED", "-I", str(ROOT / "tests"), "-x", "c++", "-shared",
+                    "-fPIC", str(ROOT / "cuda_attention" / "v0.cu"), "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def pointers(*tensors):
+    return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+
+
+@pytest.mark.parametrize("seed, heads, d", [(1, 2, 64), (3, 1, 128), (4, 1, 64), (9, 2, 64)])
+def test_v0_on_emulated_threads(emulated, seed, heads, d):
+    """Forward and backward of bf16 inputs to the rounding of bf16 outputs; rows that may see nothing included."""
+    q, k, v, do, plan, (o, lse, dq, dk, dv) = case(seed, heads, d, torch.bfloat16, most=60)
+    n, m, poison = len(q), len(k), float("nan")
+    got, got_lse = torch.full_like(q, poison), torch.full((heads, n), poison)
+    sizes, rest = (n, m, heads, d), (ctypes.c_float(d ** -0.5), ctypes.c_void_p())
+    by_query, by_key = Visits(plan.by_query), Visits(plan.by_key)
+    code = emulated.attention_forward(*pointers(q, k, v, got, got_lse), by_query, *pointers(plan.bits), *sizes, *rest)
+    assert code == 0
+    torch.testing.assert_close(got.double(), o, atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(got_lse.double(), lse, atol=1e-4, rtol=1e-4)
+    delta = (do.float() * got.float()).sum(-1).T.contiguous()
+    grads = [torch.full_like(x, poison) for x in (q, k, v)]
+    code = emulated.attention_backward(*pointers(q, k, v, do, got_lse, delta, *grads), by_query, by_key,
+                                       *pointers(plan.bits, plan.bits_t), *sizes, *rest)
+    assert code == 0
+    for x, want in zip(grads, (dq, dk, dv)):
+        torch.testing.assert_close(x.double(), want, atol=4e-2, rtol=2e-2)
+    assert emulated.attention_forward(*pointers(q, k, v, got, got_lse), by_query, *pointers(plan.bits), n, m, heads,
+                                      32, *rest) == -1
+
+
+@pytest.mark.slow
+def test_v0_compiles_without_spills(tmp_path):
+    """The compile gate: no spill, no stack frame, no warning about serialised instructions."""
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc")
+    done = subprocess.run(
+        ["nvcc", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-Xptxas", "-v",
+         "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
+         str(ROOT / "cuda_attention" / "v0.cu"), "-o", str(tmp_path / "v0.so")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert len(used) == 12 and set(used) == {("0", "0", "0")} and "C75" not in done.stderr
+    library = ctypes.CDLL(str(tmp_path / "v0.so"))
+    assert library.attention_forward and library.attention_backward
