@@ -238,7 +238,6 @@ class MMDiT(nn.Module):
                 setattr(self, f"{side}_out_ada", nn.ModuleDict(dict(out_in=Ada(c.emb_dim, 2 * c.width))))
                 setattr(self, f"{side}_out", Out(c.width, channels))
         self.place = Place(c.width) if c.place else None
-        self.attention_backend = "auto"
         self.reset_parameters()
 
     def reset_parameters(self, names: Container[str] | None = None) -> None:
@@ -299,7 +298,7 @@ class MMDiT(nn.Module):
                     q, *rest = (a.index_select(0, index) for a in (q, where.join(x), where.join(t_part)))
                     where = Streams(layout.segment[index], where.apart)
                     x, t_part = map(where.split, rest)
-            o = where.split(attention(q, k, v, plan, self.attention_backend))        # (L, nh, hd)
+            o = where.split(attention(q, k, v, plan))        # (L, nh, hd)
             x = tuple(b.after(*part) for b, *part in zip(blocks, x, o, embs, t_part))
             hidden = where.join(x) if layer == tap else hidden
         x, t_index = where.join(x), where.join(t_part)

@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import cuda_attention
 import data
 import flow
 import masks
@@ -89,6 +90,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("scale", 1.0, "multiplies the steps of every stage: 5 takes five times as long")
     flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu", choices=("cuda", "cpu"))
     flag("procs", 0, "workers on a CPU, one thread each; 0 is one per core")
+    flag("attention", "auto", "backend of the masked attention; auto says what it takes",
+         choices=cuda_attention.BACKENDS)
     flag("bf16", "auto", "matrix products in bfloat16; auto times one of each kind and takes the faster",
          choices=("auto", "on", "off"))
     flag("save_every", 500, "steps between checkpoints")
@@ -238,6 +241,8 @@ def check(args: argparse.Namespace) -> None:
         scenes.check_size(args.image_size[0], args.image_size[-1])
     if not args.out_dir or Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
         raise ValueError(f"--out_dir {args.out_dir!r}: expected a folder, which may be new")
+    if args.attention == "flex" and args.device == "cpu":
+        raise ValueError("--attention flex: PyTorch's FlexAttention has no backward pass on a CPU; use padded")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.seq_len < args.block_len * args.text_patch:
@@ -1204,7 +1209,7 @@ def loss_plot(log: Path, path: Path) -> None:
 
 # ---- main --------------------------------------------------------------------------------------------------
 
-RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "eval_only", "device", "procs", "save_every", "strict_data",
+RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "eval_only", "device", "procs", "attention", "save_every", "strict_data",
              "eval_samples", "guidance", "text_guidance", "text_temperature",
              "sample_steps", "repaint_share", "repaint_cycles"}        # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's only where its own run goes on
@@ -1265,11 +1270,13 @@ def follow_release(args: argparse.Namespace) -> None:
 
 def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> None:
     """One worker's run, from data to metrics. ValueError or OSError where flags and data do not fit."""
+    cuda_attention.chosen = args.attention
     hw, usual = (args.image_size[0], args.image_size[-1]), plain(parse([]))
     if not worker.rank:
         words = [f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}"
                  for k, v in plain(args).items() if v != usual[k]]
         print("flags:", " ".join(words) or "all as by default")
+        print(cuda_attention.choice(worker.device.type))
     world = {} if args.data or args.text else \
         {"pool": args.pool, "any_order": args.any_order, "questions": args.questions}
     dataset = data.open_data(args.seed, args.data, args.text, hw, args.seq_len, args.aspect, args.downsample,

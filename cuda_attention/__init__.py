@@ -10,24 +10,33 @@ Who sees whom is in masks.py. Backends compute the same numbers up to rounding:
     reference   the whole L x L mask and a plain softmax in fp32: what the others are tested against
     padded      gather every sample into a row, rows of about one length into a group, attend group by group:
                 time and memory are linear in the number of samples
+    flex        PyTorch's FlexAttention with the same rules; compiled on a GPU, on a CPU for tests alone
+    cuda        the kernels of this folder over 128 x 128 tiles (tiles.py, ops.py), in bfloat16; on a CPU their
+                algorithm in PyTorch (blockwise.py), for tests alone
+    auto        padded
 
 Shapes: Nq, Nk query and key positions, S samples, nh heads, hd head width.
 """
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import masks
+from cuda_attention import ops
+from cuda_attention.tiles import make_tiles
 from masks import Layout
 
+BACKENDS = ("auto", "reference", "padded", "flex", "cuda")
+chosen = "auto"         # what `attention` takes where it is not told: --attention
 SHORT = 256             # keys up to which, on a CPU, the plain products beat the fused kernel's backward
 ROW = 32                # samples whose keys round up to the same multiple of this form a group (best on a CPU)
-BACKENDS = ("auto", "reference", "padded")
 
 
 @dataclass
@@ -47,6 +56,21 @@ class Plan:
     def bias(self) -> list[Tensor]:
         """The masks as fp32 to add: 0 where True, else -inf."""
         return [torch.zeros(m.shape, device=m.device).masked_fill_(~m, float("-inf")) for m in self.mask]
+
+    @functools.cached_property
+    def tiles(self) -> list[Tensor]:
+        """The mask in tiles, as the kernels' operators take it."""
+        return ops.flat(make_tiles(self.q, self.k, self.rules))
+
+    @functools.cached_property
+    def block_mask(self) -> BlockMask:
+        """The mask for FlexAttention."""
+        q, k, rules = self.q, self.k, self.rules.to(self.q.segment.device)
+
+        def visible(b, h, i, j):
+            relation = rules[q.task[q.sample[i]], q.segment[i], k.segment[j]]
+            return (q.sample[i] == k.sample[j]) & masks.holds(relation, q.block[i], k.block[j])
+        return create_block_mask(visible, None, None, len(q), len(k), device=q.segment.device)
 
 
 def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = masks.RULES) -> Plan:
@@ -77,12 +101,22 @@ def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = masks.RULES) -
     return Plan(q, k, q_index, k_index, inverse, mask, blind if bool(blind.any()) else None, rules)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str = "auto") -> Tensor:
+def choice(device: str) -> str:
+    """One line: the backend that `attention` takes on this kind of device, and why."""
+    if chosen != "auto":
+        return f"attention: {chosen}, as asked for"
+    return "attention: padded; " + ("the fastest on a CPU" if device == "cpu" else
+                                    "no measurement on a GPU has yet shown another to be faster")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None = None) -> Tensor:
     """Masked attention, scale 1 / sqrt(hd).
 
     q (Nq, nh, hd), k and v (Nk, nh, hd) -> (Nq, nh, hd). A query that may see nothing gives 0.
-    ValueError for shapes that do not fit the plan and for an unknown backend.
+    backend: one of BACKENDS; by default `chosen`.
+    ValueError for shapes that do not fit the plan, for an unknown backend, and for what the kernels cannot take.
     """
+    backend = chosen if backend is None else backend
     if q.dim() != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
                          "expected (N, heads, head width)")
@@ -93,7 +127,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str = "auto"
         return _reference(q, k, v, plan)
     if backend in ("auto", "padded"):
         return _padded(q, k, v, plan)
+    if backend == "flex":
+        rows = (x.transpose(0, 1)[None] for x in (q, k, v))                          # (1, nh, N, hd)
+        run = flex_attention if q.device.type == "cpu" else _compiled()
+        o = run(*rows, block_mask=plan.block_mask)[0].transpose(0, 1)
+        return o if plan.blind is None else o.masked_fill(plan.blind[:, None, None], 0.0)
+    if backend == "cuda":
+        return ops.forward(*(x.contiguous() for x in (q, k, v)), *plan.tiles)[0]
     raise ValueError(f"attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:

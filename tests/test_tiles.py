@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import masks
-from cuda_attention import blockwise, tiles as T
+import torch.utils.checkpoint
+
+from cuda_attention import blockwise, ops, tiles as T
 from masks import IT2T, T2I, T2T, Sample, pack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,7 +110,7 @@ def case(seed, heads, d, dtype=torch.float64, most=90):
     q, do = (torch.randn(len(q_layout), heads, d, generator=g).to(dtype) for _ in range(2))
     k, v = (torch.randn(len(k_layout), heads, d, generator=g).to(dtype) for _ in range(2))
     mask, plan = masks.dense(q_layout, k_layout), T.make_tiles(q_layout, k_layout)
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    exact = [x.double().clone().requires_grad_() for x in (q, k, v)]
     o, lse = whole(*exact, mask)
     return q, k, v, do, plan, (o.detach(), lse.detach(), *torch.autograd.grad(o, exact, do.double()))
 
@@ -184,3 +186,56 @@ def test_v0_compiles_without_spills(tmp_path):
     assert len(used) == 12 and set(used) == {("0", "0", "0")} and "C75" not in done.stderr
     library = ctypes.CDLL(str(tmp_path / "v0.so"))
     assert library.attention_forward and library.attention_backward
+
+
+# ---- the operators -----------------------------------------------------------------------------------------
+
+def test_operators_are_what_pytorch_expects_of_one():
+    q, k, v, do, plan, (o, lse, *_) = case(6, 2, 8)
+    rest = ops.flat(plan)
+    grad = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(ops.forward, (*grad, *rest))
+    torch.library.opcheck(ops.backward, (q, k, v, o, lse, do, *rest))
+    few = [x[:, :1, :3].clone().requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *x: ops.forward(*x, *rest)[0], few, fast_mode=True)
+
+
+def test_operators_under_compile_and_checkpointing():
+    q, k, v, do, plan, (o, _, dq, dk, dv) = case(4, 2, 8)
+    rest = ops.flat(plan)
+    attend = lambda q, k, v: ops.forward(q, k, v, *rest)[0]
+    for call in (torch.compile(attend, fullgraph=True, backend="aot_eager"),
+                 lambda *x: torch.utils.checkpoint.checkpoint(attend, *x, use_reentrant=False)):
+        grad = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = call(*grad)
+        torch.testing.assert_close(out, o)
+        for x, want in zip(torch.autograd.grad(out, grad, do), (dq, dk, dv)):
+            torch.testing.assert_close(x, want)
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda q, k, v: (q.float(), k, v), "q is torch.float32"),
+    (lambda q, k, v: (q, k[:, :, :32], v), "k is"),
+    (lambda q, k, v: (q, k, v[:, ::2]), "v is"),
+    (lambda q, k, v: (q, k.transpose(0, 1).contiguous().transpose(0, 1), v), "k is not contiguous"),
+    (lambda q, k, v: (q[:0], k, v), "q is (0,"),
+    (lambda q, k, v: tuple(x[:, :1].expand(-1, 70000, -1) for x in (q, k, v)), "contiguous"),
+])
+def test_what_the_kernels_cannot_take(change, word):
+    q = torch.zeros(5, 2, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=re.escape(word)):
+        ops.check(**dict(zip("qkv", change(q, q.clone(), q.clone()))))
+
+
+def test_building_says_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.setattr(ops.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="no nvcc"):
+        ops.library((7, 0))
+    fake = tmp_path / "nvcc"
+    fake.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.cu(3): error: no such thing" >&2\nexit 1\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(ops.shutil, "which", lambda name: str(fake))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"nvcc: x.cu\(3\): error: no such thing"):
+        ops.library((7, 5))
+    assert [p.name for p in (tmp_path / "cola_attention").iterdir()] == []

@@ -544,6 +544,7 @@ def fails(argv, capsys, *words):
     (["--image_size", "33"], ["33"]),
     (["--image_size", "16"], ["24 x 24"]),
     (["--image_size", "4", "--downsample", "4", "--data", "."], ["--image_size 4", "8 pixels"]),
+    (["--attention", "flex"], ["--attention flex", "padded"]),
     (["--seq_len", "8"], ["--seq_len 8", "raise it to"]),
     (["--text_vae_steps", "0"], ["--vae_lr_ratio 1"]),
     (["--vae_interval", "0", "5"], ["--vae_interval 0"]),
@@ -683,3 +684,15 @@ def test_help_explains_every_flag(monkeypatch):
     actions = [a for p in parsers for a in p._actions if not isinstance(a, argparse._SubParsersAction)]
     assert len(actions) > 150 and len(parsers) > 6
     assert all(a.help and len(a.help) > 3 for a in actions), [a.dest for a in actions if not a.help]
+
+
+@pytest.mark.parametrize("backend", ("cuda", "reference"))
+def test_attention_backends_train_the_same(backend, tiny, tmp_path, capsys, monkeypatch):
+    """Losses of the first steps are those of the padded backend."""
+    monkeypatch.setattr(train.cuda_attention, "chosen", "auto")
+    flags = [*TINY, "--attention", backend, "--eval_samples", "0", "--out_dir", str(tmp_path / "out")]
+    assert train.main(flags) == 0
+    assert f"attention: {backend}, as asked for" in capsys.readouterr().out
+    for mine, theirs in zip(log_of(tmp_path / "out"), log_of(tiny)):
+        for name in mine.keys() - {"stage", "seconds", "data_seconds", "norm"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), (mine["stage"], mine["step"], name)

@@ -1,0 +1,152 @@
+"""The kernels as PyTorch operators: compiled by nvcc at first use, loaded through ctypes.
+
+    o, lse = forward(q, k, v, *flat(tiles))                with gradients for q, k and v
+    dq, dk, dv = backward(q, k, v, o, lse, do, *flat(tiles))
+
+On a CPU the operators run blockwise.py, the same algorithm from the same tiles, in any floating type: so
+torch.compile, checkpointing and autograd can be tested without a GPU. Shapes are those of blockwise.py.
+"""
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cuda_attention import blockwise
+from cuda_attention.tiles import Tiles, Visits
+
+SOURCE = Path(__file__).with_name("v0.cu")
+FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
+WIDTHS = (64, 128)                         # heads that kernels are built for
+HEADS = 65535                              # what a grid takes
+
+
+class VisitsPointer(ctypes.Structure):
+    """struct Visits of the source."""
+    _fields_ = [(name, ctypes.c_void_p) for name in ("start", "other", "bits", "order")]
+
+
+@functools.cache
+def library(capability: tuple[int, int]) -> ctypes.CDLL:
+    """The kernels for a GPU of this compute capability. RuntimeError, one line, where they cannot be built."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if not nvcc:
+        raise RuntimeError("no nvcc on the path to build the attention kernels with")
+    major, minor = capability
+    arch = f"{major}{minor}" + ("a" if major == 9 else "")
+    command = [nvcc, *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    name = hashlib.sha256("\0".join([SOURCE.read_text(), version, *command]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cola_attention"
+    path = cache / f"{SOURCE.stem}_{name}.so"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:         # moved into place whole
+            done = subprocess.run([*command, str(SOURCE), "-o", f"{folder}/out.so"], capture_output=True, text=True)
+            if done.returncode:
+                errors = [line for line in done.stderr.splitlines() if "error" in line]
+                raise RuntimeError(f"nvcc: {errors[0] if errors else f'exit status {done.returncode}'}")
+            os.replace(f"{folder}/out.so", path)
+    return ctypes.CDLL(str(path))
+
+
+def check(**tensors: Tensor) -> None:
+    """ValueError, naming the argument, for what the kernels cannot take. The first is q."""
+    q = next(iter(tensors.values()))
+    for name, x in tensors.items():
+        if x.dtype != torch.bfloat16:
+            raise ValueError(f"{name} is {x.dtype}; the kernels take bfloat16")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+        if x.ndim != 3 or x.shape[2] not in WIDTHS or x.shape[1:] != q.shape[1:]:
+            raise ValueError(f"{name} is {tuple(x.shape)}; expected (positions, heads, {' or '.join(map(str, WIDTHS))})")
+        if not x.is_contiguous():
+            raise ValueError(f"{name} is not contiguous")
+        if not 0 < x.shape[1] <= HEADS or not len(x):
+            raise ValueError(f"{name} is {tuple(x.shape)}; expected positions, and 1 to {HEADS} heads")
+
+
+def flat(tiles: Tiles) -> list[Tensor]:
+    """The tensors of a plan, as the operators take them."""
+    return [x for v in (tiles.by_query, tiles.by_key) for x in (v.start, v.other, v.bits, v.order)] + \
+        [tiles.bits, tiles.bits_t]
+
+
+def unflat(tensors: tuple[Tensor, ...]) -> Tiles:
+    return Tiles(Visits(*tensors[:4]), Visits(*tensors[4:8]), *tensors[8:], area=0)
+
+
+def call(name: str, q: Tensor, k: Tensor, arguments: list) -> None:
+    """Call a function of the library on the current stream: tensors by address, visits by struct."""
+    given = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else
+             VisitsPointer(*(t.data_ptr() for t in x)) for x in arguments]
+    sizes = [len(q), len(k), q.shape[1], q.shape[2]]
+    with torch.cuda.device(q.device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = getattr(library(torch.cuda.get_device_capability(q.device)), name)(
+            *given, *sizes, ctypes.c_float(q.shape[2] ** -0.5), stream)
+    if code:
+        raise RuntimeError(f"{name}: CUDA error {code} for q {tuple(q.shape)}, k {tuple(k.shape)}")
+
+
+@torch.library.custom_op("cola_attention::forward", mutates_args=())
+def forward(q: Tensor, k: Tensor, v: Tensor, q_start: Tensor, q_other: Tensor, q_bits: Tensor, q_order: Tensor,
+            k_start: Tensor, k_other: Tensor, k_bits: Tensor, k_order: Tensor, bits: Tensor,
+            bits_t: Tensor) -> tuple[Tensor, Tensor]:
+    """o (Nq, nh, hd) and lse (nh, Nq) fp32."""
+    if q.device.type == "cpu":
+        return blockwise.forward(q, k, v, unflat((q_start, q_other, q_bits, q_order, k_start, k_other, k_bits,
+                                                  k_order, bits, bits_t)))
+    check(q=q, k=k, v=v)
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+    call("attention_forward", q, k, [q, k, v, o, lse, (q_start, q_other, q_bits, q_order), bits])
+    return o, lse
+
+
+@forward.register_fake
+def _(q, k, v, *tiles):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+
+
+@torch.library.custom_op("cola_attention::backward", mutates_args=())
+def backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, q_start: Tensor,
+             q_other: Tensor, q_bits: Tensor, q_order: Tensor, k_start: Tensor, k_other: Tensor, k_bits: Tensor,
+             k_order: Tensor, bits: Tensor, bits_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    if q.device.type == "cpu":
+        return blockwise.backward(q, k, v, o, lse, do, unflat((q_start, q_other, q_bits, q_order, k_start, k_other,
+                                                               k_bits, k_order, bits, bits_t)))
+    do = do.contiguous()
+    check(q=q, k=k, v=v, do=do)
+    delta = (do.float() * o.float()).sum(-1).T.contiguous()            # (nh, Nq)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    call("attention_backward", q, k, [q, k, v, do, lse, delta, dq, dk, dv, (q_start, q_other, q_bits, q_order),
+                                      (k_start, k_other, k_bits, k_order), bits, bits_t])
+    return dq, dk, dv
+
+
+@backward.register_fake
+def _(q, k, v, *rest):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, *tiles = inputs
+    ctx.save_for_backward(q, k, v, *output, *tiles)
+
+
+def _gradients(ctx, do, _):
+    q, k, v, o, lse, *tiles = ctx.saved_tensors
+    return *backward(q, k, v, o, lse, do, *tiles), *[None] * len(tiles)
+
+
+forward.register_autograd(_gradients, setup_context=_keep)
