@@ -8,7 +8,7 @@
 #else
 #include <cuda_bf16.h>
 #include <stdint.h>
-#define LAUNCH(kernel, n, ...) kernel<<<blocks<D>(n, heads), THREADS, 0, stream>>>(__VA_ARGS__)
+#define LAUNCH(kernel, grid, bytes, ...) kernel<<<grid, THREADS, bytes, stream>>>(__VA_ARGS__)
 #endif
 
 constexpr int TILE = 128, CHANNELS = 32, CHUNK = 32, THREADS = 256;
@@ -115,7 +115,7 @@ template <int D> dim3 blocks(int n, int heads) { return dim3((n + TILE - 1) / TI
 
 template <int D> int run(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, Visits at,
                          const uint32_t* bits, int nq, int nk, int heads, float scale, cudaStream_t stream) {
-  LAUNCH(forward<D>, nq, q, k, v, o, lse, at, bits, nq, nk, scale * 1.44269504f);
+  LAUNCH(forward<D>, blocks<D>(nq, heads), 0, q, k, v, o, lse, at, bits, nq, nk, scale * 1.44269504f);
   return cudaGetLastError();
 }
 
@@ -123,8 +123,10 @@ template <int D> int run_back(const bf16* q, const bf16* k, const bf16* v, const
     const float* delta, bf16* dq, bf16* dk, bf16* dv, Visits by_query, Visits by_key, const uint32_t* bits,
     const uint32_t* bits_t, int nq, int nk, int heads, float scale, cudaStream_t stream) {
   float base2 = scale * 1.44269504f;
-  LAUNCH((backward<D, true>), nk, k, v, q, dout, dk, dv, lse, delta, by_key, bits_t, nk, nq, base2, scale);
-  LAUNCH((backward<D, false>), nq, q, dout, k, v, dq, (bf16*)nullptr, lse, delta, by_query, bits, nq, nk, base2, scale);
+  LAUNCH((backward<D, true>), blocks<D>(nk, heads), 0, k, v, q, dout, dk, dv, lse, delta, by_key, bits_t, nk, nq,
+         base2, scale);
+  LAUNCH((backward<D, false>), blocks<D>(nq, heads), 0, q, dout, k, v, dq, (bf16*)nullptr, lse, delta, by_query, bits,
+         nq, nk, base2, scale);
   return cudaGetLastError();
 }
 
