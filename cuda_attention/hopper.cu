@@ -12,28 +12,50 @@
 constexpr int TILE = 128, STAGES = 2, THREADS = 384;
 struct Visits { const int *start, *other, *bits, *order; };
 
-template <int D> using Tile = bf16[D / 64][TILE][64];                    // 64-column boxes
-template <int D> constexpr int BYTES = sizeof(Tile<D>);
+template <int D, int ROWS = TILE> using Tile = bf16[D / 64][ROWS][64];   // 64-column boxes
 
-template <int D> __device__ inline void copy_tile(Tile<D>& to, const CUtensorMap* x, int tile, uint64_t* full) {
-  for (int box = 0; box < D / 64; box++) copy_box(to[box], x, box * 64, blockIdx.y, tile * TILE, full);
+// Rows from `row` on; `full` is arrived at, and turns when they are there.
+template <int D, int ROWS> __device__ inline void copy_tile(Tile<D, ROWS>& to, const CUtensorMap* x, int row, uint64_t* full) {
+  barrier_expect(full, sizeof(to));
+  for (int box = 0; box < D / 64; box++) copy_box(to[box], x, box * 64, blockIdx.y, row, full);
 }
 
-// s (64 x 128) = rows 64 w .. of a times all rows of b, transposed: both K-major.
-template <int D> __device__ inline void scores(float (&s)[64], const Tile<D>& a, const Tile<D>& b, int w) {
+// s (64 x M) = rows 64 w .. of a times all M rows of b, transposed: both K-major.
+template <int D, int M> __device__ inline void scores(float (&s)[M / 2], const Tile<D>& a, const Tile<D, M>& b, int w) {
   for (int k = 0; k < D / 16; k++)
-    wgmma<128, false>(s, descriptor(&a[k / 4][64 * w][k % 4 * 16], 0), descriptor(&b[k / 4][0][k % 4 * 16], 0), k > 0);
+    wgmma<M, false>(s, descriptor(&a[k / 4][64 * w][k % 4 * 16], 0), descriptor(&b[k / 4][0][k % 4 * 16], 0), k > 0);
 }
 
-// out (64 x D) += p (64 x 128, in registers) times b (128 x D).
-template <int D> __device__ inline void times(float (&out)[D / 2], const uint32_t (&p)[32], const Tile<D>& b) {
-  for (int k = 0; k < TILE / 16; k++)
-    wgmma<D, true>(out, &p[4 * k], descriptor(&b[0][16 * k][0], sizeof(b[0])), 1);
+// out (64 x D) += p (64 x M, in registers) times b (M x D).
+template <int D, int M> __device__ inline void times(float (&out)[D / 2], const uint32_t (&p)[M / 4], const Tile<D, M>& b) {
+  for (int k = 0; k < M / 16; k++) wgmma<D, true>(out, &p[4 * k], descriptor(&b[0][16 * k][0], sizeof(b[0])), 1);
 }
 
 // Accumulator elements 4 i + 2 r + c are row u + 8 r, column 8 i + 2 x + c: as operands, pairs of columns.
-__device__ inline void to_operand(uint32_t (&p)[32], const float (&s)[64]) {
-  for (int i = 0; i < 32; i++) p[i] = pack(s[2 * i], s[2 * i + 1]);
+template <int M> __device__ inline void to_operand(uint32_t (&p)[M / 4], const float (&s)[M / 2]) {
+  for (int i = 0; i < M / 4; i++) p[i] = pack(s[2 * i], s[2 * i + 1]);
+}
+
+// -inf where a partial tile hides; words: of this thread, those of M columns.
+template <int M> __device__ inline void hide(float (&s)[M / 2], const uint32_t* words) {
+  for (int i = 0; i < M / 2; i++)
+    if (!(words[i / 32] >> i % 32 & 1)) s[i] = -INFINITY;
+}
+
+// Rows of this thread, r = 0, 1, of the outputs of a tile: (64 x D) accumulators of one warpgroup times a factor each.
+template <int D> __device__ inline void write(bf16* to, const float (&out)[D / 2], float f0, float f1, int tile, int n) {
+  int me = threadIdx.x % 128, row = tile * TILE + threadIdx.x / 128 * 64 + me / 32 * 16 + me % 32 / 4;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    uint32_t* at = reinterpret_cast<uint32_t*>(to + ((long)(row + 8 * r) * gridDim.y + blockIdx.y) * D) + me % 4;
+    float f = r ? f1 : f0;
+    if (row + 8 * r < n)
+      for (int i = 0; i < D / 8; i++) at[4 * i] = pack(out[4 * i + 2 * r] * f, out[4 * i + 2 * r + 1] * f);
+  }
+}
+
+template <class T> __device__ inline T& aligned(uint8_t* memory) {
+  return *reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory) + 1023) / 1024 * 1024);
 }
 
 __device__ inline float over_row(float x, bool maximum) {                // the four lanes that share a row
@@ -51,11 +73,11 @@ template <int D> struct Shared {
 
 template <int D> __global__ void __launch_bounds__(THREADS, 1)
 forward(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
-        bf16* o, float* lse, Visits at, const uint2* bits, int nq, float scale) {
+        bf16* o, float* lse, Visits at, const uint32_t* bits, int nq, float scale) {
   SHARED_MEMORY(memory);
-  Shared<D>& mem = *reinterpret_cast<Shared<D>*>((reinterpret_cast<uintptr_t>(memory) + 1023) / 1024 * 1024);
+  Shared<D>& mem = aligned<Shared<D>>(memory);
   int tile = at.order[blockIdx.x], first = at.start[tile], count = at.start[tile + 1] - first;
-  int group = threadIdx.x / 128, me = threadIdx.x % 128;
+  int group = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     barrier_init(&mem.full_q, 1);
     for (int s = 0; s < STAGES; s++) {
@@ -69,17 +91,13 @@ forward(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorM
 
   if (group == 2) {                                                      // the producer
     less_registers<24>();
-    if (me == 0) {
-      barrier_expect(&mem.full_q, BYTES<D>);
-      copy_tile<D>(mem.q, &q, tile, &mem.full_q);
-      for (int e = 0; e < count; e++) {
-        int stage = e % STAGES, other = at.other[first + e];
-        if (e >= STAGES) barrier_wait(&mem.empty[stage], e / STAGES % 2 ^ 1);
-        barrier_expect(&mem.full_k[stage], BYTES<D>);
-        copy_tile<D>(mem.k[stage], &k, other, &mem.full_k[stage]);
-        barrier_expect(&mem.full_v[stage], BYTES<D>);
-        copy_tile<D>(mem.v[stage], &v, other, &mem.full_v[stage]);
-      }
+    if (threadIdx.x % 128) return;
+    copy_tile<D, TILE>(mem.q, &q, tile * TILE, &mem.full_q);
+    for (int e = 0; e < count; e++) {
+      int stage = e % STAGES, row = at.other[first + e] * TILE;
+      if (e >= STAGES) barrier_wait(&mem.empty[stage], e / STAGES % 2 ^ 1);
+      copy_tile<D, TILE>(mem.k[stage], &k, row, &mem.full_k[stage]);
+      copy_tile<D, TILE>(mem.v[stage], &v, row, &mem.full_v[stage]);
     }
     return;
   }
@@ -89,16 +107,14 @@ forward(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorM
   if (count) barrier_wait(&mem.full_q, 0);
   for (int e = 0; e < count; e++) {
     int stage = e % STAGES, parity = e / STAGES % 2, number = at.bits[first + e];
-    uint2 seen = number < 0 ? make_uint2(~0u, ~0u) : bits[number * 256L + threadIdx.x];
     float s[64];
+    uint32_t p[32];
     barrier_wait(&mem.full_k[stage], parity);
     wgmma_fence();
-    scores<D>(s, mem.q, mem.k[stage], group);
+    scores<D, TILE>(s, mem.q, mem.k[stage], group);
     wgmma_commit();
     wgmma_wait<0>();
-    if (number >= 0)
-      for (int i = 0; i < 64; i++)
-        if (!((i < 32 ? seen.x : seen.y) >> i % 32 & 1)) s[i] = -INFINITY;
+    if (number >= 0) hide<TILE>(s, bits + number * 512L + threadIdx.x * 2);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float higher = top[r];
@@ -114,44 +130,172 @@ forward(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorM
         if (i / 2 % 2 == r) out[i] *= shrink;
       top[r] = higher;
     }
-    uint32_t p[32];
-    to_operand(p, s);
+    to_operand<TILE>(p, s);
     barrier_wait(&mem.full_v[stage], parity);
     wgmma_fence();
-    times<D>(out, p, mem.v[stage]);
+    times<D, TILE>(out, p, mem.v[stage]);
     wgmma_commit();
     wgmma_wait<0>();
     barrier_arrive(&mem.empty[stage]);
   }
 
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    float sum = over_row(total[r], false), factor = sum > 0.f ? 1.f / sum : 0.f;
-    int row = tile * TILE + 64 * group + me / 32 * 16 + me % 32 / 4 + 8 * r;
-    if (row >= nq) continue;
-    uint32_t* to = reinterpret_cast<uint32_t*>(o + ((long)row * gridDim.y + blockIdx.y) * D) + me % 4;
-    for (int i = 0; i < D / 8; i++) to[4 * i] = pack(out[4 * i + 2 * r] * factor, out[4 * i + 2 * r + 1] * factor);
-    if (me % 4 == 0) lse[(long)blockIdx.y * nq + row] = sum > 0.f ? top[r] * scale + log2f(sum) : INFINITY;
-  }
+  float sum0 = over_row(total[0], false), sum1 = over_row(total[1], false);
+  write<D>(o, out, sum0 > 0.f ? 1.f / sum0 : 0.f, sum1 > 0.f ? 1.f / sum1 : 0.f, tile, nq);
+  int row = tile * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  lse += (long)blockIdx.y * nq;
+  if (threadIdx.x % 4 == 0 && row < nq) lse[row] = sum0 > 0.f ? top[0] * scale + log2f(sum0) : INFINITY;
+  if (threadIdx.x % 4 == 0 && row + 8 < nq) lse[row + 8] = sum1 > 0.f ? top[1] * scale + log2f(sum1) : INFINITY;
 }
 
-// ---- called through ctypes: returns a cudaError, or -1 for a head width that is not built -----------------------------
+template <int D, int M> struct BackwardShared {
+  Tile<D> a, b;
+  Tile<D, M> x[STAGES], y[STAGES];
+  float2 lse_delta[STAGES][M];                                           // of the rows of x and y, where these are queries
+  uint64_t full, full_x[STAGES], full_y[STAGES], empty[STAGES];
+};
+
+// Both halves of the backward pass, M rows at a time of the tiles that pass by. OF_KEYS: a, b are k, v of a key tile, and
+// q, do pass by as x, y; else a, b are q, do of a query tile, and k, v pass by. da takes dS x, and for keys db takes P y.
+template <int D, bool OF_KEYS, int M> __global__ void __launch_bounds__(THREADS, 1)
+backward(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap x,
+         const __grid_constant__ CUtensorMap y, bf16* da, bf16* db, const float* lse, const float* delta, Visits at,
+         const uint32_t* bits, int n, int m, float scale, float factor) {
+  SHARED_MEMORY(memory);
+  auto& mem = aligned<BackwardShared<D, M>>(memory);
+  constexpr int PARTS = TILE / M;
+  int tile = at.order[blockIdx.x], first = at.start[tile], count = (at.start[tile + 1] - first) * PARTS;
+  int group = threadIdx.x / 128, lane = threadIdx.x % 4;
+  if (threadIdx.x == 0) {
+    barrier_init(&mem.full, 2);
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(&mem.full_x[s], OF_KEYS ? 1 + 32 : 1);
+      barrier_init(&mem.full_y[s], 1);
+      barrier_init(&mem.empty[s], 2 * 128);
+    }
+    barrier_fence();
+  }
+  __syncthreads();
+
+  lse += (long)blockIdx.y * (OF_KEYS ? m : n);
+  delta += (long)blockIdx.y * (OF_KEYS ? m : n);
+  if (group == 2) {                                                      // the producer
+    less_registers<24>();
+    int me = threadIdx.x % 128;
+    if (me >= (OF_KEYS ? 32 : 1)) return;
+    if (me == 0) copy_tile<D, TILE>(mem.a, &a, tile * TILE, &mem.full);
+    if (me == 0) copy_tile<D, TILE>(mem.b, &b, tile * TILE, &mem.full);
+    for (int e = 0; e < count; e++) {
+      int stage = e % STAGES, row = at.other[first + e / PARTS] * TILE + e % PARTS * M;
+      if (e >= STAGES) barrier_wait(&mem.empty[stage], e / STAGES % 2 ^ 1);
+      if (me == 0) copy_tile<D, M>(mem.x[stage], &x, row, &mem.full_x[stage]);
+      if (me == 0) copy_tile<D, M>(mem.y[stage], &y, row, &mem.full_y[stage]);
+      for (int c = me; OF_KEYS && c < M; c += 32) {
+        int j = min(row + c, m - 1);                                     // what lies behind the last is hidden
+        mem.lse_delta[stage][c] = make_float2(lse[j], delta[j]);
+      }
+      if (OF_KEYS) barrier_arrive(&mem.full_x[stage]);
+    }
+    return;
+  }
+
+  more_registers<240>();
+  float ga[D / 2] = {}, gb[D / 2] = {};
+  float2 mine[2] = {};                                                   // lse, delta of this thread's rows
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int row = tile * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+    if (!OF_KEYS && row < n) mine[r] = make_float2(lse[row], delta[row]);
+  }
+  barrier_wait(&mem.full, 0);
+  for (int e = 0; e < count; e++) {
+    int stage = e % STAGES, parity = e / STAGES % 2, number = at.bits[first + e / PARTS];
+    float s[M / 2], dp[M / 2];
+    uint32_t p[M / 4];
+    barrier_wait(&mem.full_x[stage], parity);
+    wgmma_fence();
+    scores<D, M>(s, mem.a, mem.x[stage], group);
+    wgmma_commit();
+    barrier_wait(&mem.full_y[stage], parity);
+    wgmma_fence();
+    scores<D, M>(dp, mem.b, mem.y[stage], group);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (number >= 0) hide<M>(s, bits + number * 512L + threadIdx.x * 2 + e % PARTS);
+#pragma unroll
+    for (int i = 0; i < M / 2; i++) {
+      float2 of = OF_KEYS ? mem.lse_delta[stage][i / 4 * 8 + 2 * lane + i % 2] : mine[i / 2 % 2];
+      s[i] = exp2_fast(s[i] * scale - of.x);
+      dp[i] = s[i] * (dp[i] - of.y);
+    }
+    if (OF_KEYS) {
+      to_operand<M>(p, s);
+      wgmma_fence();
+      times<D, M>(gb, p, mem.y[stage]);
+      wgmma_commit();
+      wgmma_wait<0>();
+    }
+    to_operand<M>(p, dp);
+    wgmma_fence();
+    times<D, M>(ga, p, mem.x[stage]);
+    wgmma_commit();
+    wgmma_wait<0>();
+    barrier_arrive(&mem.empty[stage]);
+  }
+  write<D>(da, ga, factor, factor, tile, n);
+  if (OF_KEYS) write<D>(db, gb, 1.f, 1.f, tile, n);
+}
+
+// ---- called through ctypes: each returns a cudaError, or -1 for a head width that is not built ------------------------
+
+#define TRY(call) if (int code = (call)) return code
+
+template <class Mem, class F> int room(F* kernel) {                        // shared memory to ask for
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(Mem) + 1024);
+}
 
 template <int D> int run(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, Visits at, const uint32_t* bits,
                          int nq, int nk, int heads, float scale, cudaStream_t stream) {
   CUtensorMap mq, mk, mv;
-  if (int code = make_map(&mq, q, nq, heads, D, TILE)) return code;
-  if (int code = make_map(&mk, k, nk, heads, D, TILE)) return code;
-  if (int code = make_map(&mv, v, nk, heads, D, TILE)) return code;
-  int bytes = sizeof(Shared<D>) + 1024;
-  if (int code = cudaFuncSetAttribute(forward<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return code;
-  LAUNCH(forward<D>, dim3((nq + TILE - 1) / TILE, heads), bytes, mq, mk, mv, o, lse, at, (const uint2*)bits, nq,
+  TRY(make_map(&mq, q, nq, heads, D, TILE));
+  TRY(make_map(&mk, k, nk, heads, D, TILE));
+  TRY(make_map(&mv, v, nk, heads, D, TILE));
+  TRY(room<Shared<D>>(forward<D>));
+  LAUNCH(forward<D>, dim3((nq + TILE - 1) / TILE, heads), sizeof(Shared<D>) + 1024, mq, mk, mv, o, lse, at, bits, nq,
          scale * 1.44269504f);
   return cudaGetLastError();
+}
+
+template <int D, bool OF_KEYS, int M> int run_half(const bf16* a, const bf16* b, const bf16* x, const bf16* y, bf16* da,
+    bf16* db, const float* lse, const float* delta, Visits at, const uint32_t* bits, int n, int m, int heads, float scale,
+    cudaStream_t stream) {
+  CUtensorMap ma, mb, mx, my;
+  TRY(make_map(&ma, a, n, heads, D, TILE));
+  TRY(make_map(&mb, b, n, heads, D, TILE));
+  TRY(make_map(&mx, x, m, heads, D, M));
+  TRY(make_map(&my, y, m, heads, D, M));
+  typedef BackwardShared<D, M> Mem;
+  TRY(room<Mem>(backward<D, OF_KEYS, M>));
+  LAUNCH((backward<D, OF_KEYS, M>), dim3((n + TILE - 1) / TILE, heads), sizeof(Mem) + 1024, ma, mb, mx, my, da, db, lse,
+         delta, at, bits, n, m, scale * 1.44269504f, scale);
+  return cudaGetLastError();
+}
+
+template <int D> int run_back(const bf16* q, const bf16* k, const bf16* v, const bf16* dout, const float* lse,
+    const float* delta, bf16* dq, bf16* dk, bf16* dv, Visits by_query, Visits by_key, const uint32_t* bits,
+    const uint32_t* bits_t, int nq, int nk, int heads, float scale, cudaStream_t stream) {
+  TRY((run_half<D, true, 64>(k, v, q, dout, dk, dv, lse, delta, by_key, bits_t, nk, nq, heads, scale, stream)));
+  return run_half<D, false, TILE>(q, dout, k, v, dq, nullptr, lse, delta, by_query, bits, nq, nk, heads, scale, stream);
 }
 
 extern "C" int attention_forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, Visits by_query,
     const uint32_t* bits, int nq, int nk, int heads, int d, float scale, cudaStream_t stream) {
   return d == 64 ? run<64>(q, k, v, o, lse, by_query, bits, nq, nk, heads, scale, stream)
        : d == 128 ? run<128>(q, k, v, o, lse, by_query, bits, nq, nk, heads, scale, stream) : -1;
+}
+
+extern "C" int attention_backward(const bf16* q, const bf16* k, const bf16* v, const bf16* dout, const float* lse,
+    const float* delta, bf16* dq, bf16* dk, bf16* dv, Visits by_query, Visits by_key, const uint32_t* bits,
+    const uint32_t* bits_t, int nq, int nk, int heads, int d, float scale, cudaStream_t stream) {
+  auto go = d == 64 ? run_back<64> : d == 128 ? run_back<128> : nullptr;
+  return go ? go(q, k, v, dout, lse, delta, dq, dk, dv, by_query, by_key, bits, bits_t, nq, nk, heads, scale, stream) : -1;
 }

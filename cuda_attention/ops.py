@@ -23,7 +23,7 @@ from torch import Tensor
 from cuda_attention import blockwise
 from cuda_attention.tiles import Tiles, Visits
 
-SOURCE = Path(__file__).with_name("v0.cu")
+FOLDER = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
 WIDTHS = (64, 128)                         # heads that kernels are built for
 HEADS = 65535                              # what a grid takes
@@ -36,21 +36,25 @@ class VisitsPointer(ctypes.Structure):
 
 @functools.cache
 def library(capability: tuple[int, int]) -> ctypes.CDLL:
-    """The kernels for a GPU of this compute capability. RuntimeError, one line, where they cannot be built."""
+    """The kernels for a GPU of this compute capability, 8.0 at least: hopper.cu for 9.0, else v0.cu.
+    RuntimeError, one line, where they cannot be built."""
+    if capability < (8, 0):
+        raise RuntimeError(f"the attention kernels need compute capability 8.0, this GPU has {capability}")
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if not nvcc:
         raise RuntimeError("no nvcc on the path to build the attention kernels with")
-    major, minor = capability
-    arch = f"{major}{minor}" + ("a" if major == 9 else "")
+    source = FOLDER / ("hopper.cu" if capability == (9, 0) else "v0.cu")
+    arch = "".join(map(str, capability)) + "a" * (capability == (9, 0))
     command = [nvcc, *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    name = hashlib.sha256("\0".join([SOURCE.read_text(), version, *command]).encode()).hexdigest()[:16]
+    texts = [f.read_text() for f in (source, FOLDER / "hopper.cuh")]
+    name = hashlib.sha256("\0".join([*texts, version, *command]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cola_attention"
-    path = cache / f"{SOURCE.stem}_{name}.so"
+    path = cache / f"{source.stem}_{name}.so"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:         # moved into place whole
-            done = subprocess.run([*command, str(SOURCE), "-o", f"{folder}/out.so"], capture_output=True, text=True)
+            done = subprocess.run([*command, str(source), "-o", f"{folder}/out.so"], capture_output=True, text=True)
             if done.returncode:
                 errors = [line for line in done.stderr.splitlines() if "error" in line]
                 raise RuntimeError(f"nvcc: {errors[0] if errors else f'exit status {done.returncode}'}")
@@ -67,7 +71,7 @@ def check(**tensors: Tensor) -> None:
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
         if x.ndim != 3 or x.shape[2] not in WIDTHS or x.shape[1:] != q.shape[1:]:
-            raise ValueError(f"{name} is {tuple(x.shape)}; expected (positions, heads, {' or '.join(map(str, WIDTHS))})")
+            raise ValueError(f"{name} is {tuple(x.shape)}; expected (positions, heads, 64 or 128)")
         if not x.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
         if not 0 < x.shape[1] <= HEADS or not len(x):

@@ -5,10 +5,12 @@
 #pragma once
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <functional>
 #include <vector>
 
@@ -36,8 +38,9 @@ inline __nv_bfloat16 __float2bfloat16(float f) {         // to nearest, ties to 
   return {(uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16)};
 }
 
-struct uint2 { uint32_t x, y; };
-inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+struct float2 { float x, y; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+using std::min;
 
 static dim3 threadIdx, blockIdx, gridDim;
 
@@ -47,6 +50,7 @@ static ucontext_t scheduler, fiber[MOST];
 static bool done[MOST];
 static float exchanged[MOST];
 static unsigned threads;
+static long changes;                                     // of anything that somebody may wait for
 static std::function<void()> body;
 
 inline void yield() { swapcontext(&fiber[threadIdx.x], &scheduler); }
@@ -56,6 +60,7 @@ struct Meeting {
   unsigned arrived = 0, round = 0;
   void meet(unsigned size) {
     unsigned mine = round;
+    changes++;
     if (++arrived == size) arrived = 0, round++;
     while (round == mine) yield();
   }
@@ -98,12 +103,18 @@ inline void emulate(dim3 grid, unsigned threads, std::function<void()> body) {
       }
       for (unsigned left = threads; left;) {
         left = 0;
+        long before = changes++;
         for (unsigned t = 0; t < threads; t++)
           if (!done[t]) {
             threadIdx.x = t;
             swapcontext(&scheduler, &fiber[t]);
             left += !done[t];
+            changes += done[t];
           }
+        if (left && changes == before + 1) {             // all wait, for nothing
+          fprintf(stderr, "emulated kernel: deadlock of %u threads in block %u, %u\n", left, x, y);
+          abort();
+        }
       }
     }
 }
@@ -131,6 +142,7 @@ inline float element(uint32_t at) {                      // the bf16 at an addre
 struct Barrier { uint16_t phase, left, arrivals; int16_t kilobytes; };    // in the 8 bytes of an mbarrier
 inline Barrier& of(uint64_t* b) { return *reinterpret_cast<Barrier*>(b); }
 inline void turn(Barrier& b) {
+  changes++;
   if (!b.left && !b.kilobytes) b.phase ^= 1, b.left = b.arrivals;
 }
 

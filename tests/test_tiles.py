@@ -104,8 +104,8 @@ def whole(q, k, v, mask):
 
 
 def case(seed, heads, d, dtype=torch.float64, most=90):
-    """q, k, v, the gradient of o, tiles, and what is true: o, lse, dq, dk, dv in fp64."""
-    q_layout, k_layout = layouts(seed, most)
+    """q, k, v, the gradient of o, tiles, and what is true: o, lse, dq, dk, dv in fp64. Seed -1: one long text."""
+    q_layout, k_layout = layouts(seed, most) if seed >= 0 else [pack([Sample(T2T, clean=690, noisy=40)], 16)] * 2
     g = torch.Generator().manual_seed(100 + seed)
     q, do = (torch.randn(len(q_layout), heads, d, generator=g).to(dtype) for _ in range(2))
     k, v = (torch.randn(len(k_layout), heads, d, generator=g).to(dtype) for _ in range(2))
@@ -139,7 +139,7 @@ class Visits(ctypes.Structure):
 def emulated(request, tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("no g++")
-    path = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    path = tmp_path_factory.mktemp("emulated") / f"{request.param}.so"
     subprocess.run(["g++", "-O2", "-std=c++17", "-DEMULATED", "-I", str(ROOT / "tests"), "-x", "c++", "-shared", "-fPIC",
                     str(ROOT / "cuda_attention" / f"{request.param}.cu"), "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
@@ -149,9 +149,12 @@ def pointers(*tensors):
     return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
 
 
-@pytest.mark.parametrize("seed, heads, d", [(1, 2, 64), (3, 1, 128), (4, 1, 64), (9, 2, 64)])
+@pytest.mark.parametrize("seed, heads, d", [(1, 2, 64), (3, 1, 128), (4, 1, 64), (9, 2, 64), (-1, 1, 64), (-1, 1, 128)])
 def test_kernels_on_emulated_threads(emulated, seed, heads, d):
-    """Forward and backward of bf16 inputs to the rounding of bf16 outputs; rows that may see nothing included."""
+    """Forward and backward of bf16 inputs to the rounding of bf16 outputs; rows that may see nothing included, and
+    more tiles in a row than the ring has stages."""
+    if seed < 0 and emulated._name.endswith("v0.so"):
+        pytest.skip("v0 has no ring, and is slow here")
     q, k, v, do, plan, (o, lse, dq, dk, dv) = case(seed, heads, d, torch.bfloat16, most=60)
     n, m, poison = len(q), len(k), float("nan")
     got, got_lse = torch.full_like(q, poison), torch.full((heads, n), poison)
@@ -175,18 +178,20 @@ def test_kernels_on_emulated_threads(emulated, seed, heads, d):
 
 
 @pytest.mark.slow
-def test_v0_compiles_without_spills(tmp_path):
-    """The compile gate: no spill, no stack frame, no warning about serialised instructions."""
+@pytest.mark.parametrize("name, archs, kernels", [("v0", ("80", "90"), 12), ("hopper", ("90a",), 6)])
+def test_kernels_compile_without_spills(name, archs, kernels, tmp_path):
+    """The compile gate: no spill, no stack frame, no warning, such as C75xx about serialised instructions."""
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc")
     done = subprocess.run(
         ["nvcc", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-Xptxas", "-v",
-         "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
-         str(ROOT / "cuda_attention" / "v0.cu"), "-o", str(tmp_path / "v0.so")], capture_output=True, text=True)
+         *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs), str(ROOT / "cuda_attention" / f"{name}.cu"),
+         "-o", str(tmp_path / "out.so")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(used) == 12 and set(used) == {("0", "0", "0")} and "C75" not in done.stderr
-    library = ctypes.CDLL(str(tmp_path / "v0.so"))
+    assert len(used) == kernels and set(used) == {("0", "0", "0")}
+    assert "C75" not in done.stderr and "warning" not in done.stderr, done.stderr
+    library = ctypes.CDLL(str(tmp_path / "out.so"))
     assert library.attention_forward and library.attention_backward
 
 
@@ -232,12 +237,14 @@ def test_what_the_kernels_cannot_take(change, word):
 def test_building_says_what_is_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(ops.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="no nvcc"):
-        ops.library((7, 0))
+        ops.library((8, 0))
+    with pytest.raises(RuntimeError, match="8.0"):
+        ops.library((7, 5))
     fake = tmp_path / "nvcc"
     fake.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.cu(3): error: no such thing" >&2\nexit 1\n')
     fake.chmod(0o755)
     monkeypatch.setattr(ops.shutil, "which", lambda name: str(fake))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"nvcc: x.cu\(3\): error: no such thing"):
-        ops.library((7, 5))
+        ops.library((9, 0))
     assert [p.name for p in (tmp_path / "cola_attention").iterdir()] == []
