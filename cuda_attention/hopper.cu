@@ -1,4 +1,4 @@
-// v1: masked attention on Hopper's tensor cores (sm_90a). Tiles, bits and lse are those of tiles.py and blockwise.py.
+// v2: masked attention on Hopper's tensor cores (sm_90a). Tiles, bits and lse are those of tiles.py and blockwise.py.
 //
 // A block has one producer warpgroup, whose first thread copies tiles by TMA through a ring of two stages, and two
 // consumer warpgroups, each with 64 of the 128 rows that stay: queries in forward and dq, keys in dkv. Scores and their
@@ -66,6 +66,23 @@ __device__ inline float over_row(float x, bool maximum) {                // the 
   return x;
 }
 
+// Online softmax of two rows: scores s to weights, top and total so far; what was summed before shrinks by `shrink`.
+__device__ inline void soften(float (&s)[64], float (&top)[2], float (&total)[2], float (&shrink)[2], float scale) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float higher = top[r], sum = 0.f;
+    for (int i = 0; i < 64; i++)
+      if (i / 2 % 2 == r) higher = fmaxf(higher, s[i]);
+    higher = over_row(higher, true);
+    float base = higher == -INFINITY ? 0.f : higher * scale;             // -inf minus -inf is no number
+    for (int i = 0; i < 64; i++)
+      if (i / 2 % 2 == r) sum += s[i] = exp2_fast(s[i] * scale - base);
+    shrink[r] = exp2_fast(top[r] * scale - base);
+    total[r] = total[r] * shrink[r] + sum;
+    top[r] = higher;
+  }
+}
+
 template <int D> struct Shared {
   Tile<D> q, k[STAGES], v[STAGES];
   uint64_t full_q, full_k[STAGES], full_v[STAGES], empty[STAGES];
@@ -92,7 +109,7 @@ forward(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorM
   if (group == 2) {                                                      // the producer
     less_registers<24>();
     if (threadIdx.x % 128) return;
-    copy_tile<D, TILE>(mem.q, &q, tile * TILE, &mem.full_q);
+    if (count) copy_tile<D, TILE>(mem.q, &q, tile * TILE, &mem.full_q);
     for (int e = 0; e < count; e++) {
       int stage = e % STAGES, row = at.other[first + e] * TILE;
       if (e >= STAGES) barrier_wait(&mem.empty[stage], e / STAGES % 2 ^ 1);
@@ -104,39 +121,43 @@ forward(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorM
 
   more_registers<240>();
   float out[D / 2] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
-  if (count) barrier_wait(&mem.full_q, 0);
-  for (int e = 0; e < count; e++) {
-    int stage = e % STAGES, parity = e / STAGES % 2, number = at.bits[first + e];
-    float s[64];
-    uint32_t p[32];
-    barrier_wait(&mem.full_k[stage], parity);
+  float s[64], shrink[2];
+  uint32_t p[32];
+  if (count) {
+    barrier_wait(&mem.full_q, 0);
+    barrier_wait(&mem.full_k[0], 0);
+    wgmma_fence();
+    scores<D, TILE>(s, mem.q, mem.k[0], group);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (at.bits[first] >= 0) hide<TILE>(s, bits + at.bits[first] * 512L + threadIdx.x * 2);
+    soften(s, top, total, shrink, scale);
+    to_operand<TILE>(p, s);
+  }
+  for (int e = 1; e < count; e++) {                                      // P V of the tile before, beside this softmax
+    int stage = e % STAGES, before = (e - 1) % STAGES, number = at.bits[first + e];
+    barrier_wait(&mem.full_k[stage], e / STAGES % 2);
+    barrier_wait(&mem.full_v[before], (e - 1) / STAGES % 2);
     wgmma_fence();
     scores<D, TILE>(s, mem.q, mem.k[stage], group);
     wgmma_commit();
-    wgmma_wait<0>();
+    times<D, TILE>(out, p, mem.v[before]);
+    wgmma_commit();
+    wgmma_wait<1>();
     if (number >= 0) hide<TILE>(s, bits + number * 512L + threadIdx.x * 2);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float higher = top[r];
-      for (int i = 0; i < 64; i++)
-        if (i / 2 % 2 == r) higher = fmaxf(higher, s[i]);
-      higher = over_row(higher, true);
-      float base = higher == -INFINITY ? 0.f : higher * scale, sum = 0.f;      // -inf minus -inf is no number
-      float shrink = exp2_fast(top[r] * scale - base);
-      for (int i = 0; i < 64; i++)
-        if (i / 2 % 2 == r) sum += s[i] = exp2_fast(s[i] * scale - base);
-      total[r] = total[r] * shrink + sum;
-      for (int i = 0; i < D / 2; i++)
-        if (i / 2 % 2 == r) out[i] *= shrink;
-      top[r] = higher;
-    }
+    soften(s, top, total, shrink, scale);
+    wgmma_wait<0>();
+    barrier_arrive(&mem.empty[before]);
+    for (int i = 0; i < D / 2; i++) out[i] *= shrink[i / 2 % 2];
     to_operand<TILE>(p, s);
-    barrier_wait(&mem.full_v[stage], parity);
+  }
+  if (count) {
+    int stage = (count - 1) % STAGES;
+    barrier_wait(&mem.full_v[stage], (count - 1) / STAGES % 2);
     wgmma_fence();
     times<D, TILE>(out, p, mem.v[stage]);
     wgmma_commit();
     wgmma_wait<0>();
-    barrier_arrive(&mem.empty[stage]);
   }
 
   float sum0 = over_row(total[0], false), sum1 = over_row(total[1], false);
