@@ -74,8 +74,15 @@ class Layout:
 
 
 def concat(a: Layout, b: Layout) -> Layout:
-    """Positions of a, then those of b, over the same samples: what a KV cache holds after an append."""
-    return Layout(*(torch.cat([getattr(a, f.name), getattr(b, f.name)]) for f in fields(Layout)[:-1]), a.task)
+    """Positions of a, then those of b, over the samples of b, of which a's are the first: what a KV cache holds
+    after an append."""
+    return Layout(*(torch.cat([getattr(a, f.name), getattr(b, f.name)]) for f in fields(Layout)[:-1]), b.task)
+
+
+def twice(a: Layout) -> Layout:
+    """The positions of a, then the same again as further samples."""
+    again = Layout(a.sample + a.task.numel(), a.segment, a.block, a.row, a.col, torch.cat([a.task, a.task]))
+    return concat(a, again)
 
 
 @dataclass

@@ -193,20 +193,25 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
 
     z (L, channels); known (L,) bool: positions that are clean already. They stay, or are repainted with the
     fresh noise that `redraw` gives (flow.repaint)."""
-    model, alone = context.model, Context(context.model)
+    model = context.model
     is_image = bool((layout.segment == masks.I).any())
     moves = torch.ones_like(layout.segment) if known is None or redraw else (~known).long()
     empty = z.new_zeros(0, model.text_vae.latent_dim if is_image else model.mmdit.config.image_channels)
-    plan, plan_alone = context.plan(layout), alone.plan(layout)
+    # Guided, every sample is there twice, and the second has no context: one pass for both velocities.
+    passes = {False: (layout, context.plan(layout), moves)}
+    if context.past is not None and s.guidance != 1.0:
+        both = masks.twice(layout)
+        passes[True] = both, context.plan(both), torch.cat([moves, moves])
 
-    def velocity(where: Context, z: Tensor, t: float, plan: Plan) -> Tensor:
+    def velocity(z: Tensor, t: float, doubled: bool) -> Tensor:
+        layout, plan, moves = passes[doubled]
         text, image = (empty, z) if is_image else (z, empty)
-        return where.velocity(text, image, [0.0, t], moves, layout, plan)[int(is_image)]
+        return context.velocity(text, image, [0.0, t], moves, layout, plan)[int(is_image)]
 
     def guided(z: Tensor, t: float) -> Tensor:
-        v = velocity(context, z, t, plan)
-        w = flow.guidance_at(t, s.guidance, *s.interval) if context.past is not None else 1.0
-        return v if w == 1.0 else flow.guided(v, velocity(alone, z, t, plan_alone), w)
+        w = flow.guidance_at(t, s.guidance, *s.interval) if True in passes else 1.0
+        return velocity(z, t, False) if w == 1.0 else \
+            flow.guided(*velocity(torch.cat([z, z]), t, True).chunk(2), w)
 
     times = flow.time_grid(s.steps, 1.0 if s.shift is None else s.shift)
     if redraw:

@@ -17,6 +17,7 @@ import masks
 import sample
 import train
 from conftest import TINY
+from masks import T2I, Sample, pack
 from sample import Settings
 
 CAPTIONS = ["a large red circle above a small blue square on a gray background", "a cat",
@@ -169,11 +170,13 @@ def test_clean_repaint(model, calls):
     prefix = prefix_of(model, 2 * BLOCK + 3)
     z, _ = model.encode_text([model.tokenizer.encode(prefix)])
     sample.generate_text(model, [prefix], s=replace(S, guidance=3.0, steps=3, snap=False), max_tokens=2)
-    past, *steps, commit = calls[:8]
-    assert past[3] and torch.equal(past[0], z[:2 * BLOCK]) and len(steps) == 6
+    past, *steps, commit = calls[:5]
+    assert past[3] and torch.equal(past[0], z[:2 * BLOCK]) and len(steps) == 3
     for text, t, layout, is_commit in steps:
-        assert not is_commit and torch.equal(text[:3], z[2 * BLOCK:]) and not t[:3].any() and t[3] > 0
-        assert layout.segment.tolist() == [masks.N] * BLOCK and layout.block.tolist() == [2] * BLOCK
+        assert not is_commit and layout.sample.tolist() == [0] * BLOCK + [1] * BLOCK       # and without context
+        assert layout.segment.tolist() == [masks.N] * 2 * BLOCK and layout.block.tolist() == [2] * 2 * BLOCK
+        assert torch.equal(text[:BLOCK], text[BLOCK:]) and torch.equal(text[:3], z[2 * BLOCK:])
+        assert not t[:3].any() and not t[BLOCK:][:3].any() and t[3] > 0
     assert commit[3] and torch.equal(commit[0][:3], z[2 * BLOCK:]) and not commit[1].any()
     assert not torch.equal(steps[0][0][3], commit[0][3])
 
@@ -223,8 +226,8 @@ def test_finished_blocks_join_the_context(model, calls, latents, snap, extra):
     close(first[0], z[:BLOCK])
     z = z[:BLOCK]
     for made in latents:
-        steps, rest = rest[:2 * S.steps], rest[2 * S.steps:]
-        assert not any(commit for *_, commit in steps)                       # with context and without, in turn
+        steps, rest = rest[:S.steps], rest[S.steps:]
+        assert not any(commit for *_, commit in steps)
         decoded = model.text_vae.decode(torch.cat([z, made]), [len(z) + BLOCK]).argmax(-1).tolist()
         ids += decoded[len(ids):]
         whole = model.encode_text([ids])[0] if snap else torch.cat([z, made])
@@ -238,35 +241,38 @@ def test_finished_blocks_join_the_context(model, calls, latents, snap, extra):
 
 
 def test_guidance_one_is_no_guidance(model, calls, latents):
-    """w = 1 makes no unconditional call; others make one a step, without the caption; z is linear in w."""
-    counts = []
+    """w = 1 asks for no unconditional velocity; others take it in the same pass, without the caption; z is linear
+    in w, and w = 0 what a model without any context makes."""
+    sizes = []
     for w in (1.0, 0.0, 3.0):
         sample.generate_images(model, CAPTIONS, replace(S, steps=1, guidance=w))
-        counts.append(len(calls))
+        sizes.append([layout.task.numel() for *_, layout, _ in calls])
         calls.clear()
-    assert counts == [2, 3, 3]                                   # the caption, conditional, unconditional
+    assert sizes == [[3, 3], [3, 6], [3, 6]]                     # the captions, then the images
     conditional, unconditional, guided = latents
     close(guided, unconditional + 3.0 * (conditional - unconditional))
     sample.generate_images(model, CAPTIONS[::-1], replace(S, steps=1, guidance=0.0))
     close(latents[3], unconditional)
     assert (conditional - unconditional).abs().max() > 1e-2
+    alone = pack([Sample(T2I, image=(4, 4))] * 3, BLOCK)
+    z = np.concatenate([g.standard_normal((16, 32), np.float32) for g in sample.noise(S.seed, 0, 3)])
+    close(sample.transport(sample.Context(model), alone, torch.from_numpy(z), replace(S, steps=1)), unconditional)
 
 
 def test_guidance_is_off_where_there_is_no_context(model, calls):
     """The first block of a text without prefix has nothing to be guided by; the second has."""
-    sample.generate_text(model, [prefix_of(model, 2)], s=replace(S, guidance=7.0), max_tokens=1)
-    assert len(calls) == 4                                       # no unconditional call
-    calls.clear()
-    sample.generate_text(model, [prefix_of(model, BLOCK)], s=replace(S, guidance=7.0), max_tokens=1)
-    assert len(calls) == 1 + 8
+    for prefix, sizes in ((prefix_of(model, 2), [1] * 4), (prefix_of(model, BLOCK), [1] + [2] * 4)):
+        sample.generate_text(model, [prefix], s=replace(S, guidance=7.0), max_tokens=1)
+        assert [layout.task.numel() for *_, layout, _ in calls] == sizes
+        calls.clear()
 
 
 def test_guidance_acts_inside_its_interval(model, calls):
     sample.generate_images(model, CAPTIONS[:1], replace(S, steps=10, guidance=3.0, shift=1.0,
                                                          interval=(0.25, 0.75)))
-    assert len(calls) == 1 + 10 + 5                              # t = 0.7, 0.6, 0.5, 0.4, 0.3
-    times = [float(t[0]) for _, t, *_ in calls[1:]]
-    assert sorted(t for t in set(times) if times.count(t) == 2) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
+    assert len(calls) == 1 + 10
+    guided = [float(t[0]) for _, t, layout, _ in calls if layout.task.numel() == 2]
+    assert guided == pytest.approx([0.7, 0.6, 0.5, 0.4, 0.3])
 
 
 def test_temperature_scales_the_noise(model, monkeypatch):
