@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -61,6 +62,7 @@ from sample import Cola
 from text_vae import TextVAE, kl, text_vae_loss
 
 STAGES = ("text_vae", "image_vae", "mmdit")
+LOST = 20                  # steps in a row whose gradient is no number: then there is no going on
 STOP = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -85,6 +87,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("init_from", "", "start from the weights of a checkpoint, at another --image_size or on other data")
     flag("init_official", "", "start from a public Cola DLM release, a folder with cola_vae, cola_dit and "
          "tokenizer.json: its text VAE and text stream, a fresh image side")
+    flag("dry_run", False, "say what would be trained, on what and in how much memory, and write nothing",
+         action="store_true")
     flag("eval_only", False, "evaluate out_dir/ckpt.pt and write metrics.json", action="store_true")
     flag("seed", 0, "same seed, same run")
     flag("scale", 1.0, "multiplies the steps of every stage: 5 takes five times as long")
@@ -796,15 +800,23 @@ class Run:
                 "reference": self.reference}
 
     def save(self) -> None:
-        """Write out/ckpt.pt whole or not at all."""
+        """Write out/ckpt.pt whole or not at all; the one before becomes ckpt.prev.pt."""
         if self.worker.rank:
             return
-        temporary = self.out / "ckpt.pt.tmp"
-        with open(temporary, "wb") as file:
-            torch.save(self.state(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.out / "ckpt.pt")
+        temporary, path, before = (self.out / name for name in ("ckpt.pt.tmp", "ckpt.pt", "ckpt.prev.pt"))
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(self.state(), file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:               # torch's zip writer has errors of its own
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"{temporary}: cannot be written ({str(error).partition(chr(10))[0]:.80}); "
+                          f"{path} is as it was") from None
+        if path.exists():
+            before.unlink(missing_ok=True)
+            os.link(path, before)                              # there is a whole ckpt.pt at every moment
+        os.replace(temporary, path)
 
     def restore(self, checkpoint: dict) -> None:
         """Weights, average, optimizers and place of a checkpoint of the same architecture."""
@@ -813,6 +825,19 @@ class Run:
         self.ema = {k: v for k, v in checkpoint["ema"].items() if k != "image_vae"}
         self.progress, self.seconds = dict(checkpoint["progress"]), checkpoint["seconds"]
         self.optimizer_state, self.reference = checkpoint["optimizers"], checkpoint["reference"]
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """The folder is this run's alone. ValueError where another run writes there."""
+        folder = os.open(self.out, os.O_RDONLY)
+        try:
+            if not self.worker.rank:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise ValueError(f"{self.out}: another run is writing there; choose another --out_dir") from None
+        finally:
+            os.close(folder)
 
     def trim_log(self) -> None:
         """Drop from log.jsonl the steps behind the checkpoint, which will be taken again."""
@@ -837,11 +862,12 @@ class Run:
         for p in wrapped.parameters():                         # unused by all samples: gradient 0, as by DDP
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
-        norm = nn.utils.clip_grad_norm_(wrapped.parameters(), self.args.clip)
+        norm = float(nn.utils.clip_grad_norm_(wrapped.parameters(), self.args.clip))
         for o in optimizers:
-            o.step()
+            if math.isfinite(norm):                            # else the step is not taken, on no worker
+                o.step()
             o.zero_grad(set_to_none=True)
-        return sums, float(norm)
+        return sums, norm
 
     def average(self, names: tuple[str, ...], step: int) -> None:
         """Let the averaged weights of these parts follow, faster in the first steps."""
@@ -852,9 +878,11 @@ class Run:
             torch._foreach_lerp_([ema[k] for k in floats], [now[k] for k in floats], 1 - decay)
 
     def fit(self, stage: str, module: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int,
-            make: Callable[[int], list], averaged: tuple[str, ...] = (), at_end=lambda: None) -> None:
-        """Train one stage. make(step) -> this worker's micro-batches of a step; averaged: parts kept as EMA;
-        at_end is called before the last save. KeyboardInterrupt when a signal asks, after saving."""
+            make: Callable[[int], list], about: Callable[[int], str], averaged: tuple[str, ...] = (),
+            at_end=lambda: None) -> None:
+        """Train one stage. make(step) -> this worker's micro-batches of a step, about(step) what is in them, of all
+        workers; averaged: parts kept as EMA; at_end is called before the last save. KeyboardInterrupt when a signal
+        asks, after saving."""
         a, worker, start = self.args, self.worker, self.progress[stage]
         if start >= steps:
             return
@@ -872,7 +900,7 @@ class Run:
         amp = torch.autocast(worker.device.type, torch.bfloat16, enabled=bf16)
         log = open(self.out / "log.jsonl", "a") if worker.rank == 0 else None
         bar = tqdm(desc=stage, unit="step", total=steps, initial=start, mininterval=1, disable=log is None)
-        last = time.perf_counter()
+        last, lost = time.perf_counter(), 0
         for step in range(start, steps):
             rise, fall = (step + 1) / (a.warmup * steps + 1), (steps - step) / (a.cooldown * steps + 1)
             for g, peak in zip(groups, peaks):
@@ -881,6 +909,10 @@ class Run:
             batches = [moved(b, worker.device) for b in make(step)]
             prepared = time.perf_counter() - began
             sums, norm = self.step(wrapped, optimizers, batches, amp)
+            lost = 0 if math.isfinite(norm) else lost + 1
+            if lost == LOST:
+                raise ValueError(f"{stage}: the gradient was no number in {LOST} steps in a row, up to step "
+                                 f"{step + 1}, {about(step)}; the last good checkpoint is {self.out}/ckpt.pt")
             self.average(averaged, step)
             names = sorted(sums)
             positions = sum(b.positions for b in batches)
@@ -892,7 +924,7 @@ class Run:
             if log:
                 terms = dict(zip(names, values))
                 entry = {"stage": stage, "step": step + 1, **terms, "lr": groups[0]["lr"], "norm": norm,
-                         "positions": int(positions), "seconds": round(took, 4),
+                         "positions": int(positions), "skipped": lost, "seconds": round(took, 4),
                          "data_seconds": round(prepared, 4)}
                 log.write(json.dumps(entry) + "\n")
                 shown = {n: f"{v:.4f}" for n, v in terms.items()} | {"positions/s": f"{positions / took:.0f}"}
@@ -941,13 +973,15 @@ def train_stages(run: Run) -> None:
     if "text_vae" in wanted:
         stage = TextStage(model.text_vae, a)
         run.fit("text_vae", stage, optimizers_for(a, stage, a.text_vae_lr, False), scaled(a.text_vae_steps),
-                lambda step: batches.texts(w.share(step * a.text_vae_batch, a.text_vae_batch)))
+                lambda step: batches.texts(w.share(step * a.text_vae_batch, a.text_vae_batch)),
+                lambda step: f"texts {step * a.text_vae_batch} to {(step + 1) * a.text_vae_batch - 1}")
     if "image_vae" in wanted and (a.stage == "image_vae" or tasks_of(a) - {"t2t"}):
         model.image_vae.train()
         stage = ImageStage(model.image_vae)
         shown = (b.x.to(w.device) for k in range(0, 1024, 32) for b in batches.pixels(range(k, k + 32)))
         run.fit("image_vae", stage, optimizers_for(a, stage, a.image_vae_lr, muon), scaled(a.image_vae_steps),
                 lambda step: batches.pixels(w.share(step * a.image_vae_batch, a.image_vae_batch)),
+                lambda step: f"images {step * a.image_vae_batch} to {(step + 1) * a.image_vae_batch - 1}",
                 at_end=lambda: model.image_vae.set_statistics(shown))
     model.image_vae.eval().requires_grad_(False)
     if "mmdit" in wanted:
@@ -956,12 +990,18 @@ def train_stages(run: Run) -> None:
             stage.ref.load_state_dict(run.reference or model.text_vae.state_dict())
             run.reference = stage.ref.state_dict()
 
-        def make(step: int) -> list[Batch]:
+        def tasks(step: int) -> list[int]:
             place = data.rng(a.seed, step, data.TASK).random()     # tasks lie evenly spread over the ratios
-            micro = [[(pick_task(a, (m + place) / M), k) for k in w.share((step * M + m) * n, n)]
-                     for m in range(M)]
+            return [pick_task(a, (m + place) / M) for m in range(M)]
+
+        def make(step: int) -> list[Batch]:
+            micro = [[(task, k) for k in w.share((step * M + m) * n, n)] for m, task in enumerate(tasks(step))]
             return [batches.make(work) for work in (micro if a.accumulate else [sum(micro, [])])]
-        run.fit("mmdit", stage, optimizers_for(a, stage, a.lr, muon), scaled(a.steps), make,
+
+        def about(step: int) -> str:
+            return ", ".join(f"{TASKS[task]} samples {(step * M + m) * n} to {(step * M + m + 1) * n - 1}"
+                             for m, task in enumerate(tasks(step)))
+        run.fit("mmdit", stage, optimizers_for(a, stage, a.lr, muon), scaled(a.steps), make, about,
                 averaged=("mmdit", "text_vae") if stage.joint else ("mmdit",))
 
 
@@ -1178,7 +1218,7 @@ def loss_plot(log: Path, path: Path) -> None:
     """Every loss of log.jsonl against its step, a panel a stage, on a log scale, smoothed over 2 %."""
     entries = read_log(log)
     colors = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
-    skip = {"stage", "step", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q", "drift"}
+    skip = {"stage", "step", "skipped", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q", "drift"}
     canvas = Image.new("RGB", (3 * 420, 320), "white")
     pen = ImageDraw.Draw(canvas)
     for panel, stage in enumerate(STAGES):
@@ -1209,7 +1249,7 @@ def loss_plot(log: Path, path: Path) -> None:
 
 # ---- main --------------------------------------------------------------------------------------------------
 
-RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "eval_only", "device", "procs", "attention", "save_every", "strict_data",
+RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "dry_run", "eval_only", "device", "procs", "attention", "save_every", "strict_data",
              "eval_samples", "guidance", "text_guidance", "text_temperature",
              "sample_steps", "repaint_share", "repaint_cycles"}        # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's only where its own run goes on
@@ -1236,7 +1276,14 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
         check(args)
         return None, args
     source = path if goes_on else Path(args.init_from)
-    checkpoint = sample.read_checkpoint(source)
+    try:
+        checkpoint = sample.read_checkpoint(source)
+    except ValueError as error:
+        before = path.with_name("ckpt.prev.pt")
+        if not goes_on or not before.exists():
+            raise
+        checkpoint = sample.read_checkpoint(before)
+        checkpoint["warning"] = f"{error}; going on from {before}"
     kept = args.given | RUN_FLAGS | (set() if goes_on else GOAL_FLAGS)
     for name, value in checkpoint["args"].items():
         if name in ARCHITECTURE & args.given and getattr(args, name) != value:
@@ -1277,6 +1324,8 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
                  for k, v in plain(args).items() if v != usual[k]]
         print("flags:", " ".join(words) or "all as by default")
         print(cuda_attention.choice(worker.device.type))
+        if checkpoint and "warning" in checkpoint:
+            print(f"train.py: warning: {checkpoint['warning']}", file=sys.stderr)
     world = {} if args.data or args.text else \
         {"pool": args.pool, "any_order": args.any_order, "questions": args.questions}
     dataset = data.open_data(args.seed, args.data, args.text, hw, args.seq_len, args.aspect, args.downsample,
@@ -1306,6 +1355,10 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
     run = Run(args, worker, model, dataset)
     if checkpoint is not None:
         run.restore(checkpoint)
+    if args.dry_run:
+        if not worker.rank:
+            describe(run)
+        return
     if args.stage == "image_vae" and not dataset.num_images:
         raise ValueError("--stage image_vae: this data has no images")
     if args.stage == "mmdit" and not args.init_from and not run.progress["mmdit"]:
@@ -1315,16 +1368,53 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
                                  "second stage on with --resume auto, or name a checkpoint by --init_from")
     if not args.eval_only:
         run.out.mkdir(parents=True, exist_ok=True)
-        run.trim_log()
-        on_signals(lambda number, frame: setattr(run, "stop", number))
         before = dict(run.progress)
-        train_stages(run)
-        if worker.sum([float(run.stop)])[0]:           # a signal since the last step; and the last save is over
-            raise KeyboardInterrupt
+        with run.claim():
+            run.trim_log()
+            on_signals(lambda number, frame: setattr(run, "stop", number))
+            train_stages(run)
+            if worker.sum([float(run.stop)])[0]:       # a signal since the last step; and the last save is over
+                raise KeyboardInterrupt
         if run.progress == before and not worker.rank:
             print(f"{run.out}/ckpt.pt has all the steps asked for: nothing was trained")
     on_signals(signal.default_int_handler)             # nothing is left to save: leave at once
     finish(run)
+
+
+def describe(run: Run) -> None:
+    """--dry_run: parameters, samples and positions of a step of stage 2, its memory, and its first batch."""
+    a, w, m = run.args, run.worker, run.model
+    print("\n".join(f"  --{name} {value}" for name, value in sorted(plain(a).items())))
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in parts(m).items()}
+    print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in sizes.items()))
+    stage = PriorStage(m, a)
+    if stage.joint:
+        stage.ref.to(w.device)
+    trained = [p for p in stage.parameters() if p.requires_grad]
+    muon = {id(p) for o in optimizers_for(a, stage, a.lr, a.optimizer == "muon") if isinstance(o, torch.optim.Muon)
+            for g in o.param_groups for p in g["params"]}
+    held = sum(p.numel() * (16 if id(p) in muon else 20) for p in trained)      # weight, gradient, moments, average
+    work = [(pick_task(a, (i + 0.5) / a.micro_steps), i * a.batch_size + k)
+            for i in range(a.micro_steps) for k in w.share(0, a.batch_size)]
+    batch = run.batches.make(work)
+    share = len(work) if not a.accumulate else len(work) / a.micro_steps
+    # 29 numbers of a position, a layer and a unit of width are kept for the backward pass (tests/bench.py).
+    kept = 29 * len(batch.layout) * share / len(work) * a.layers * a.width * (2 if a.bf16 == "on" else 4)
+    print(f"a step: {a.micro_steps} micro-steps of {a.batch_size} samples, {w.world} workers; "
+          f"about {len(batch.layout) * w.world:,} positions")
+    tasks = [task for task, _ in work]
+    print("shares of the samples: " + ", ".join(
+        f"{name} {tasks.count(i) / len(tasks):.2f}" for i, name in enumerate(TASKS) if i in tasks))
+    print(f"memory of a worker in stage 2, estimated: {held / 1e9:.2f} GB for what is trained, "
+          f"{4 * sum(sizes.values()) / 1e9:.2f} GB for all weights, {kept / 1e9:.2f} GB for the backward pass")
+    print("the first batch of this worker, a line a sample:")
+    layout = batch.layout
+    for s, (task, k) in enumerate(work[:12]):
+        segments = layout.segment[layout.sample == s]
+        counts = ", ".join(f"{int((segments == i).sum())} {name}" for i, name in enumerate(masks.SEGMENTS)
+                           if (segments == i).any())
+        print(f"  {TASKS[task]:4s} sample {k}: {counts}")
+    print(f"  and {max(0, len(work) - 12)} more; nothing was written")
 
 
 def finish(run: Run) -> None:

@@ -48,7 +48,7 @@ def log_of(out):
 # ---- the run and what it leaves ----------------------------------------------------------------------------
 
 def test_files_of_a_run(tiny):
-    names = {"ckpt.pt", "log.jsonl", "metrics.json", "samples.png", "loss.png"}
+    names = {"ckpt.pt", "ckpt.prev.pt", "log.jsonl", "metrics.json", "samples.png", "loss.png"}
     assert {p.name for p in tiny.iterdir()} == names
     steps = [(e["stage"], e["step"]) for e in log_of(tiny)]
     stages = {"text_vae": 3, "image_vae": 3, "mmdit": 4}.items()
@@ -176,6 +176,72 @@ def test_a_run_of_text_alone(tmp_path, capsys):
     assert sample.main(["t2i", "a circle", "--checkpoint", str(out / "ckpt.pt")]) == 2
     assert "was trained for t2t, not for t2i" in capsys.readouterr().err
     assert train.main([*TINY, "--eval_only", "--stage", "all", "--out_dir", str(out)]) == 0
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    with open(out / "ckpt.pt", "r+b") as file:
+        file.truncate(5000)
+    assert sample.read_checkpoint(out / "ckpt.prev.pt")["progress"]["mmdit"] == 0        # saved after stage 1b
+    assert train.main([*TINY, "--resume", "auto", "--eval_samples", "0", "--out_dir", str(out)]) == 0
+    error = capsys.readouterr().err
+    assert f"warning: {out}/ckpt.pt" in error and "ckpt.prev.pt" in error
+    again, whole = (sample.read_checkpoint(d / "ckpt.pt")["model"]["mmdit"] for d in (out, tiny))
+    assert all(torch.equal(v, again[k]) for k, v in whole.items())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    before = (out / "ckpt.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train.torch, "save", full)
+    assert train.main([*TINY, "--resume", "auto", "--steps", "6", "--out_dir", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error and "is as it was" in error
+    assert (out / "ckpt.pt").read_bytes() == before and not (out / "ckpt.pt.tmp").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX);"
+         "print('held', flush=True); time.sleep(60)", str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        argv = [*TINY, "--resume", "auto", "--steps", "6", "--eval_samples", "0", "--out_dir", str(out)]
+        assert train.main(argv) == 2 and "another run is writing there" in capsys.readouterr().err
+    finally:
+        holder.kill()
+        holder.wait()
+    assert train.main(argv) == 0
+
+
+def test_steps_without_a_number_are_skipped_and_after_too_many_the_run_stops(tmp_path, capsys, monkeypatch):
+    out, forward, calls = tmp_path / "out", train.PriorStage.forward, []
+    bad = {2, 3}
+
+    def broken(self, batch, counts):
+        calls.append(1)
+        loss, terms = forward(self, batch, counts)
+        return loss * (float("nan") if len(calls) in bad or len(calls) > 5 else 1), terms
+    monkeypatch.setattr(train.PriorStage, "forward", broken)
+    flags = [*TINY, "--eval_samples", "0", "--out_dir", str(out), "--save_every", "1"]
+    assert train.main([*flags, "--steps", "5"]) == 0
+    log = [e for e in log_of(out) if e["stage"] == "mmdit"]
+    assert [e["skipped"] for e in log] == [0, 1, 2, 0, 0]
+    weights = sample.read_checkpoint(out / "ckpt.pt")["model"]["mmdit"]
+    assert all(torch.isfinite(v).all() for v in weights.values())
+    assert train.main([*flags, "--resume", "auto", "--steps", "60"]) == 2
+    error = capsys.readouterr().err
+    assert f"{train.LOST} steps in a row, up to step 25, t2t samples" in error and "last good checkpoint" in error
+    again = sample.read_checkpoint(out / "ckpt.pt")["model"]["mmdit"]
+    assert all(torch.equal(v, again[k]) for k, v in weights.items())
 
 
 def test_a_prior_never_trained_is_neither_judged_nor_sampled(tmp_path, capsys):
@@ -669,6 +735,17 @@ def test_a_folder_with_some_bad_images_trains_on(tmp_path, capsys):
     assert "2.png" in said.err and "no metrics.json" in said.out and " it2t a.png " in said.out
     assert any(f"t2i 'a {animal}' --out a.png" in said.out for animal in ("cat", "dog", "hen"))
     assert (out / "samples.png").exists() and len(log_of(out)) == 10
+
+
+def test_a_dry_run_says_what_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train.main([*TINY, "--dry_run", "--vae_lr_ratio", "1", "--out_dir", str(out)]) == 0
+    shown = capsys.readouterr().out
+    model = train.new_model(args_for(), data.GeneratedScenes(0, 32, 64))
+    count = sum(p.numel() for p in model.mmdit.parameters())
+    assert f"mmdit {count:,}" in shown and "3 micro-steps of 4 samples, 1 workers" in shown
+    assert "t2t 0.33, t2i 0.33, it2t 0.33" in shown and "--steps 4" in shown and "t2i  sample 4: " in shown
+    assert not out.exists()
 
 
 def test_help_explains_every_flag(monkeypatch):
