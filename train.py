@@ -45,6 +45,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -94,6 +96,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("scale", 1.0, "multiplies the steps of every stage: 5 takes five times as long")
     flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu", choices=("cuda", "cpu"))
     flag("procs", 0, "workers on a CPU, one thread each; 0 is one per core")
+    flag("fsdp", False, "stage 2 with weights, gradients, moments and average sharded over the workers (FSDP2); "
+         "needs --optimizer adamw", action="store_true")
     flag("attention", "auto", "backend of the masked attention; auto says what it takes",
          choices=cuda_attention.BACKENDS)
     flag("bf16", "auto", "matrix products in bfloat16; auto times one of each kind and takes the faster",
@@ -245,6 +249,8 @@ def check(args: argparse.Namespace) -> None:
         scenes.check_size(args.image_size[0], args.image_size[-1])
     if not args.out_dir or Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
         raise ValueError(f"--out_dir {args.out_dir!r}: expected a folder, which may be new")
+    if args.fsdp and args.optimizer != "adamw":
+        raise ValueError("--fsdp cuts matrices up, and Muon needs them whole; add --optimizer adamw")
     if args.attention == "flex" and args.device == "cpu":
         raise ValueError("--attention flex: PyTorch's FlexAttention has no backward pass on a CPU; use padded")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -738,7 +744,8 @@ class PriorStage(nn.Module):
             cosine = F.cosine_similarity(self.repa(hidden[is_image].float()), b.z_image, dim=-1)     # (Li,)
             terms["repa"] = (1 - cosine)[b.loss_image].sum() * b.z_image.shape[1] / image_count
             loss = loss + a.lambda_fm * repa * terms["repa"]
-        loss = loss + Touch.apply(*(p for p in self.parameters() if p.requires_grad))
+        if not a.fsdp:
+            loss = loss + Touch.apply(*(p for p in self.parameters() if p.requires_grad))
         return loss, {k: v.detach() for k, v in terms.items()}
 
 
@@ -770,6 +777,31 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
     return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, args.image_loc, args.first_block)
 
 
+def sharded(stage: PriorStage) -> PriorStage:
+    """The stage under FSDP2: every block of the prior a group of its own, whose weights are whole only while it
+    works, and all the rest one more."""
+    for block in (*stage.mmdit.blocks, *stage.mmdit.image_blocks):
+        fully_shard(block)
+        for method in ("before", "after"):
+            register_fsdp_forward_method(block, method)
+    return fully_shard(stage)
+
+
+def whole(x):
+    """A nested state with every sharded tensor put together on the CPU: all workers must ask for it."""
+    if isinstance(x, dict):
+        return {k: whole(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [whole(v) for v in x]
+    return x.full_tensor().cpu() if isinstance(x, DTensor) else x
+
+
+def like(x: Tensor, p: Tensor) -> Tensor:
+    """x, sharded as p is."""
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements) \
+        if isinstance(p, DTensor) and not isinstance(x, DTensor) else x
+
+
 def parts(model: Cola) -> dict[str, nn.Module]:
     return {"text_vae": model.text_vae, "image_vae": model.image_vae, "mmdit": model.mmdit}
 
@@ -787,26 +819,27 @@ class Run:
         self.stop = 0                                          # the signal that asked us to leave
 
     def state(self) -> dict:
-        """The checkpoint: plain types and tensors."""
+        """The checkpoint: plain types and tensors, whole. All workers must ask for it."""
         m = self.model
         weights = {name: module.state_dict() for name, module in parts(m).items()}
         config = {"text_vae": m.text_vae.config, "image_vae": m.image_vae.config,
                   "mmdit": dataclasses.asdict(m.mmdit.config),
                   "block_len": m.block_len, "image_hw": list(m.image_hw),
                   "tasks": sorted(tasks_of(self.args))}
-        return {"format": sample.FORMAT, "config": config, "args": plain(self.args),
-                "tokenizer": m.tokenizer.to_dict(), "model": weights, "ema": weights | self.ema,
-                "progress": self.progress, "optimizers": self.optimizer_state, "seconds": self.seconds,
-                "reference": self.reference}
+        return whole({"format": sample.FORMAT, "config": config, "args": plain(self.args),
+                      "tokenizer": m.tokenizer.to_dict(), "model": weights, "ema": weights | self.ema,
+                      "progress": self.progress, "optimizers": self.optimizer_state, "seconds": self.seconds,
+                      "reference": self.reference})
 
     def save(self) -> None:
         """Write out/ckpt.pt whole or not at all; the one before becomes ckpt.prev.pt."""
+        state = self.state()
         if self.worker.rank:
             return
         temporary, path, before = (self.out / name for name in ("ckpt.pt.tmp", "ckpt.pt", "ckpt.prev.pt"))
         try:
             with open(temporary, "wb") as file:
-                torch.save(self.state(), file)
+                torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:               # torch's zip writer has errors of its own
@@ -853,7 +886,10 @@ class Run:
         counts = self.worker.sum(np.sum([b.counts() for b in batches], 0).tolist())
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+            if isinstance(wrapped, FSDPModule):
+                wrapped.set_requires_gradient_sync(last)
+            ddp = isinstance(wrapped, DistributedDataParallel)
+            with wrapped.no_sync() if ddp and not last else contextlib.nullcontext():
                 with amp:
                     loss, terms = wrapped(batch, counts)
                 (loss * world).backward()  # the wrapper averages over workers; the loss is a share of a sum
@@ -862,7 +898,7 @@ class Run:
         for p in wrapped.parameters():                         # unused by all samples: gradient 0, as by DDP
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
-        norm = float(nn.utils.clip_grad_norm_(wrapped.parameters(), self.args.clip))
+        norm = float(whole(nn.utils.clip_grad_norm_(wrapped.parameters(), self.args.clip)))
         for o in optimizers:
             if math.isfinite(norm):                            # else the step is not taken, on no worker
                 o.step()
@@ -875,9 +911,10 @@ class Run:
         for name in names:
             now, ema = parts(self.model)[name].state_dict(), self.ema[name]
             floats = [k for k, v in now.items() if v.is_floating_point()]
-            torch._foreach_lerp_([ema[k] for k in floats], [now[k] for k in floats], 1 - decay)
+            here = lambda x: x.to_local() if isinstance(x, DTensor) else x         # this worker's part
+            torch._foreach_lerp_([here(ema[k]) for k in floats], [here(now[k]) for k in floats], 1 - decay)
 
-    def fit(self, stage: str, module: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int,
+    def fit(self, stage: str, module: nn.Module, make_optimizers: Callable[[], list], steps: int,
             make: Callable[[int], list], about: Callable[[int], str], averaged: tuple[str, ...] = (),
             at_end=lambda: None) -> None:
         """Train one stage. make(step) -> this worker's micro-batches of a step, about(step) what is in them, of all
@@ -886,16 +923,20 @@ class Run:
         a, worker, start = self.args, self.worker, self.progress[stage]
         if start >= steps:
             return
+        wrapped = module if worker.world == 1 else sharded(module) if a.fsdp and stage == "mmdit" else \
+            DistributedDataParallel(module)
+        optimizers = make_optimizers()                         # of what is now the module's parameters
         groups = [g for o in optimizers for g in o.param_groups]
         peaks = [g["lr"] for g in groups]
+        for name in averaged:
+            now = parts(self.model)[name].state_dict()
+            self.ema[name] = {k: like(self.ema[name][k], v) if start else v.clone() for k, v in now.items()}
         if start:
             for o, state in zip(optimizers, self.optimizer_state):
                 o.load_state_dict(state)
+                for p, moments in o.state.items():
+                    moments |= {k: like(v, p) for k, v in moments.items() if v.shape == p.shape}
             groups = [g for o in optimizers for g in o.param_groups]
-        else:
-            self.ema |= {name: {k: v.clone() for k, v in parts(self.model)[name].state_dict().items()}
-                         for name in averaged}
-        wrapped = DistributedDataParallel(module) if worker.world > 1 else module
         bf16 = a.bf16 == "on" and stage != "text_vae"
         amp = torch.autocast(worker.device.type, torch.bfloat16, enabled=bf16)
         log = open(self.out / "log.jsonl", "a") if worker.rank == 0 else None
@@ -972,14 +1013,14 @@ def train_stages(run: Run) -> None:
     scaled = lambda steps: max(1, round(steps * a.scale)) if steps else 0
     if "text_vae" in wanted:
         stage = TextStage(model.text_vae, a)
-        run.fit("text_vae", stage, optimizers_for(a, stage, a.text_vae_lr, False), scaled(a.text_vae_steps),
+        run.fit("text_vae", stage, lambda: optimizers_for(a, stage, a.text_vae_lr, False), scaled(a.text_vae_steps),
                 lambda step: batches.texts(w.share(step * a.text_vae_batch, a.text_vae_batch)),
                 lambda step: f"texts {step * a.text_vae_batch} to {(step + 1) * a.text_vae_batch - 1}")
     if "image_vae" in wanted and (a.stage == "image_vae" or tasks_of(a) - {"t2t"}):
         model.image_vae.train()
         stage = ImageStage(model.image_vae)
         shown = (b.x.to(w.device) for k in range(0, 1024, 32) for b in batches.pixels(range(k, k + 32)))
-        run.fit("image_vae", stage, optimizers_for(a, stage, a.image_vae_lr, muon), scaled(a.image_vae_steps),
+        run.fit("image_vae", stage, lambda: optimizers_for(a, stage, a.image_vae_lr, muon), scaled(a.image_vae_steps),
                 lambda step: batches.pixels(w.share(step * a.image_vae_batch, a.image_vae_batch)),
                 lambda step: f"images {step * a.image_vae_batch} to {(step + 1) * a.image_vae_batch - 1}",
                 at_end=lambda: model.image_vae.set_statistics(shown))
@@ -1001,7 +1042,7 @@ def train_stages(run: Run) -> None:
         def about(step: int) -> str:
             return ", ".join(f"{TASKS[task]} samples {(step * M + m) * n} to {(step * M + m + 1) * n - 1}"
                              for m, task in enumerate(tasks(step)))
-        run.fit("mmdit", stage, optimizers_for(a, stage, a.lr, muon), scaled(a.steps), make, about,
+        run.fit("mmdit", stage, lambda: optimizers_for(a, stage, a.lr, muon), scaled(a.steps), make, about,
                 averaged=("mmdit", "text_vae") if stage.joint else ("mmdit",))
 
 
@@ -1249,7 +1290,7 @@ def loss_plot(log: Path, path: Path) -> None:
 
 # ---- main --------------------------------------------------------------------------------------------------
 
-RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "dry_run", "eval_only", "device", "procs", "attention", "save_every", "strict_data",
+RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "dry_run", "eval_only", "device", "procs", "fsdp", "attention", "save_every", "strict_data",
              "eval_samples", "guidance", "text_guidance", "text_temperature",
              "sample_steps", "repaint_share", "repaint_cycles"}        # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's only where its own run goes on

@@ -280,6 +280,37 @@ def test_two_workers_equal_one(tiny, tmp_path):
             assert a[name] == b[name] or abs(a[name] - b[name]) < 1e-5 * max(1, abs(a[name])), (a, b, name)
 
 
+@pytest.mark.slow
+def test_sharded_equals_replicated(tmp_path):
+    """FSDP2 on two workers: the losses of DDP, with accumulation too; what it saved half way, two such workers or
+    one alone carry on."""
+    def run(name, *more, procs="2"):
+        flags = [*TINY, "--optimizer", "adamw", "--vae_lr_ratio", "0.5", "--eval_samples", "0", *more]
+        flags += ["--out_dir", str(tmp_path / name)]
+        flags[flags.index("--procs") + 1] = procs
+        assert subprocess.run([sys.executable, ROOT / "train.py", *flags], timeout=120).returncode == 0
+        return log_of(tmp_path / name)
+    ddp, fsdp = run("ddp"), run("fsdp", "--fsdp", "--save_every", "2")
+    accumulated = run("accumulated", "--fsdp", "--accumulate")
+    for name in ("sharded", "alone"):
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "fsdp" / "ckpt.prev.pt", tmp_path / name / "ckpt.pt")
+    assert sample.read_checkpoint(tmp_path / "alone" / "ckpt.pt")["progress"]["mmdit"] == 2
+    resumed = run("sharded", "--fsdp", "--resume", "auto"), run("alone", "--resume", "auto", procs="1")
+    assert [len(r) for r in resumed] == [2, 2]
+    for logs in (fsdp, accumulated, *resumed):
+        for a, b in zip(ddp[-len(logs):], logs, strict=True):
+            for name in set(a) - {"seconds", "data_seconds", "stage"}:
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), (a["stage"], a["step"], name)
+    want, *others = (sample.read_checkpoint(tmp_path / name / "ckpt.pt") for name in
+                     ("ddp", "fsdp", "sharded", "alone"))
+    for got in others:
+        for weights in ("model", "ema"):
+            for part, state in want[weights].items():
+                for name, value in state.items():
+                    torch.testing.assert_close(value, got[weights][part][name], atol=2e-3, rtol=2e-3)
+
+
 def test_accumulation_changes_nothing(tiny, tmp_path):
     out = tmp_path / "out"
     assert train.main([*TINY, "--out_dir", str(out), "--eval_samples", "0", "--accumulate"]) == 0
@@ -610,6 +641,7 @@ def fails(argv, capsys, *words):
     (["--image_size", "33"], ["33"]),
     (["--image_size", "16"], ["24 x 24"]),
     (["--image_size", "4", "--downsample", "4", "--data", "."], ["--image_size 4", "8 pixels"]),
+    (["--fsdp"], ["--fsdp", "adamw"]),
     (["--attention", "flex"], ["--attention flex", "padded"]),
     (["--seq_len", "8"], ["--seq_len 8", "raise it to"]),
     (["--text_vae_steps", "0"], ["--vae_lr_ratio 1"]),
