@@ -241,7 +241,8 @@ class MMDiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, names: Container[str] | None = None) -> None:
-        """Fresh values for the parameters of these names, or for all. Gates start at 1, shifts and scales at 0, outputs at 0: a plain pre-norm transformer with v = 0.
+        """Fresh values for the parameters of these names, or for all. Gates start at 1, shifts and scales at 0,
+        outputs at 0: a plain pre-norm transformer with v = 0.
 
         adaLN-Zero starts the gates at 0, which costs a short run most of its steps: after 600 of them those
         of clean context were still near 0.1, and images as good as unread. Matrices inside the blocks start

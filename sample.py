@@ -9,8 +9,9 @@ decodes to, for the prior knows no latents between two words (cf. the "clamping"
 sampler, snap=False, goes without). Guidance mixes in the velocity of a shorter layout, the block or the image
 without its context: v = v_u + w (v_c - v_u). The temperature T is by default 1 for images and 0.3 for text;
 at 0 nothing is left to chance. A block that begins inside the prompt keeps the known latents at every step
-("clean repaint", Sec. 5.2); the paper's other ways are there to compare (`align`, flow.repaint). Where a latent
-is a patch of tokens, end tokens before the prefix move its end to that of a patch. Of p(x | z_0) the mode is taken.
+("clean repaint", Sec. 5.2); the paper's other ways are there to compare (`align`, flow.repaint). Where a
+latent is a patch of tokens, end tokens before the prefix move its end to that of a patch. Of p(x | z_0) the
+mode is taken.
 
     python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
     python sample.py it2t a.png "describe the image."
@@ -645,12 +646,13 @@ def main(argv: list[str] | None = None) -> int:
             args = parse(argv)
             if args.task == "export":
                 save_official(load(args.checkpoint), args.folder)
-                print(f"{args.folder}/cola_vae, {args.folder}/cola_dit and {args.folder}/tokenizer.json written")
+                print(f"{args.folder}: cola_vae, cola_dit and tokenizer.json written")
                 return 0
             model = load_official(args.official).to(args.device) if args.official else \
                 load(args.checkpoint, args.device)
             if (needed := "t2t" if args.task == "score" else args.task) not in model.tasks:
-                raise ValueError(f"{args.official or args.checkpoint} was trained for {', '.join(model.tasks)}, not for {needed}")
+                raise ValueError(f"{args.official or args.checkpoint} was trained for {', '.join(model.tasks)}, "
+                                 f"not for {needed}")
             picture = None
             hw = model.image_hw
             if args.task == "it2t":

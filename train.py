@@ -211,8 +211,8 @@ def check(args: argparse.Namespace) -> None:
     for low, high, expected, names in (
             (1, math.inf, "at least 1",
              "steps image_vae_steps batch_size micro_steps text_vae_batch image_vae_batch "
-             "save_every sample_steps repaint_cycles pool seq_len vocab_size block_len vae_block_len width layers heads "
-             "text_vae_width text_vae_layers text_vae_heads text_latent_dim text_patch downsample "
+             "save_every sample_steps repaint_cycles pool seq_len vocab_size block_len vae_block_len width layers "
+             "heads text_vae_width text_vae_layers text_vae_heads text_latent_dim text_patch downsample "
              "image_latent_dim image_vae_width image_vae_levels image_vae_blocks image_vae_patch repa_layer"),
             (8, math.inf, "at least 8 pixels, which the loss of stage 1b halves thrice", "image_size"),
             (0, 1, "a share between 0 and 1",
@@ -771,9 +771,9 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
     hw, head_dim = (args.image_size[0], args.image_size[-1]), args.width // args.heads
     image_vae.check_size(*hw)
     if not args.init_official:
-        mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads, head_dim,
-                                  args.layers, emb_dim=args.width, rope_dim=head_dim, streams=args.streams,
-                                  place=args.place))
+        mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads,
+                                  head_dim, args.layers, emb_dim=args.width, rope_dim=head_dim,
+                                  streams=args.streams, place=args.place))
     return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, args.image_loc, args.first_block)
 
 
@@ -917,9 +917,9 @@ class Run:
     def fit(self, stage: str, module: nn.Module, make_optimizers: Callable[[], list], steps: int,
             make: Callable[[int], list], about: Callable[[int], str], averaged: tuple[str, ...] = (),
             at_end=lambda: None) -> None:
-        """Train one stage. make(step) -> this worker's micro-batches of a step, about(step) what is in them, of all
-        workers; averaged: parts kept as EMA; at_end is called before the last save. KeyboardInterrupt when a signal
-        asks, after saving."""
+        """Train one stage. make(step) -> this worker's micro-batches of a step, about(step) what is in them, of
+        all workers; averaged: parts kept as EMA; at_end is called before the last save. KeyboardInterrupt when a
+        signal asks, after saving."""
         a, worker, start = self.args, self.worker, self.progress[stage]
         if start >= steps:
             return
@@ -957,7 +957,8 @@ class Run:
             self.average(averaged, step)
             names = sorted(sums)
             positions = sum(b.positions for b in batches)
-            signal_seen, positions, *values = worker.sum([float(self.stop), positions, *(sums[n] for n in names)])
+            signal_seen, positions, *values = worker.sum(
+                [float(self.stop), positions, *(sums[n] for n in names)])
             now = time.perf_counter()
             took, last = now - last, now
             self.seconds += took
@@ -1013,14 +1014,16 @@ def train_stages(run: Run) -> None:
     scaled = lambda steps: max(1, round(steps * a.scale)) if steps else 0
     if "text_vae" in wanted:
         stage = TextStage(model.text_vae, a)
-        run.fit("text_vae", stage, lambda: optimizers_for(a, stage, a.text_vae_lr, False), scaled(a.text_vae_steps),
+        run.fit("text_vae", stage, lambda: optimizers_for(a, stage, a.text_vae_lr, False),
+                scaled(a.text_vae_steps),
                 lambda step: batches.texts(w.share(step * a.text_vae_batch, a.text_vae_batch)),
                 lambda step: f"texts {step * a.text_vae_batch} to {(step + 1) * a.text_vae_batch - 1}")
     if "image_vae" in wanted and (a.stage == "image_vae" or tasks_of(a) - {"t2t"}):
         model.image_vae.train()
         stage = ImageStage(model.image_vae)
         shown = (b.x.to(w.device) for k in range(0, 1024, 32) for b in batches.pixels(range(k, k + 32)))
-        run.fit("image_vae", stage, lambda: optimizers_for(a, stage, a.image_vae_lr, muon), scaled(a.image_vae_steps),
+        run.fit("image_vae", stage, lambda: optimizers_for(a, stage, a.image_vae_lr, muon),
+                scaled(a.image_vae_steps),
                 lambda step: batches.pixels(w.share(step * a.image_vae_batch, a.image_vae_batch)),
                 lambda step: f"images {step * a.image_vae_batch} to {(step + 1) * a.image_vae_batch - 1}",
                 at_end=lambda: model.image_vae.set_statistics(shown))
@@ -1259,7 +1262,8 @@ def loss_plot(log: Path, path: Path) -> None:
     """Every loss of log.jsonl against its step, a panel a stage, on a log scale, smoothed over 2 %."""
     entries = read_log(log)
     colors = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
-    skip = {"stage", "step", "skipped", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q", "drift"}
+    skip = {"stage", "step", "skipped", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q",
+            "drift"}
     canvas = Image.new("RGB", (3 * 420, 320), "white")
     pen = ImageDraw.Draw(canvas)
     for panel, stage in enumerate(STAGES):
@@ -1290,9 +1294,9 @@ def loss_plot(log: Path, path: Path) -> None:
 
 # ---- main --------------------------------------------------------------------------------------------------
 
-RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "dry_run", "eval_only", "device", "procs", "fsdp", "attention", "save_every", "strict_data",
-             "eval_samples", "guidance", "text_guidance", "text_temperature",
-             "sample_steps", "repaint_share", "repaint_cycles"}        # never a checkpoint's
+RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "dry_run", "eval_only", "device", "procs", "fsdp",
+             "attention", "save_every", "strict_data", "eval_samples", "guidance", "text_guidance",
+             "text_temperature", "sample_steps", "repaint_share", "repaint_cycles"}        # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's only where its own run goes on
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
                 "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",
@@ -1390,8 +1394,9 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         captions = [("a generated scene", dataset.t2i(k)[0]) for k in range(256)]
     for name, text in captions:
         if (n := len(model.tokenizer.encode(text)) + 1) > args.seq_len // block * block:
-            raise ValueError(f"{name}: its caption has {n} tokens with the end token, more than whole blocks in "
-                             f"--seq_len {args.seq_len}; raise it to {-(-n // block) * block} or shorten the caption")
+            raise ValueError(f"{name}: its caption has {n} tokens with the end token, more than whole blocks "
+                             f"in --seq_len {args.seq_len}; raise it to {-(-n // block) * block} or shorten the "
+                             "caption")
     model.to(worker.device)
     run = Run(args, worker, model, dataset)
     if checkpoint is not None:
@@ -1432,9 +1437,10 @@ def describe(run: Run) -> None:
     if stage.joint:
         stage.ref.to(w.device)
     trained = [p for p in stage.parameters() if p.requires_grad]
-    muon = {id(p) for o in optimizers_for(a, stage, a.lr, a.optimizer == "muon") if isinstance(o, torch.optim.Muon)
-            for g in o.param_groups for p in g["params"]}
-    held = sum(p.numel() * (16 if id(p) in muon else 20) for p in trained)      # weight, gradient, moments, average
+    optimizers = optimizers_for(a, stage, a.lr, a.optimizer == "muon")
+    muon = {id(p) for o in optimizers if isinstance(o, torch.optim.Muon) for g in o.param_groups
+            for p in g["params"]}
+    held = sum(p.numel() * (16 if id(p) in muon else 20) for p in trained)   # weight, gradient, moments, average
     work = [(pick_task(a, (i + 0.5) / a.micro_steps), i * a.batch_size + k)
             for i in range(a.micro_steps) for k in w.share(0, a.batch_size)]
     batch = run.batches.make(work)

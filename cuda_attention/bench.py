@@ -32,7 +32,8 @@ BATCHES = {                    # samples in turn, as many as fit
     "full": [],
     "t2i, 256 latents": [Sample(T2I, clean=n, image=(16, 16), noisy=n) for n in (32, 64, 128)],
     "t2i, 1600 latents": [Sample(T2I, clean=n, image=(40, 40)) for n in (32, 64, 128)],
-    "it2t, 256 latents": [Sample(IT2T, prompt=16, image=(16, 16), clean=n, noisy=n, start=16) for n in (32, 64, 128)],
+    "it2t, 256 latents": [Sample(IT2T, prompt=16, image=(16, 16), clean=n, noisy=n, start=16)
+                          for n in (32, 64, 128)],
     "t2t, 512 latents": [Sample(T2T, clean=512, noisy=512)],
 }
 
@@ -56,7 +57,8 @@ def tensors(n: int, heads: int, width: int, device: str, dtype: torch.dtype) -> 
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask)[0].transpose(0, 1)
+    rows = (x.transpose(0, 1)[None] for x in (q, k, v))                              # (1, nh, N, hd)
+    return F.scaled_dot_product_attention(*rows, attn_mask=mask)[0].transpose(0, 1)
 
 
 def milliseconds(calls: dict[str, Callable[[], None]], device: str, rounds: int = 9) -> dict[str, float]:
