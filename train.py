@@ -515,13 +515,16 @@ class Batches:
 
     @torch.no_grad()
     def image_latents(self, index: list[int]) -> list[Tensor]:
-        """Normalised mean latents of images, (h, w, Cz) each; computed once, up to a gigabyte of them."""
+        """Normalised mean latents of images, (h, w, Cz) each; computed once, up to a gigabyte of them, and always
+        8 at a time: how products round depends on their sizes, and a resumed run must find the same numbers."""
         new, latents, vae = sorted(set(index) - self.images.keys()), {}, self.model.image_vae
         for hw in {self.dataset.image_hw(i) for i in new}:
             group = [i for i in new if self.dataset.image_hw(i) == hw]
-            x = sample.to_float(np.stack(self.dataset.images(group))).to(self.model.device)  # (B, 3, H, W)
-            z = vae.normalize(vae.encode(x)[0]).permute(0, 2, 3, 1).cpu()                    # (B, h, w, Cz)
-            latents |= dict(zip(group, z))
+            for eight in (group[at:at + 8] for at in range(0, len(group), 8)):
+                x = np.stack(self.dataset.images([*eight, *eight[-1:] * (8 - len(eight))]))
+                x = sample.to_float(x).to(self.model.device)                                 # (8, 3, H, W)
+                z = vae.normalize(vae.encode(x)[0]).permute(0, 2, 3, 1).cpu()                # (8, h, w, Cz)
+                latents |= dict(zip(eight, z))
         if latents and len(self.images) * next(iter(latents.values())).nbytes < 1 << 30:
             self.images |= latents
         return [latents[i] if i in latents else self.images[i] for i in index]

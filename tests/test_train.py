@@ -805,3 +805,11 @@ def test_attention_backends_train_the_same(backend, tiny, tmp_path, capsys, monk
     for mine, theirs in zip(log_of(tmp_path / "out"), log_of(tiny)):
         for name in mine.keys() - {"stage", "seconds", "data_seconds", "norm"}:
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), (mine["stage"], mine["step"], name)
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_bit_for_bit(tmp_path):
+    """The short form of tests/faults.py."""
+    import faults
+    counts = faults.kill_and_resume(tmp_path, kills=3, steps=20)
+    assert counts["kills"] == 3 and counts["different"] == 0, counts

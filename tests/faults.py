@@ -1,0 +1,85 @@
+"""Faults: kill a run that saves at every step again and again, and see that nothing is lost.
+
+    python tests/faults.py --kills 50            (CPU, 6 minutes)
+
+Each time the run is killed (SIGKILL) at a random moment after its start, and continued by --resume auto. There must
+always be a whole checkpoint, and what comes out at the end must equal, bit for bit, what an undisturbed run made.
+"""
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import sample
+from conftest import TINY
+
+
+def command(out: Path, steps: int) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *TINY, "--steps", str(steps), "--save_every", "1",
+            "--eval_samples", "0", "--vae_lr_ratio", "1", "--resume", "auto", "--out_dir", str(out)]
+
+
+def started(out: Path, steps: int, log) -> subprocess.Popen:
+    return subprocess.Popen(command(out, steps), stdout=log, stderr=log)
+
+
+def differing(a: Path, b: Path) -> list[str]:
+    """Names of weights, averages and places that are not the same in two checkpoints, to the last bit."""
+    one, two = (sample.read_checkpoint(path / "ckpt.pt") for path in (a, b))
+    found = [f"{kind}.{part}.{name}" for kind in ("model", "ema") for part, state in one[kind].items()
+             for name, value in state.items() if not torch.equal(value, two[kind][part][name])]
+    return found + ["progress"] * (one["progress"] != two["progress"])
+
+
+def kill_and_resume(folder: Path, kills: int, steps: int, seed: int = 0) -> dict[str, int]:
+    """Counts: kills, checkpoints found whole after one, runs that were over before their kill, differences."""
+    draw, counts = random.Random(seed), dict.fromkeys(("kills", "whole", "too late", "different"), 0)
+    with open(folder / "log.txt", "w") as log:
+        began = time.monotonic()
+        if started(folder / "calm", steps, log).wait():
+            raise RuntimeError(f"the undisturbed run failed; see {folder}/log.txt")
+        longest, at = time.monotonic() - began, folder / "killed"
+        while counts["kills"] < kills:
+            run = started(at, steps, log)
+            try:
+                run.wait(draw.uniform(0.3, 1.0) * longest)
+                counts["too late"] += 1            # done: begin anew
+                counts["different"] += len(differing(folder / "calm", at))
+                for file in at.iterdir():
+                    file.unlink()
+            except subprocess.TimeoutExpired:
+                run.kill()
+                run.wait()
+                counts["kills"] += 1
+                if (at / "ckpt.pt").exists():
+                    sample.read_checkpoint(at / "ckpt.pt")         # raises if anything is missing or changed
+                    counts["whole"] += 1
+        if started(at, steps, log).wait():
+            raise RuntimeError(f"the killed run does not go on; see {folder}/log.txt")
+        counts["different"] += len(differing(folder / "calm", at))
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=50, help="how often")
+    parser.add_argument("--steps", type=int, default=40, help="of stage 2 in the run")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = kill_and_resume(Path(folder), args.kills, args.steps)
+    print(", ".join(f"{name} {count}" for name, count in counts.items()), "(expect different 0)")
+    sys.exit(counts["different"] > 0)
+
+
+if __name__ == "__main__":
+    main()
