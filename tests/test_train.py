@@ -813,3 +813,11 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     import faults
     counts = faults.kill_and_resume(tmp_path, kills=3, steps=20)
     assert counts["kills"] == 3 and counts["different"] == 0, counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["safetensors", "tokenizer.json", "metadata.jsonl", "tar", "checkpoint"])
+def test_damaged_files_give_clean_errors(name, tmp_path):
+    """The short form of tests/fuzz.py."""
+    import fuzz
+    assert fuzz.fuzz(name, *fuzz.readers(tmp_path)[name], inputs=100, seed=1) == []

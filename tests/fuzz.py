@@ -1,0 +1,148 @@
+"""Fuzz: damaged and forged files give a clean error, or are read; nothing else.
+
+    python tests/fuzz.py --inputs 10000          of each reader (CPU, 10 minutes)
+
+Each input is a valid file with some bytes flipped, cut out, repeated or inserted, or a number in it replaced by a
+huge one. A reader may return, or raise ValueError or OSError with a message of one line. Anything else is counted
+as a failure and printed, as is a single input that takes more than 5 seconds. The process may not take more than
+3 GB beyond what it has at the start.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import re
+import resource
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import data
+import sample
+import text_vae
+import train
+from conftest import TINY
+
+
+def mutated(valid: bytes, draw: random.Random) -> bytes:
+    """A few random changes."""
+    x = bytearray(valid)
+    for _ in range(draw.randint(1, 4)):
+        at, size = draw.randrange(len(x) + 1), draw.choice((1, 2, 8, 100))
+        kind = draw.randrange(6)
+        if kind == 0 and x:
+            x[min(at, len(x) - 1)] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del x[at:at + size]
+        elif kind == 2:
+            x[at:at] = x[at:at + size]
+        elif kind == 3:
+            x[at:at] = draw.randbytes(size)
+        elif kind == 4:
+            x[at:at + size] = draw.choice((b"\xff", b"\0", b"9", b"[", b"../", b"{")) * size
+        elif numbers := list(re.finditer(rb"\d+", bytes(x[:5000]))):
+            found = draw.choice(numbers)
+            x[found.start():found.end()] = draw.choice((b"99999999999999999999", b"-1", b"1e999", b"0"))
+    return bytes(x[:draw.randrange(len(x) + 1)]) if draw.random() < 0.1 else bytes(x)
+
+
+def picture() -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(out, "PNG")
+    return out.getvalue()
+
+
+def shard() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in (("a.png", picture()), ("a.txt", b"a red circle"), ("b.png", picture()),
+                              ("b.json", b'{"caption": "two"}')):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def read_pictures(source: Path) -> None:
+    dataset = data.ImageText([str(source)], 0, 32)
+    for k in range(2):
+        dataset.images([dataset.t2i(k)[1]])
+
+
+def readers(folder: Path) -> dict[str, tuple[Path, bytes, Callable[[Path], object]]]:
+    """Of each reader a place for its input, a valid input, and how it is read."""
+    run = folder / "run"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        if train.main([*TINY, "--eval_samples", "0", "--out_dir", str(run)]):
+            raise RuntimeError("the run to fuzz failed")
+    text_vae.write_safetensors(folder / "x.safetensors", {"a": torch.ones(3, 4), "b": torch.ones(2).half()})
+    data.Tokenizer.train(["a bc bc"], 259).save(folder / "tokenizer.json")
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(picture())
+    table = json.dumps({"file_name": "a.png", "text": "a red circle"}).encode() + b"\n"
+    return {
+        "safetensors": (folder / "y.safetensors", (folder / "x.safetensors").read_bytes(), text_vae.read_safetensors),
+        "tokenizer.json": (folder / "z.json", (folder / "tokenizer.json").read_bytes(), data.Tokenizer.from_file),
+        "metadata.jsonl": (pictures / "metadata.jsonl", table * 3, lambda path: read_pictures(path.parent)),
+        "tar": (folder / "shard.tar", shard(), read_pictures),
+        "checkpoint": (folder / "c.pt", (run / "ckpt.pt").read_bytes(),
+                       lambda path: sample.build(sample.read_checkpoint(path))),
+    }
+
+
+def fuzz(name: str, place: Path, valid: bytes, read: Callable[[Path], object], inputs: int, seed: int = 0) -> list[str]:
+    """What went wrong."""
+    draw, wrong, refused = random.Random(f"{name} {seed}"), [], 0
+    place.write_bytes(valid)
+    read(place)
+    for number in range(inputs):
+        place.write_bytes(mutated(valid, draw))
+        began = time.monotonic()
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                read(place)
+        except (ValueError, OSError) as error:
+            refused += 1
+            if "\n" in str(error) or len(str(error)) < 10:
+                wrong.append(f"{name} {number}: message {str(error)!r}")
+        except BaseException as error:
+            wrong.append(f"{name} {number}: {type(error).__name__} {str(error)[:200]!r}")
+        if time.monotonic() - began > 5:
+            wrong.append(f"{name} {number}: {time.monotonic() - began:.1f} s")
+    print(f"{name}: {inputs} inputs, {refused} refused, {len(wrong)} failures", flush=True)
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--inputs", type=int, default=10000, help="of each reader")
+    parser.add_argument("--readers", nargs="+", default=[], help="only these")
+    args = parser.parse_args()
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        found = readers(Path(folder))
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (3 << 30),) * 2)
+        for name, (place, valid, read) in found.items():
+            if not args.readers or name in args.readers:
+                wrong += fuzz(name, place, valid, read, args.inputs)
+    print("\n".join(wrong[:40]))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
