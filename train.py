@@ -1365,13 +1365,13 @@ def follow_release(args: argparse.Namespace) -> None:
 
 def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> None:
     """One worker's run, from data to metrics. ValueError or OSError where flags and data do not fit."""
-    cuda_attention.chosen = args.attention
+    attention_taken = cuda_attention.choose(args.attention, worker.device)
     hw, usual = (args.image_size[0], args.image_size[-1]), plain(parse([]))
     if not worker.rank:
         words = [f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}"
                  for k, v in plain(args).items() if v != usual[k]]
         print("flags:", " ".join(words) or "all as by default")
-        print(cuda_attention.choice(worker.device.type))
+        print(attention_taken)
         if checkpoint and "warning" in checkpoint:
             print(f"train.py: warning: {checkpoint['warning']}", file=sys.stderr)
     world = {} if args.data or args.text else \

@@ -101,11 +101,20 @@ def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = masks.RULES) -
     return Plan(q, k, q_index, k_index, inverse, mask, blind if bool(blind.any()) else None, rules)
 
 
-def choice(device: str) -> str:
-    """One line: the backend that `attention` takes on this kind of device, and why."""
-    if chosen != "auto":
-        return f"attention: {chosen}, as asked for"
-    return "attention: padded; " + ("the fastest on a CPU" if device == "cpu" else
+def choose(name: str, device: torch.device) -> str:
+    """Let `attention` take this backend on this device. Returns a line: what it takes, and why."""
+    global chosen
+    chosen = name
+    if name == "cuda" and device.type == "cuda":
+        try:
+            ops.library(torch.cuda.get_device_capability(device))
+        except RuntimeError as error:
+            chosen = "padded"
+            return f"attention: padded, as the kernels cannot be had: {error}"
+        return "attention: cuda for heads of 64 or 128 in bfloat16, padded for others"
+    if name != "auto":
+        return f"attention: {name}, as asked for"
+    return "attention: padded; " + ("the fastest on a CPU" if device.type == "cpu" else
                                     "no measurement on a GPU has yet shown another to be faster")
 
 
@@ -113,10 +122,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None =
     """Masked attention, scale 1 / sqrt(hd).
 
     q (Nq, nh, hd), k and v (Nk, nh, hd) -> (Nq, nh, hd). A query that may see nothing gives 0.
-    backend: one of BACKENDS; by default `chosen`.
+    backend: one of BACKENDS; by default the one chosen, or padded where the kernels do not take such heads.
     ValueError for shapes that do not fit the plan, for an unknown backend, and for what the kernels cannot take.
     """
-    backend = chosen if backend is None else backend
+    if backend is None:
+        backend = chosen if chosen != "cuda" or ops.takes(q) else "padded"
     if q.dim() != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
                          "expected (N, heads, head width)")

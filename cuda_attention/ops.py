@@ -62,6 +62,11 @@ def library(capability: tuple[int, int]) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+def takes(q: Tensor) -> bool:
+    """Whether the kernels are built for such heads; on a CPU any will do."""
+    return q.device.type == "cpu" or q.dtype == torch.bfloat16 and q.shape[2] in WIDTHS
+
+
 def check(**tensors: Tensor) -> None:
     """ValueError, naming the argument, for what the kernels cannot take. The first is q."""
     q = next(iter(tensors.values()))

@@ -190,3 +190,19 @@ def test_picture():
         for j in range(5):
             r, g, _ = picture[(i + 2) * 10 + 5, (j + 2) * 10 + 5].astype(int)
             assert (r > g + 50) == bool(mask[i, j])
+
+
+def test_the_choice_of_a_backend_says_why(monkeypatch):
+    monkeypatch.setattr(cuda_attention, "chosen", "auto")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert "fastest on a CPU" in cuda_attention.choose("auto", cpu) and cuda_attention.chosen == "auto"
+    assert "as asked for" in cuda_attention.choose("reference", cpu) and cuda_attention.chosen == "reference"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def broken(capability):
+        raise RuntimeError("no nvcc on the path")
+    monkeypatch.setattr(cuda_attention.ops, "library", broken)
+    line = cuda_attention.choose("cuda", gpu)
+    assert "padded" in line and "no nvcc" in line and cuda_attention.chosen == "padded"
+    monkeypatch.setattr(cuda_attention.ops, "library", lambda capability: None)
+    assert "64 or 128" in cuda_attention.choose("cuda", gpu) and cuda_attention.chosen == "cuda"
