@@ -242,7 +242,7 @@ class Tokenizer:
         ranks = {token: i for i, token in enumerate(tokens)}
         word = ["".join(letters[b] for b in token) for token in tokens]
         merges = []
-        for i, token in enumerate(tokens):         # a token is the pair that merging it without itself ends with
+        for i, token in enumerate(tokens):      # a token is the pair that merging it without itself ends with
             if len(token) > 1:
                 parts = [token[j:j + 1] for j in range(len(token))]
                 while len(parts) > 2:

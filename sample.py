@@ -184,7 +184,7 @@ class Settings:
 
 
 IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))    # at lower times it bleeds colours (cf. 2404.07724)
-TEXT = Settings(shift=3.0, temperature=0.3)            # 1 has outliers, 0 but one story; guidance oversharpens
+TEXT = Settings(shift=3.0, temperature=0.3)           # 1 has outliers, 0 but one story; guidance oversharpens
 RELEASED = Settings(guidance=7.0, snap=False)          # the paper's, for the public release
 
 
@@ -386,7 +386,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint; "
                                 "`python train.py` writes one, out/ckpt.pt")
     try:
-        with zipfile.ZipFile(path) as file:    # torch.load compares no checksums; one worker doing so is enough
+        with zipfile.ZipFile(path) as file:  # torch.load compares no checksums; one worker doing so is enough
             if os.environ.get("RANK", "0") == "0" and (name := file.testzip()):
                 raise zipfile.BadZipFile(f"{name} was changed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

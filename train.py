@@ -1299,7 +1299,7 @@ def loss_plot(log: Path, path: Path) -> None:
 
 RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "dry_run", "eval_only", "device", "procs", "fsdp",
              "attention", "save_every", "strict_data", "eval_samples", "guidance", "text_guidance",
-             "text_temperature", "sample_steps", "repaint_share", "repaint_cycles"}        # never a checkpoint's
+             "text_temperature", "sample_steps", "repaint_share", "repaint_cycles"}     # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's only where its own run goes on
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
                 "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",
@@ -1422,7 +1422,7 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
             run.trim_log()
             on_signals(lambda number, frame: setattr(run, "stop", number))
             train_stages(run)
-            if worker.sum([float(run.stop)])[0]:       # a signal since the last step; and the last save is over
+            if worker.sum([float(run.stop)])[0]:     # a signal since the last step; and the last save is over
                 raise KeyboardInterrupt
         if run.progress == before and not worker.rank:
             print(f"{run.out}/ckpt.pt has all the steps asked for: nothing was trained")

@@ -36,7 +36,7 @@ from masks import Layout
 BACKENDS = ("auto", "reference", "padded", "flex", "cuda")
 chosen = "auto"         # what `attention` takes where it is not told: --attention
 SHORT = 256             # keys up to which, on a CPU, the plain products beat the fused kernel's backward
-ROW = 32                # samples whose keys round up to the same multiple of this form a group (best on a CPU)
+ROW = 32               # samples whose keys round up to the same multiple of this form a group (best on a CPU)
 
 
 @dataclass
@@ -171,7 +171,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     for g, (q, k, v) in enumerate(zip(rows(q, plan.q_index, at_q), rows(k, plan.k_index, at_k),
                                       rows(v, plan.k_index, at_k))):
         if short:
-            s = (q * q.shape[-1] ** -0.5) @ k.mT + plan.bias[g]                      # (n, nh, Wq, Wk), >= fp32
+            s = (q * q.shape[-1] ** -0.5) @ k.mT + plan.bias[g]                     # (n, nh, Wq, Wk), >= fp32
             o = s.softmax(-1).to(v.dtype) @ v
         else:
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask[g])      # (n, nh, Wq, hd)

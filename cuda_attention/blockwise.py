@@ -65,7 +65,7 @@ def backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
     dq, dk, dv = torch.zeros_like(qf), torch.zeros_like(kf), torch.zeros_like(vf)
 
     def p_and_ds(i: slice, j: slice, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        p = torch.exp2(scores(qf[i], kf[j]) - lse[:, i, None])                                     # (nh, i, j)
+        p = torch.exp2(scores(qf[i], kf[j]) - lse[:, i, None])                                    # (nh, i, j)
         p = p if mask is None else p.masked_fill(~mask, 0.0)
         return p, p * (torch.einsum("ihd,jhd->hij", dof[i], vf[j]) - delta[:, i, None])
 

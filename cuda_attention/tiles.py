@@ -54,7 +54,7 @@ def runs(layout: Layout) -> tuple[Tensor, Tensor]:
 def tile_sums(values: Tensor, start: Tensor, n: int) -> Tensor:
     """values (R, ..) held by every position of a run -> sums over tiles of positions (T, ..)."""
     length = torch.diff(start, append=start.new_tensor([n])).view(-1, *[1] * (values.ndim - 1))
-    before = torch.cat([values.new_zeros(1, *values.shape[1:]), (values * length).cumsum(0)])      # (R + 1, ..)
+    before = torch.cat([values.new_zeros(1, *values.shape[1:]), (values * length).cumsum(0)])    # (R + 1, ..)
     edge = torch.arange(0, n + TILE, TILE, device=start.device).clamp_max(n)                       # (T + 1,)
     run = torch.searchsorted(start, edge, right=True) - 1
     inside = (edge - start[run]).view(length.shape[:0] + (-1, *length.shape[1:]))
@@ -96,7 +96,7 @@ def make_tiles(q: Layout, k: Layout, rules: Tensor = masks.RULES) -> Tiles:
     number = torch.where(partial, partial.flatten().cumsum(0).view_as(partial) - 1, -1)
 
     row, column = (torch.arange(TILE, device=pairs.device) + TILE * at[:, None] for at in partial.nonzero().T)
-    inside = (row < len(q))[:, :, None] & (column < len(k))[:, None, :]                            # (P, 128, 128)
+    inside = (row < len(q))[:, :, None] & (column < len(k))[:, None, :]                        # (P, 128, 128)
     row, column = q_run[row.clamp_max(len(q) - 1)], k_run[column.clamp_max(len(k) - 1)]            # (P, 128)
     cut = seen[row[:, :, None], column[:, None, :]] & inside
     return Tiles(visits(pairs > 0, number), visits(pairs.T > 0, number.T), pack_bits(cut), pack_bits(cut.mT),

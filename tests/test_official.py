@@ -73,7 +73,7 @@ def test_training_starts_from_the_release(release, tmp_path):
     assert train.main(flags) == 0
     trained = sample.read_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert trained["progress"] == {"text_vae": 0, "image_vae": 3, "mmdit": 4}
-    again = sample.load(tmp_path / "out" / "ckpt.pt")              # an average of few steps has moved a little
+    again = sample.load(tmp_path / "out" / "ckpt.pt")             # an average of few steps has moved a little
     assert again.mmdit.config == model.mmdit.config and again.text_vae.config == released.text_vae.config
 
 

@@ -173,7 +173,7 @@ def test_clean_repaint(model, calls):
     past, *steps, commit = calls[:5]
     assert past[3] and torch.equal(past[0], z[:2 * BLOCK]) and len(steps) == 3
     for text, t, layout, is_commit in steps:
-        assert not is_commit and layout.sample.tolist() == [0] * BLOCK + [1] * BLOCK       # and without context
+        assert not is_commit and layout.sample.tolist() == [0] * BLOCK + [1] * BLOCK     # and without context
         assert layout.segment.tolist() == [masks.N] * 2 * BLOCK and layout.block.tolist() == [2] * 2 * BLOCK
         assert torch.equal(text[:BLOCK], text[BLOCK:]) and torch.equal(text[:3], z[2 * BLOCK:])
         assert not t[:3].any() and not t[BLOCK:][:3].any() and t[3] > 0
@@ -282,7 +282,7 @@ def test_temperature_scales_the_noise(model, monkeypatch):
         s = replace(S, steps=1, temperature=temperature)
         sample.generate_images(model, CAPTIONS[:1], s)
         sample.generate_text(model, [""], s=s, max_tokens=1)
-    for whole, half, none in (begun[::2], begun[1::2]):                          # the image, the block of text
+    for whole, half, none in (begun[::2], begun[1::2]):                         # the image, the block of text
         assert whole.any() and torch.equal(half, 0.5 * whole) and torch.equal(none, 0.0 * whole)
 
 
@@ -442,7 +442,7 @@ def test_bad_checkpoints(here, tiny, capsys):
     with zipfile.ZipFile(tiny / "ckpt.pt") as file:
         largest = max(file.infolist(), key=lambda entry: entry.file_size)
     flipped = bytearray(whole)
-    flipped[largest.header_offset + largest.file_size] ^= 1              # of a weight: only its checksum tells
+    flipped[largest.header_offset + largest.file_size] ^= 1             # of a weight: only its checksum tells
     bad.write_bytes(flipped)
     fails(flags, capsys, "bad.pt", "not a readable checkpoint", largest.filename)
     for key in ("config", "tokenizer", "ema", "progress"):

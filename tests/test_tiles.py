@@ -58,7 +58,7 @@ def test_tiles_are_the_mask(seed):
     n, m = (-(-len(x) // T.TILE) * T.TILE for x in (q, k))
     padded = torch.zeros(n, m, dtype=torch.bool)
     padded[:len(q), :len(k)] = want
-    square = padded.view(n // T.TILE, T.TILE, m // T.TILE, T.TILE).transpose(1, 2)                 # (Tq, Tk, ..)
+    square = padded.view(n // T.TILE, T.TILE, m // T.TILE, T.TILE).transpose(1, 2)              # (Tq, Tk, ..)
     for visits, bits, x in ((plan.by_query, plan.bits, square),
                             (plan.by_key, plan.bits_t, square.permute(1, 0, 3, 2))):
         assert sorted(visits.order.tolist()) == list(range(x.shape[0]))
@@ -80,7 +80,7 @@ def test_bits_lie_as_in_the_accumulator():
         tile = torch.zeros(1, 128, 128, dtype=torch.bool)
         tile[0, row, column] = True
         group, warp, lane = row // 64, row % 64 // 16, (row % 8) * 4 + (column % 8) // 2
-        element = column // 8 * 4 + (row % 16 >= 8) * 2 + column % 2       # of the 64 that a thread accumulates
+        element = column // 8 * 4 + (row % 16 >= 8) * 2 + column % 2     # of the 64 that a thread accumulates
         bits = T.pack_bits(tile)
         word = bits[0, 128 * group + 32 * warp + lane, element // 32].item() & 0xffffffff
         assert word == 1 << element % 32 and (bits != 0).sum() == 1

@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny, tmp_path, capsys
     shutil.copytree(tiny, out)
     with open(out / "ckpt.pt", "r+b") as file:
         file.truncate(5000)
-    assert sample.read_checkpoint(out / "ckpt.prev.pt")["progress"]["mmdit"] == 0        # saved after stage 1b
+    assert sample.read_checkpoint(out / "ckpt.prev.pt")["progress"]["mmdit"] == 0       # saved after stage 1b
     assert train.main([*TINY, "--resume", "auto", "--eval_samples", "0", "--out_dir", str(out)]) == 0
     error = capsys.readouterr().err
     assert f"warning: {out}/ckpt.pt" in error and "ckpt.prev.pt" in error
