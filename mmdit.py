@@ -209,11 +209,11 @@ class TimeEmbedding(nn.Module):
 class Streams:
     """Which of some positions are text and which image, and the parts that pass through weights of their own:
     the two of them, or all positions in one."""
-    def __init__(self, segment: Tensor, apart: bool):
+    def __init__(self, segment: Tensor, apart: bool, always: bool = False):
         is_image = segment == masks.I
         self.text, self.image = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
         self.order = torch.argsort(torch.cat([self.text, self.image]))
-        self.apart = apart and len(self.image) > 0
+        self.apart = apart and (always or len(self.image) > 0)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """(L, ..) -> its parts."""
@@ -238,6 +238,7 @@ class MMDiT(nn.Module):
                 setattr(self, f"{side}_out_ada", nn.ModuleDict(dict(out_in=Ada(c.emb_dim, 2 * c.width))))
                 setattr(self, f"{side}_out", Out(c.width, channels))
         self.place = Place(c.width) if c.place else None
+        self.both_streams = False          # True: the image's blocks run without an image too (FSDP)
         self.reset_parameters()
 
     def reset_parameters(self, names: Container[str] | None = None) -> None:
@@ -274,7 +275,7 @@ class MMDiT(nn.Module):
         Returns v_text (Lt, Dz), v_image (Li, Cz) or None where there is no image, and the hidden state (L, D)
         after layer `tap`, from 0 and with targets before the last, or None.
         """
-        where = Streams(layout.segment, self.config.streams == 2)
+        where = Streams(layout.segment, self.config.streams == 2, self.both_streams)
         emb = F.silu(self.emb_in(t))                                                 # (U, E)
         x = self.txt_in.proj(text)                                                   # (Lt, D)
         x = where.join((x, self.img_in.proj(image))) if len(where.image) else x      # (L, D)
@@ -297,7 +298,7 @@ class MMDiT(nn.Module):
                 if targets is not None:
                     index, plan = targets
                     q, *rest = (a.index_select(0, index) for a in (q, where.join(x), where.join(t_part)))
-                    where = Streams(layout.segment[index], where.apart)
+                    where = Streams(layout.segment[index], where.apart, self.both_streams)
                     x, t_part = map(where.split, rest)
             o = where.split(attention(q, k, v, plan))        # (L, nh, hd)
             x = tuple(b.after(*part) for b, *part in zip(blocks, x, o, embs, t_part))

@@ -66,7 +66,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, plan: Plan, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv_proj(x).chunk(3, dim=-1)                         # (L, D) each
-        heads = (x.shape[0], self.num_heads, -1)
+        heads = (x.shape[0], self.num_heads, x.shape[1] // self.num_heads)
         q = rotate(self.q_norm(q).view(heads), rope).to(v.dtype)      # the norm spans all heads
         k = rotate(self.k_norm(k).view(heads), rope).to(v.dtype)            # (L, nh, hd)
         o = attention(q, k, v.view(heads), plan).flatten(1)                 # (L, D)
@@ -106,7 +106,8 @@ class Decoder(nn.Module):
         x = self.in_layer(z)                                                # (L, D)
         for block in self.blocks:
             x = block(x, plan, rope)
-        x = self.unpatch_layer(x).view(*x.shape, -1)                  # (L, D, patch): patch runs fastest
+        patch = self.unpatch_layer.out_features // x.shape[1]
+        x = self.unpatch_layer(x).view(*x.shape, patch)               # (L, D, patch): patch runs fastest
         return self.final_norm(x.transpose(1, 2).flatten(0, 1))             # (T, D)
 
 

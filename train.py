@@ -28,6 +28,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -236,8 +237,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed}: expected at least 0 and below 2^56")
     if args.width % (2 * args.heads):
         raise ValueError(f"--width {args.width} does not split into --heads {args.heads} of even width")
-    if not (args.text_vae_steps or args.vae_lr_ratio or args.init_official or args.init_from):
-        raise ValueError("--text_vae_steps 0: the text VAE would never be trained; add --vae_lr_ratio 1")
     if not args.vae_interval[0]:
         raise ValueError("--vae_interval 0 ..: the text VAE would always rest; say --vae_lr_ratio 0")
     if args.w_repa and args.repa_layer >= args.layers:
@@ -273,7 +272,7 @@ def check(args: argparse.Namespace) -> None:
 
 def plain(args: argparse.Namespace) -> dict:
     """The flags, as a checkpoint and metrics.json hold them."""
-    return {k: v for k, v in vars(args).items() if k != "given"}
+    return {k: v for k, v in vars(args).items() if k not in ("given", "found")}
 
 
 def task_ratios(text: str) -> dict[str, float]:
@@ -701,6 +700,7 @@ class PriorStage(nn.Module):
         a, vae, terms, loss = self.args, self.text_vae, {}, 0.0
         joint = self.joint and trains_now(a.vae_interval, self.step)
         image_count, *text_counts, token_count, mask_count = counts
+        token_count, mask_count = max(token_count, 1), max(mask_count, 1)    # a step may have no text at all
 
         plan = vae.make_plan(b.lengths)
         with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
@@ -710,12 +710,13 @@ class PriorStage(nn.Module):
                 vae, b.ids, b.lengths, b.posterior, b.hidden if a.lambda_mask else None, beta=a.beta,
                 lambda_mask=a.lambda_mask, learned_prior=True, posterior=(mean, logvar), count=token_count,
                 mask_count=mask_count, plan=plan)
-            loss, terms["logsnr"] = a.lambda_vae * loss, terms["logsnr"] * b.ids.numel() / token_count
+            loss, share = a.lambda_vae * loss, b.ids.numel() / token_count
+            terms["logsnr"] = terms["logsnr"] * share if share else mean.new_zeros(())   # a worker without text
         if self.joint:
             with torch.no_grad():
                 mean_ref, logvar_ref = self.ref.encode(b.ids, b.lengths, plan)
-            share = b.ids.numel() / token_count
-            terms["drift"] = share * (mean - mean_ref).square().mean()     # of means whose mean square is 1
+            numbers = token_count * vae.latent_dim / vae.patch_size
+            terms["drift"] = (mean - mean_ref).square().sum() / numbers    # of means whose mean square is 1
             terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / token_count
             if a.lambda_ref:
                 loss = loss + a.lambda_ref * terms["ref"]
@@ -747,8 +748,11 @@ class PriorStage(nn.Module):
             cosine = F.cosine_similarity(self.repa(hidden[is_image].float()), b.z_image, dim=-1)     # (Li,)
             terms["repa"] = (1 - cosine)[b.loss_image].sum() * b.z_image.shape[1] / image_count
             loss = loss + a.lambda_fm * repa * terms["repa"]
-        if not a.fsdp:
-            loss = loss + Touch.apply(*(p for p in self.parameters() if p.requires_grad))
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if a.fsdp:                         # those that are whole now, outside the blocks: a gradient on each worker
+            loss = loss + 0 * sum(p.sum() for p in trained if not isinstance(p, DTensor))
+        else:
+            loss = loss + Touch.apply(*trained)
         return loss, {k: v.detach() for k, v in terms.items()}
 
 
@@ -783,6 +787,7 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
 def sharded(stage: PriorStage) -> PriorStage:
     """The stage under FSDP2: every block of the prior a group of its own, whose weights are whole only while it
     works, and all the rest one more."""
+    stage.mmdit.both_streams = True        # all workers gather the same blocks, whatever their samples are
     for block in (*stage.mmdit.blocks, *stage.mmdit.image_blocks):
         fully_shard(block)
         for method in ("before", "after"):
@@ -790,18 +795,23 @@ def sharded(stage: PriorStage) -> PriorStage:
     return fully_shard(stage)
 
 
-def whole(x):
-    """A nested state with every sharded tensor put together on the CPU: all workers must ask for it."""
+def whole(x, keep: bool = True):
+    """A nested state with every sharded tensor put together on the CPU: all workers must ask for it. None for these
+    tensors where it is not kept."""
     if isinstance(x, dict):
-        return {k: whole(v) for k, v in x.items()}
+        return {k: whole(v, keep) for k, v in x.items()}
     if isinstance(x, list):
-        return [whole(v) for v in x]
-    return x.full_tensor().cpu() if isinstance(x, DTensor) else x
+        return [whole(v, keep) for v in x]
+    if not isinstance(x, DTensor):
+        return x
+    x = x.full_tensor()
+    return x.cpu() if keep else None
 
 
 def like(x: Tensor, p: Tensor) -> Tensor:
-    """x, sharded as p is."""
-    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements) \
+    """x, on p's device and sharded as p is."""
+    x = x.to(p.device)
+    return distribute_tensor(x, p.device_mesh, p.placements) \
         if isinstance(p, DTensor) and not isinstance(x, DTensor) else x
 
 
@@ -819,10 +829,11 @@ class Run:
         self.ema: dict[str, dict[str, Tensor]] = {}            # averaged weights, by part
         self.optimizer_state: list[dict] = []
         self.reference: dict[str, Tensor] = {}                 # the text VAE when a joint stage 2 began
+        self.damaged = False                                   # ckpt.pt is, and the one before was taken
         self.stop = 0                                          # the signal that asked us to leave
 
-    def state(self) -> dict:
-        """The checkpoint: plain types and tensors, whole. All workers must ask for it."""
+    def state(self, keep: bool = True) -> dict:
+        """The checkpoint: plain types and tensors, whole. All workers must ask for it, and may keep it or not."""
         m = self.model
         weights = {name: module.state_dict() for name, module in parts(m).items()}
         config = {"text_vae": m.text_vae.config, "image_vae": m.image_vae.config,
@@ -832,11 +843,11 @@ class Run:
         return whole({"format": sample.FORMAT, "config": config, "args": plain(self.args),
                       "tokenizer": m.tokenizer.to_dict(), "model": weights, "ema": weights | self.ema,
                       "progress": self.progress, "optimizers": self.optimizer_state, "seconds": self.seconds,
-                      "reference": self.reference})
+                      "reference": self.reference}, keep)
 
     def save(self) -> None:
         """Write out/ckpt.pt whole or not at all; the one before becomes ckpt.prev.pt."""
-        state = self.state()
+        state = self.state(keep=not self.worker.rank)
         if self.worker.rank:
             return
         temporary, path, before = (self.out / name for name in ("ckpt.pt.tmp", "ckpt.pt", "ckpt.prev.pt"))
@@ -849,38 +860,48 @@ class Run:
             temporary.unlink(missing_ok=True)
             raise OSError(f"{temporary}: cannot be written ({str(error).partition(chr(10))[0]:.80}); "
                           f"{path} is as it was") from None
-        if path.exists():
-            before.unlink(missing_ok=True)
-            os.link(path, before)                              # there is a whole ckpt.pt at every moment
+        if path.exists() and not self.damaged:
+            spare = self.out / "ckpt.prev.tmp"                 # there are a whole ckpt.pt and, after the first save,
+            spare.unlink(missing_ok=True)                      # a whole ckpt.prev.pt at every moment
+            try:
+                os.link(path, spare)
+            except OSError:                                    # a file system without links
+                shutil.copyfile(path, spare)
+            os.replace(spare, before)
         os.replace(temporary, path)
+        self.damaged = False
 
     def restore(self, checkpoint: dict) -> None:
         """Weights, average, optimizers and place of a checkpoint of the same architecture."""
         for name, module in parts(self.model).items():
             module.load_state_dict(checkpoint["model"][name])
-        self.ema = {k: v for k, v in checkpoint["ema"].items() if k != "image_vae"}
         self.progress, self.seconds = dict(checkpoint["progress"]), checkpoint["seconds"]
+        if self.progress["mmdit"]:                             # before, weights and average are one
+            self.ema = {k: v for k, v in checkpoint["ema"].items() if k != "image_vae"}
+        self.damaged = "warning" in checkpoint
         self.optimizer_state, self.reference = checkpoint["optimizers"], checkpoint["reference"]
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
         """The folder is this run's alone. ValueError where another run writes there."""
-        folder = os.open(self.out, os.O_RDONLY)
+        lock = open(self.out / ".lock", "a")
         try:
             if not self.worker.rank:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         except BlockingIOError:
             raise ValueError(f"{self.out}: another run is writing there; choose another --out_dir") from None
         finally:
-            os.close(folder)
+            lock.close()
 
     def trim_log(self) -> None:
         """Drop from log.jsonl the steps behind the checkpoint, which will be taken again."""
         path = self.out / "log.jsonl"
         if path.exists() and not self.worker.rank:
             kept = [e for e in read_log(path) if e["step"] <= self.progress[e["stage"]]]
-            path.write_text("".join(json.dumps(e) + "\n" for e in kept))
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
+            os.replace(temporary, path)
 
     def step(self, wrapped: nn.Module, optimizers: list[torch.optim.Optimizer], batches: list,
              amp: torch.autocast) -> tuple[dict[str, float], float]:
@@ -931,6 +952,8 @@ class Run:
         optimizers = make_optimizers()                         # of what is now the module's parameters
         groups = [g for o in optimizers for g in o.param_groups]
         peaks = [g["lr"] for g in groups]
+        if stage not in averaged:
+            self.ema.pop(stage, None)                          # its weights are about to change
         for name in averaged:
             now = parts(self.model)[name].state_dict()
             self.ema[name] = {k: like(self.ema[name][k], v) if start else v.clone() for k, v in now.items()}
@@ -939,6 +962,8 @@ class Run:
                 o.load_state_dict(state)
                 for p, moments in o.state.items():
                     moments |= {k: like(v, p) for k, v in moments.items() if v.shape == p.shape}
+                for g in o.param_groups:
+                    g["weight_decay"] = a.weight_decay         # what the flags say now
             groups = [g for o in optimizers for g in o.param_groups]
         bf16 = a.bf16 == "on" and stage != "text_vae"
         amp = torch.autocast(worker.device.type, torch.bfloat16, enabled=bf16)
@@ -948,7 +973,9 @@ class Run:
         for step in range(start, steps):
             rise, fall = (step + 1) / (a.warmup * steps + 1), (steps - step) / (a.cooldown * steps + 1)
             for g, peak in zip(groups, peaks):
-                g["lr"] = peak * min(1.0, rise, fall) * trains_now(g.get("interval", (1, 0)), step)
+                g["lr"] = peak * min(1.0, rise, fall)
+                if g.get("rests"):
+                    g["lr"] *= trains_now(a.vae_interval, step)
             module.step, module.steps, began = step, steps, time.perf_counter()
             batches = [moved(b, worker.device) for b in make(step)]
             prepared = time.perf_counter() - began
@@ -1001,7 +1028,7 @@ def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float,
             (vae if name.startswith("text_vae.") else hidden if is_hidden else rest).append(p)
     groups = [{"params": rest, "lr": lr}]
     if vae:
-        groups.append({"params": vae, "lr": lr * args.vae_lr_ratio, "interval": args.vae_interval})
+        groups.append({"params": vae, "lr": lr * args.vae_lr_ratio, "rests": True})
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay,
@@ -1309,10 +1336,16 @@ RELEASED = {"text_latent_dim": "latent_dim", "text_patch": "patch_size", "text_v
             "text_vae_layers": "encoder_num_blocks", "text_vae_heads": "num_heads", "vae_block_len": "block_len"}
 
 
+def written(path: Path) -> int:
+    """When a file was last written, in ns; 0 if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
     """Settle what to start from, before any work: the checkpoint to continue, or None; its flags become the
     defaults. ValueError for a run that would be overwritten and for flags that contradict the checkpoint."""
     path = Path(args.out_dir) / "ckpt.pt"
+    args.found = written(path)
     goes_on = args.eval_only or args.resume == "auto" and path.exists()
     if path.exists() and not goes_on:
         raise ValueError(f"{path} exists; continue it with --resume auto, or choose another --out_dir")
@@ -1322,6 +1355,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
         follow_release(args)
     if not goes_on and not args.init_from:
         check(args)
+        if not (args.text_vae_steps or args.vae_lr_ratio or args.init_official):
+            raise ValueError("--text_vae_steps 0: the text VAE would never be trained; add --vae_lr_ratio 1")
         return None, args
     source = path if goes_on else Path(args.init_from)
     try:
@@ -1419,6 +1454,8 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         run.out.mkdir(parents=True, exist_ok=True)
         before = dict(run.progress)
         with run.claim():
+            if not worker.rank and written(run.out / "ckpt.pt") != args.found:
+                raise ValueError(f"{run.out}: another run wrote there just now; start again")
             run.trim_log()
             on_signals(lambda number, frame: setattr(run, "stop", number))
             train_stages(run)
@@ -1437,14 +1474,14 @@ def describe(run: Run) -> None:
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in parts(m).items()}
     print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in sizes.items()))
     stage = PriorStage(m, a)
-    if stage.joint:
-        stage.ref.to(w.device)
     trained = [p for p in stage.parameters() if p.requires_grad]
     optimizers = optimizers_for(a, stage, a.lr, a.optimizer == "muon")
     muon = {id(p) for o in optimizers if isinstance(o, torch.optim.Muon) for g in o.param_groups
             for p in g["params"]}
     held = sum(p.numel() * (16 if id(p) in muon else 20) for p in trained)   # weight, gradient, moments, average
-    work = [(pick_task(a, (i + 0.5) / a.micro_steps), i * a.batch_size + k)
+    held = held / w.world if a.fsdp else held
+    place = data.rng(a.seed, 0, data.TASK).random()
+    work = [(pick_task(a, (i + place) / a.micro_steps), i * a.batch_size + k)
             for i in range(a.micro_steps) for k in w.share(0, a.batch_size)]
     batch = run.batches.make(work)
     share = len(work) if not a.accumulate else len(work) / a.micro_steps
@@ -1456,7 +1493,8 @@ def describe(run: Run) -> None:
     print("shares of the samples: " + ", ".join(
         f"{name} {tasks.count(i) / len(tasks):.2f}" for i, name in enumerate(TASKS) if i in tasks))
     print(f"memory of a worker in stage 2, estimated: {held / 1e9:.2f} GB for what is trained, "
-          f"{4 * sum(sizes.values()) / 1e9:.2f} GB for all weights, {kept / 1e9:.2f} GB for the backward pass")
+          f"{4 * (sum(sizes.values()) - sum(p.numel() for p in trained)) / 1e9:.2f} GB for other weights, "
+          f"{kept / 1e9:.2f} GB for the backward pass")
     print("the first batch of this worker, a line a sample:")
     layout = batch.layout
     for s, (task, k) in enumerate(work[:12]):

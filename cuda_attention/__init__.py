@@ -108,7 +108,7 @@ def choose(name: str, device: torch.device) -> str:
     if name == "cuda" and device.type == "cuda":
         try:
             ops.library(torch.cuda.get_device_capability(device))
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             chosen = "padded"
             return f"attention: padded, as the kernels cannot be had: {error}"
         return "attention: cuda for heads of 64 or 128 in bfloat16, padded for others"

@@ -130,6 +130,7 @@ forward(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorM
     scores<D, TILE>(s, mem.q, mem.k[0], group);
     wgmma_commit();
     wgmma_wait<0>();
+    settled(s);
     if (at.bits[first] >= 0) hide<TILE>(s, bits + at.bits[first] * 512L + threadIdx.x * 2);
     soften(s, top, total, shrink, scale);
     to_operand<TILE>(p, s);
@@ -144,9 +145,11 @@ forward(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorM
     times<D, TILE>(out, p, mem.v[before]);
     wgmma_commit();
     wgmma_wait<1>();
+    settled(s);
     if (number >= 0) hide<TILE>(s, bits + number * 512L + threadIdx.x * 2);
     soften(s, top, total, shrink, scale);
     wgmma_wait<0>();
+    settled(out);
     barrier_arrive(&mem.empty[before]);
     for (int i = 0; i < D / 2; i++) out[i] *= shrink[i / 2 % 2];
     to_operand<TILE>(p, s);
@@ -158,6 +161,7 @@ forward(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorM
     times<D, TILE>(out, p, mem.v[stage]);
     wgmma_commit();
     wgmma_wait<0>();
+    settled(out);
   }
 
   float sum0 = over_row(total[0], false), sum1 = over_row(total[1], false);
@@ -241,6 +245,8 @@ backward(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensor
     scores<D, M>(dp, mem.b, mem.y[stage], group);
     wgmma_commit();
     wgmma_wait<0>();
+    settled(s);
+    settled(dp);
     if (number >= 0) hide<M>(s, bits + number * 512L + threadIdx.x * 2 + e % PARTS);
 #pragma unroll
     for (int i = 0; i < M / 2; i++) {
@@ -260,6 +266,8 @@ backward(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensor
     times<D, M>(ga, p, mem.x[stage]);
     wgmma_commit();
     wgmma_wait<0>();
+    settled(ga);
+    settled(gb);
     barrier_arrive(&mem.empty[stage]);
   }
   write<D>(da, ga, factor, factor, tile, n);

@@ -37,7 +37,7 @@ class VisitsPointer(ctypes.Structure):
 @functools.cache
 def library(capability: tuple[int, int]) -> ctypes.CDLL:
     """The kernels for a GPU of this compute capability, 8.0 at least: hopper.cu for 9.0, else v0.cu.
-    RuntimeError, one line, where they cannot be built."""
+    RuntimeError, one line, where they cannot be built; OSError where they cannot be stored or loaded."""
     if capability < (8, 0):
         raise RuntimeError(f"the attention kernels need compute capability 8.0, this GPU has {capability}")
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")

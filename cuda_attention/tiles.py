@@ -3,7 +3,7 @@
 The rules see sample, segment and block alone, so positions collapse into runs of equal ones, and visibility is
 constant on a rectangle run x run. With V (Rq, Rk) the mask of the runs, sums of V over the areas of runs, taken
 cumulatively along keys and then along queries, give at tile boundaries the exact number of visible pairs of every
-tile: O(runs^2), never O(L^2). Kernels visit what is not empty and look at bits only where a tile is not full.
+tile: O(runs^2), which blocks of one latent make O(L^2). Kernels visit what is not empty and look at bits only where a tile is not full.
 
     bits   one per pair of a partial tile, in the order in which a WGMMA accumulator lies in registers: of a
            128 x 128 tile, thread 128 h + 32 w + 4 u + x holds rows 64 h + 16 w + 8 r + u and columns
@@ -57,7 +57,7 @@ def tile_sums(values: Tensor, start: Tensor, n: int) -> Tensor:
     before = torch.cat([values.new_zeros(1, *values.shape[1:]), (values * length).cumsum(0)])    # (R + 1, ..)
     edge = torch.arange(0, n + TILE, TILE, device=start.device).clamp_max(n)                       # (T + 1,)
     run = torch.searchsorted(start, edge, right=True) - 1
-    inside = (edge - start[run]).view(length.shape[:0] + (-1, *length.shape[1:]))
+    inside = (edge - start[run]).view(-1, *length.shape[1:])
     return torch.diff(before[run] + inside * values[run], dim=0)
 
 

@@ -236,6 +236,7 @@ template <int LEFT> inline void wgmma_wait() {
     groups[me].erase(groups[me].begin());
   }
 }
+template <int N> inline void settled(float (&)[N]) {}
 template <int N> inline void more_registers() {}
 template <int N> inline void less_registers() {}
 

@@ -24,13 +24,10 @@ import sample
 from conftest import TINY
 
 
-def command(out: Path, steps: int) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *TINY, "--steps", str(steps), "--save_every", "1",
-            "--eval_samples", "0", "--vae_lr_ratio", "1", "--resume", "auto", "--out_dir", str(out)]
-
-
-def started(out: Path, steps: int, log) -> subprocess.Popen:
-    return subprocess.Popen(command(out, steps), stdout=log, stderr=log)
+def started(out: Path, steps: int, joint: bool, log) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--steps", str(steps), "--save_every", "1",
+               "--eval_samples", "0", "--vae_lr_ratio", str(int(joint)), "--resume", "auto", "--out_dir", str(out)]
+    return subprocess.Popen(command, stdout=log, stderr=log)
 
 
 def differing(a: Path, b: Path) -> list[str]:
@@ -41,30 +38,34 @@ def differing(a: Path, b: Path) -> list[str]:
     return found + ["progress"] * (one["progress"] != two["progress"])
 
 
-def kill_and_resume(folder: Path, kills: int, steps: int, seed: int = 0) -> dict[str, int]:
-    """Counts: kills, checkpoints found whole after one, runs that were over before their kill, differences."""
+def kill_and_resume(folder: Path, kills: int, steps: int, joint: bool, seed: int = 0) -> dict[str, int]:
+    """Counts: kills, checkpoints found whole after one, runs that were over before their kill, differences. joint:
+    the text VAE learns on in stage 2. RuntimeError where a checkpoint is gone that was there."""
     draw, counts = random.Random(seed), dict.fromkeys(("kills", "whole", "too late", "different"), 0)
     with open(folder / "log.txt", "w") as log:
         began = time.monotonic()
-        if started(folder / "calm", steps, log).wait():
+        if started(folder / "calm", steps, joint, log).wait():
             raise RuntimeError(f"the undisturbed run failed; see {folder}/log.txt")
-        longest, at = time.monotonic() - began, folder / "killed"
+        longest, at, seen = time.monotonic() - began, folder / "killed", False
         while counts["kills"] < kills:
-            run = started(at, steps, log)
+            run = started(at, steps, joint, log)
             try:
                 run.wait(draw.uniform(0.3, 1.0) * longest)
                 counts["too late"] += 1            # done: begin anew
                 counts["different"] += len(differing(folder / "calm", at))
                 for file in at.iterdir():
                     file.unlink()
+                seen = False
             except subprocess.TimeoutExpired:
                 run.kill()
                 run.wait()
                 counts["kills"] += 1
-                if (at / "ckpt.pt").exists():
+                if seen and not (at / "ckpt.pt").exists():
+                    raise RuntimeError("the checkpoint is gone")
+                if seen := (at / "ckpt.pt").exists():
                     sample.read_checkpoint(at / "ckpt.pt")         # raises if anything is missing or changed
                     counts["whole"] += 1
-        if started(at, steps, log).wait():
+        if started(at, steps, joint, log).wait():
             raise RuntimeError(f"the killed run does not go on; see {folder}/log.txt")
         counts["different"] += len(differing(folder / "calm", at))
     return counts
@@ -75,10 +76,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="how often")
     parser.add_argument("--steps", type=int, default=40, help="of stage 2 in the run")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        counts = kill_and_resume(Path(folder), args.kills, args.steps)
-    print(", ".join(f"{name} {count}" for name, count in counts.items()), "(expect different 0)")
-    sys.exit(counts["different"] > 0)
+    different = 0
+    for joint in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            counts = kill_and_resume(Path(folder), args.kills // 2, args.steps, joint)
+        print("text VAE " + ("joint: " if joint else "frozen: "), end="")
+        print(", ".join(f"{name} {count}" for name, count in counts.items()), "(expect different 0)", flush=True)
+        different += counts["different"]
+    sys.exit(different > 0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import data
-import masks
 import sample
 import train
 from conftest import TINY
@@ -75,6 +74,9 @@ def test_training_starts_from_the_release(release, tmp_path):
     assert trained["progress"] == {"text_vae": 0, "image_vae": 3, "mmdit": 4}
     again = sample.load(tmp_path / "out" / "ckpt.pt")             # an average of few steps has moved a little
     assert again.mmdit.config == model.mmdit.config and again.text_vae.config == released.text_vae.config
+    assert train.main([*flags, "--resume", "auto", "--steps", "5"]) == 0
+    assert sample.read_checkpoint(tmp_path / "out" / "ckpt.pt")["progress"]["mmdit"] == 5
+    assert train.main([*flags, "--eval_only"]) == 0
 
 
 @pytest.mark.parametrize("argv, words", [
