@@ -36,7 +36,7 @@ import masks
 from cuda_attention import Plan, attention, make_plan
 from flow import TIME_SCALE
 from masks import Layout
-from text_vae import write_safetensors
+from text_vae import check_names, write_safetensors
 
 
 @dataclass
@@ -300,7 +300,7 @@ class MMDiT(nn.Module):
                     q, *rest = (a.index_select(0, index) for a in (q, where.join(x), where.join(t_part)))
                     where = Streams(layout.segment[index], where.apart, self.both_streams)
                     x, t_part = map(where.split, rest)
-            o = where.split(attention(q, k, v, plan))        # (L, nh, hd)
+            o = where.split(attention(q, k, v, plan))                                # (L, nh, hd)
             x = tuple(b.after(*part) for b, *part in zip(blocks, x, o, embs, t_part))
             hidden = where.join(x) if layer == tap else hidden
         x, t_index = where.join(x), where.join(t_part)
@@ -343,19 +343,14 @@ def load_official(config: dict, tensors: dict[str, Tensor], image_channels: int 
     with torch.device("meta"):
         model = MMDiT(MMDiTConfig(**settings, image_channels=image_channels, streams=streams, place=False))
     fresh = {name for name in model.state_dict() if name.startswith(IMAGE_SIDE)}
-    want, have = {k: v for k, v in model.state_dict().items() if k not in fresh}, dict(tensors)
-    for name in sorted(want.keys() | have.keys()):
-        got, expected = (tuple(d[name].shape) if name in d else "missing" for d in (have, want))
-        if got != expected:
-            raise ValueError(f"cola_dit: {name} is {got}, the config asks for {expected}; "
-                             "both must be of one release")
+    check_names(tensors, {k: v for k, v in model.state_dict().items() if k not in fresh}, "cola_dit")
     new = {name: torch.empty(v.shape) for name, v in model.state_dict().items() if name in fresh}
     for name, value in new.items():
         if name.endswith("rope.freqs"):
-            value.copy_(have["blocks.0.msa.rope.rope.freqs"])
+            value.copy_(tensors["blocks.0.msa.rope.rope.freqs"])
         elif ".norm_" in name or "_norm." in name:             # LayerNorm's affine part
             value.fill_(float(name.endswith("weight")))
-    model.load_state_dict(have | new, assign=True)
+    model.load_state_dict(tensors | new, assign=True)
     model.reset_parameters(fresh)
     return model, config["block_size"]
 

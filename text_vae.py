@@ -340,9 +340,9 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def check_names(tensors: dict[str, Tensor], module: nn.Module, where: str | Path) -> None:
-    """ValueError, naming the first mismatch, unless `tensors` have exactly the module's names and shapes."""
-    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+def check_names(tensors: dict[str, Tensor], state: dict[str, Tensor], where: str | Path) -> None:
+    """ValueError, naming the first mismatch, unless `tensors` have exactly the names and shapes of a state."""
+    want = {k: tuple(v.shape) for k, v in state.items()}
     have = {k: tuple(v.shape) for k, v in tensors.items()}
     for name in sorted(want.keys() | have.keys()):
         if want.get(name) != have.get(name):
@@ -376,7 +376,7 @@ def load_official(folder: str | Path) -> TextVAE:
     with torch.device("meta"):
         vae = TextVAE(**{key: raw[key] for key in keys}, block_len=raw["block_size"], vae_logsnr=None)
     tensors = read_safetensors(folder)
-    check_names(tensors, vae, folder)
+    check_names(tensors, vae.state_dict(), folder)
     vae.load_state_dict(tensors, assign=True)
     return vae
 

@@ -305,6 +305,12 @@ def pick_task(args: argparse.Namespace, u: float) -> int:
     return min(int(np.searchsorted(ends, u, side="right")), last)
 
 
+def step_tasks(args: argparse.Namespace, step: int) -> list[int]:
+    """The task of each micro-step of a step of stage 2: they lie evenly spread over the ratios."""
+    place = data.rng(args.seed, step, data.TASK).random()
+    return [pick_task(args, (m + place) / args.micro_steps) for m in range(args.micro_steps)]
+
+
 # ---- workers -----------------------------------------------------------------------------------------------
 
 @dataclass
@@ -1064,17 +1070,14 @@ def train_stages(run: Run) -> None:
             stage.ref.load_state_dict(run.reference or model.text_vae.state_dict())
             run.reference = stage.ref.state_dict()
 
-        def tasks(step: int) -> list[int]:
-            place = data.rng(a.seed, step, data.TASK).random()     # tasks lie evenly spread over the ratios
-            return [pick_task(a, (m + place) / M) for m in range(M)]
-
         def make(step: int) -> list[Batch]:
-            micro = [[(task, k) for k in w.share((step * M + m) * n, n)] for m, task in enumerate(tasks(step))]
+            micro = [[(task, k) for k in w.share((step * M + m) * n, n)]
+                     for m, task in enumerate(step_tasks(a, step))]
             return [batches.make(work) for work in (micro if a.accumulate else [sum(micro, [])])]
 
         def about(step: int) -> str:
             return ", ".join(f"{TASKS[task]} samples {(step * M + m) * n} to {(step * M + m + 1) * n - 1}"
-                             for m, task in enumerate(tasks(step)))
+                             for m, task in enumerate(step_tasks(a, step)))
         run.fit("mmdit", stage, lambda: optimizers_for(a, stage, a.lr, muon), scaled(a.steps), make, about,
                 averaged=("mmdit", "text_vae") if stage.joint else ("mmdit",))
 
@@ -1182,13 +1185,13 @@ def evaluate(model: Cola, args: argparse.Namespace, worker: Worker) -> dict:
     seed, n = data.SEEDS + args.seed, args.eval_samples        # no run's own
     image, text = settings(args, seed)
     rows: list[tuple[str, bool]] = []
-    judges = [(task, judge, s, count) for task, judge, s, count in
+    judges = [(judge, s, count) for task, judge, s, count in
               (("t2i", judge_images, image, 3 * n), ("it2t", judge_answers, text, n),
                ("t2t", judge_stories, text, n)) if task in tasks_of(args)]
     bar = tqdm(total=2 * sum(math.ceil(count / 64) for *_, count in judges), desc="evaluate",
                disable=worker.rank > 0)
     for split in ("seen", "heldout"):
-        for _, judge, s, count in judges:
+        for judge, s, count in judges:
             for drawn in draw_scenes(split, seed, worker.share(0, count)):
                 rows += [(f"{split}.{name}", ok) for name, ok in judge(model, *drawn, s)]
                 bar.update(worker.world)
@@ -1480,13 +1483,12 @@ def describe(run: Run) -> None:
             for p in g["params"]}
     held = sum(p.numel() * (16 if id(p) in muon else 20) for p in trained)   # weight, gradient, moments, average
     held = held / w.world if a.fsdp else held
-    place = data.rng(a.seed, 0, data.TASK).random()
-    work = [(pick_task(a, (i + place) / a.micro_steps), i * a.batch_size + k)
-            for i in range(a.micro_steps) for k in w.share(0, a.batch_size)]
+    work = [(task, i * a.batch_size + k) for i, task in enumerate(step_tasks(a, 0))
+            for k in w.share(0, a.batch_size)]
     batch = run.batches.make(work)
-    share = len(work) if not a.accumulate else len(work) / a.micro_steps
+    passes = a.micro_steps if a.accumulate else 1
     # 29 numbers of a position, a layer and a unit of width are kept for the backward pass (tests/bench.py).
-    kept = 29 * len(batch.layout) * share / len(work) * a.layers * a.width * (2 if a.bf16 == "on" else 4)
+    kept = 29 * len(batch.layout) / passes * a.layers * a.width * (2 if a.bf16 == "on" else 4)
     print(f"a step: {a.micro_steps} micro-steps of {a.batch_size} samples, {w.world} workers; "
           f"about {len(batch.layout) * w.world:,} positions")
     tasks = [task for task, _ in work]

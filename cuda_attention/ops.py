@@ -30,8 +30,11 @@ HEADS = 65535                              # what a grid takes
 
 
 class VisitsPointer(ctypes.Structure):
-    """struct Visits of the source."""
+    """struct Visits of the source. The tensors must outlive the call."""
     _fields_ = [(name, ctypes.c_void_p) for name in ("start", "other", "bits", "order")]
+
+    def __init__(self, *tensors: Tensor):
+        super().__init__(*(x.data_ptr() for x in tensors))
 
 
 @functools.cache
@@ -47,7 +50,7 @@ def library(capability: tuple[int, int]) -> ctypes.CDLL:
     arch = "".join(map(str, capability)) + "a" * (capability == (9, 0))
     command = [nvcc, *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    texts = [f.read_text() for f in (source, FOLDER / "hopper.cuh")]
+    texts = [f.read_text() for f in (source, FOLDER / "hopper.cuh", FOLDER / "entry.cuh")]
     name = hashlib.sha256("\0".join([*texts, version, *command]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cola_attention"
     path = cache / f"{source.stem}_{name}.so"
@@ -96,7 +99,7 @@ def unflat(tensors: tuple[Tensor, ...]) -> Tiles:
 def call(name: str, q: Tensor, k: Tensor, arguments: list) -> None:
     """Call a function of the library on the current stream: tensors by address, visits by struct."""
     given = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else
-             VisitsPointer(*(t.data_ptr() for t in x)) for x in arguments]
+             VisitsPointer(*x) for x in arguments]
     sizes = [len(q), len(k), q.shape[1], q.shape[2]]
     with torch.cuda.device(q.device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

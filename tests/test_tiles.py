@@ -127,14 +127,6 @@ def test_blockwise_against_the_whole_mask(seed):
 
 # ---- v0: the CUDA source itself, each thread a fiber on the CPU ----------------------------------------------
 
-class Visits(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("start", "other", "bits", "order")]
-
-    def __init__(self, visits):
-        self.kept = visits
-        super().__init__(*(getattr(visits, name).data_ptr() for name in ("start", "other", "bits", "order")))
-
-
 @pytest.fixture(scope="module", params=["v0", "hopper"])
 def emulated(request, tmp_path_factory):
     if not shutil.which("g++"):
@@ -159,7 +151,8 @@ def test_kernels_on_emulated_threads(emulated, seed, heads, d):
     n, m, poison = len(q), len(k), float("nan")
     got, got_lse = torch.full_like(q, poison), torch.full((heads, n), poison)
     sizes, rest = (n, m, heads, d), (ctypes.c_float(d ** -0.5), ctypes.c_void_p())
-    by_query, by_key = Visits(plan.by_query), Visits(plan.by_key)
+    tensors = ops.flat(plan)
+    by_query, by_key = ops.VisitsPointer(*tensors[:4]), ops.VisitsPointer(*tensors[4:8])
     code = emulated.attention_forward(*pointers(q, k, v, got, got_lse), by_query, *pointers(plan.bits), *sizes, *rest)
     assert code == 0
     torch.testing.assert_close(got.double(), o, atol=2e-2, rtol=1e-2)
