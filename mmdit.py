@@ -8,8 +8,10 @@ distinct time of a stream. Text and image latents enter through their own linear
 `streams` says whether they also share the weights around it (1) or each have their own (2, Esser et al.
 2403.03206). What attends to what is the layout's business (masks.py).
 
-The text side has the parameter names and the arithmetic of the public Cola DLM release: `load_official` reads
-it, and text alone gives the same numbers. The image side (img_*) is its mirror image.
+The text side has the parameter names and, `as_released`, the arithmetic of the public Cola DLM release:
+`load_official` reads it, and text alone gives the same numbers. Else two things are ours: Place, and the time
+embedding divided by its root mean square, without which it can blow up at times seldom trained. The image side
+(img_*) is the mirror image of the text's.
 
     block:  x = x + gate * attention((1 + scale) * LN(x) + shift),   then the same with the MLP
             [shift | scale] = ada[.._in](t),   gate = ada[.._out](t)
@@ -51,7 +53,7 @@ class MMDiTConfig:
     emb_dim: int = 128                 # E
     rope_dim: int = 32                 # channels of a head that turn
     streams: int = 1                   # 1 weights shared by text and image, 2 one set each
-    place: bool = True                 # add segment type and absolute place at the entrance (Place)
+    as_released: bool = False          # without Place and the norm of the time embedding, which are ours
     qk_bias: bool = False
     norm_eps: float = 1e-5
 
@@ -237,7 +239,7 @@ class MMDiT(nn.Module):
                 setattr(self, f"{side}_out_norm", nn.LayerNorm(c.width, eps=c.norm_eps))
                 setattr(self, f"{side}_out_ada", nn.ModuleDict(dict(out_in=Ada(c.emb_dim, 2 * c.width))))
                 setattr(self, f"{side}_out", Out(c.width, channels))
-        self.place = Place(c.width) if c.place else None
+        self.place = None if c.as_released else Place(c.width)
         self.both_streams = False          # True: the image's blocks run without an image too (FSDP)
         self.reset_parameters()
 
@@ -276,7 +278,10 @@ class MMDiT(nn.Module):
         after layer `tap`, from 0 and with targets before the last, or None.
         """
         where = Streams(layout.segment, self.config.streams == 2, self.both_streams)
-        emb = F.silu(self.emb_in(t))                                                 # (U, E)
+        emb = self.emb_in(t)                                                         # (U, E)
+        if not self.config.as_released:
+            emb = F.rms_norm(emb, emb.shape[-1:])
+        emb = F.silu(emb)
         x = self.txt_in.proj(text)                                                   # (Lt, D)
         x = where.join((x, self.img_in.proj(image))) if len(where.image) else x      # (L, D)
         x = where.split((x + self.place(layout) if self.place else x).float())
@@ -341,7 +346,8 @@ def load_official(config: dict, tensors: dict[str, Tensor], image_channels: int 
         raise ValueError("cola_dit config: only patch_size 1 and as many channels out as in are built here")
     settings = {ours: config[theirs] for theirs, ours in RELEASE_KEYS.items()}
     with torch.device("meta"):
-        model = MMDiT(MMDiTConfig(**settings, image_channels=image_channels, streams=streams, place=False))
+        model = MMDiT(MMDiTConfig(**settings, image_channels=image_channels, streams=streams,
+                                  as_released=True))
     fresh = {name for name in model.state_dict() if name.startswith(IMAGE_SIDE)}
     check_names(tensors, {k: v for k, v in model.state_dict().items() if k not in fresh}, "cola_dit")
     new = {name: torch.empty(v.shape) for name, v in model.state_dict().items() if name in fresh}
@@ -358,10 +364,10 @@ def load_official(config: dict, tensors: dict[str, Tensor], image_channels: int 
 def save_official(model: MMDiT, block_len: int, folder: str | Path) -> None:
     """Write the text stream as a cola_dit folder that `load_official` reads back.
 
-    ValueError for a model with `place`, which the release has no weights for."""
-    if model.place:
-        raise ValueError("the prior was trained with an absolute place at its entrance, for which the public "
-                         "format has no weights; train with --no-place")
+    ValueError for a model that is not `as_released`."""
+    if not model.config.as_released:
+        raise ValueError("the prior has an absolute place at its entrance and a norm in its time embedding, "
+                         "which the public format has not; train with --as_released")
     config = {theirs: getattr(model.config, ours) for theirs, ours in RELEASE_KEYS.items()}
     config |= {"model_type": "cola_dit", "block_size": block_len, "patch_size": 1,
                "txt_out_channels": model.config.text_channels}

@@ -51,7 +51,7 @@ from text_vae import TextVAE, read_safetensors
 from text_vae import load_official as load_vae, save_official as save_vae
 
 FIRST_BLOCK = ("clean", "repaint", "left", "right")
-FORMAT = "unified-cola-1"                  # what a checkpoint of ours says of itself
+FORMAT = "unified-cola-2"                  # what a checkpoint of ours says of itself
 CONTENTS = {"config", "args", "tokenizer", "model", "ema", "progress", "optimizers", "seconds",
             "reference"}                   # and has
 MAX_LATENTS = 1 << 14                      # of an image that is drawn: its mask has the square of that

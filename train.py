@@ -149,8 +149,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("width", 128, "width D; the release has 2048")
     flag("layers", 4, "blocks; the release has 24")
     flag("heads", 8, "attention heads; the release has 16")
-    flag("place", True, "segment type and absolute place at the entrance; the public release has none",
-         action=argparse.BooleanOptionalAction)
+    flag("as_released", False, "the release's arithmetic, for `sample.py export`: no place of a position at the "
+         "entrance, no norm of the time embedding", action="store_true")
     flag("streams", 2, "1 shares the weights of text and image, 2 gives each their own, joined in attention",
          type=int, choices=(1, 2))
     flag("block_len", 1, "text latents generated together; 16 in the release, 1 learns fastest")
@@ -786,7 +786,7 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
     if not args.init_official:
         mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads,
                                   head_dim, args.layers, emb_dim=args.width, rope_dim=head_dim,
-                                  streams=args.streams, place=args.place))
+                                  streams=args.streams, as_released=args.as_released))
     return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, args.image_loc, args.first_block)
 
 
@@ -1334,7 +1334,7 @@ GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's 
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
                 "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",
                 "image_vae_width", "image_vae_levels", "image_vae_blocks", "image_vae_patch",
-                "width", "layers", "heads", "streams", "place"}
+                "width", "layers", "heads", "streams", "as_released"}
 RELEASED = {"text_latent_dim": "latent_dim", "text_patch": "patch_size", "text_vae_width": "dim",
             "text_vae_layers": "encoder_num_blocks", "text_vae_heads": "num_heads", "vae_block_len": "block_len"}
 
@@ -1391,7 +1391,7 @@ def follow_release(args: argparse.Namespace) -> None:
     settled = {ours: vae[theirs] for ours, theirs in RELEASED.items()}
     settled |= {"vae_logsnr": "learned", "width": prior.width, "layers": prior.layers, "heads": prior.heads,
                 "block_len": model.block_len, "vocab_size": model.tokenizer.n_vocab, "tokenizer": "",
-                "place": False}
+                "as_released": True}
     for name, value in settled.items():
         if name in args.given and getattr(args, name) != value:
             raise ValueError(f"--{name} {getattr(args, name)}: {args.init_official} has {value}; leave the "

@@ -77,6 +77,19 @@ def test_official_loading_holds_no_copy_and_refuses_misfits():
         mmdit.load_official({k: v for k, v in config.items() if k != "heads"}, tensors)
 
 
+@pytest.mark.parametrize("as_released", [False, True])
+def test_the_size_of_the_time_embedding_matters_to_the_release_alone(as_released):
+    model, layout = random_model(as_released=as_released), pack(EXAMPLES, 4)
+    assert (model.place is None) == as_released
+    plan, args = make_plan(layout), (*inputs(layout), layout)
+    with torch.no_grad():
+        before = model(*args, plan)[0]
+        for p in model.emb_in.proj_out.parameters():
+            p.mul_(3.0)
+        moved = (model(*args, plan)[0] - before).abs().max()
+    assert moved > 0.1 if as_released else moved < 1e-3
+
+
 def test_rope_turns_pairs_as_complex_numbers():
     layout = pack([Sample(T2I, clean=4, image=(3, 4))], 2)
     freqs = 10000.0 ** (-torch.arange(0, 12, 2) / 12)

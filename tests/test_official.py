@@ -16,9 +16,9 @@ TEXT = "there is a red circle. it's 12345 m wide,\n  naïve 漢字!  the end"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A tiny run without `place`."""
+    """A tiny run `as_released`."""
     out = tmp_path_factory.mktemp("run") / "out"
-    assert train.main([*TINY, "--no-place", "--streams", "2", "--eval_samples", "0", "--out_dir", str(out)]) == 0
+    assert train.main([*TINY, "--as_released", "--streams", "2", "--eval_samples", "0", "--out_dir", str(out)]) == 0
     return out
 
 
@@ -83,7 +83,7 @@ def test_training_starts_from_the_release(release, tmp_path):
     (["t2i", "a circle", "--official", "{release}"], "for t2t, not for t2i"),
     (["t2t", "there", "--official", "{release}/nowhere"], "cola_vae: not there"),
     (["export", "{release}", "--checkpoint", "{run}"], "exists"),
-    (["export", "{tmp}/new", "--checkpoint", "{tiny}"], "--no-place"),
+    (["export", "{tmp}/new", "--checkpoint", "{tiny}"], "--as_released"),
 ])
 def test_mistakes(argv, words, release, run, tiny, tmp_path, capsys):
     places = {"release": release[1], "run": run / "ckpt.pt", "tiny": tiny / "ckpt.pt", "tmp": tmp_path}
@@ -94,7 +94,7 @@ def test_mistakes(argv, words, release, run, tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--width", "64"], "--width 64"), (["--init_from", "x.pt"], "name one"), (["--place"], "--place"),
+    (["--width", "64"], "--width 64"), (["--init_from", "x.pt"], "name one"),
 ])
 def test_flags_the_release_settles(flags, words, release, tmp_path, capsys):
     argv = ["--init_official", str(release[1]), "--procs", "1", "--out_dir", str(tmp_path / "out"), *flags]
