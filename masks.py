@@ -130,10 +130,16 @@ def holds(relation: Tensor, b_i: Tensor, b_j: Tensor) -> Tensor:
     return (relation >> bit & 1).bool()
 
 
+def sees(q: Layout, i: Tensor, k: Layout, j: Tensor, rules: Tensor = RULES) -> Tensor:
+    """Whether the query at position i of q may attend to the key at position j of k. i, j broadcast; bool."""
+    relation = rules.to(i.device)[q.task[q.sample[i]], q.segment[i], k.segment[j]]
+    return (q.sample[i] == k.sample[j]) & holds(relation, q.block[i], k.block[j])
+
+
 def dense(q: Layout, k: Layout, rules: Tensor = RULES) -> Tensor:
-    """The whole mask, bool (Lq, Lk): True where query i may attend to key j. Quadratic memory."""
-    relation = rules.to(q.segment.device)[q.task[q.sample][:, None], q.segment[:, None], k.segment[None, :]]
-    return (q.sample[:, None] == k.sample[None, :]) & holds(relation, q.block[:, None], k.block[None, :])
+    """The whole mask, bool (Lq, Lk). Quadratic memory."""
+    i, j = (torch.arange(len(x), device=x.segment.device) for x in (q, k))
+    return sees(q, i[:, None], k, j[None, :], rules)
 
 
 @dataclass

@@ -68,8 +68,7 @@ class Plan:
         q, k, rules = self.q, self.k, self.rules.to(self.q.segment.device)
 
         def visible(b, h, i, j):
-            relation = rules[q.task[q.sample[i]], q.segment[i], k.segment[j]]
-            return (q.sample[i] == k.sample[j]) & masks.holds(relation, q.block[i], k.block[j])
+            return masks.sees(q, i, k, j, rules)
         return create_block_mask(visible, None, None, len(q), len(k), device=q.segment.device)
 
 

@@ -1,9 +1,9 @@
 """Tiles: which 128 x 128 tiles of the mask are empty, full or partial, and the bits of the partial ones.
 
-The rules see sample, segment and block alone, so positions collapse into runs of equal ones, and visibility is
-constant on a rectangle run x run. With V (Rq, Rk) the mask of the runs, sums of V over the areas of runs, taken
-cumulatively along keys and then along queries, give at tile boundaries the exact number of visible pairs of every
-tile: O(runs^2), which blocks of one latent make O(L^2). Kernels visit what is not empty and look at bits only where a tile is not full.
+The rules see sample, segment and block alone, so the positions of a tile collapse into runs of equal ones, and
+visibility is constant on a rectangle run x run. Summed over the pairs of runs of each sample, the areas of the
+visible rectangles are the exact numbers of visible pairs of every tile. Kernels visit what is not empty and look at
+bits only where a tile is not full.
 
     bits   one per pair of a partial tile, in the order in which a WGMMA accumulator lies in registers: of a
            128 x 128 tile, thread 128 h + 32 w + 4 u + x holds rows 64 h + 16 w + 8 r + u and columns
@@ -44,21 +44,22 @@ class Tiles:
 
 
 def runs(layout: Layout) -> tuple[Tensor, Tensor]:
-    """First position of every run (R,), and the run of every position (N,)."""
+    """First position and length of every run (R,), none of which crosses the edge of a tile."""
     where = torch.stack([layout.sample, layout.segment, layout.block])
-    new = torch.ones(len(layout), dtype=torch.bool, device=where.device)
-    new[1:] = (where[:, 1:] != where[:, :-1]).any(0)
-    return new.nonzero()[:, 0], new.cumsum(0) - 1
+    at = torch.arange(len(layout), device=where.device)
+    new = at % TILE == 0
+    new[1:] |= (where[:, 1:] != where[:, :-1]).any(0)
+    start = at[new]
+    return start, torch.diff(start, append=start.new_tensor([len(layout)]))
 
 
-def tile_sums(values: Tensor, start: Tensor, n: int) -> Tensor:
-    """values (R, ..) held by every position of a run -> sums over tiles of positions (T, ..)."""
-    length = torch.diff(start, append=start.new_tensor([n])).view(-1, *[1] * (values.ndim - 1))
-    before = torch.cat([values.new_zeros(1, *values.shape[1:]), (values * length).cumsum(0)])    # (R + 1, ..)
-    edge = torch.arange(0, n + TILE, TILE, device=start.device).clamp_max(n)                       # (T + 1,)
-    run = torch.searchsorted(start, edge, right=True) - 1
-    inside = (edge - start[run]).view(-1, *length.shape[1:])
-    return torch.diff(before[run] + inside * values[run], dim=0)
+def within_samples(q: Tensor, k: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """All pairs (a, b) with q[a] == k[b], both (n,), of sample numbers q (Rq,) and k (Rk,)."""
+    count = torch.bincount(k, minlength=samples)                                                   # (S,)
+    first, each = count.cumsum(0) - count, count[q]
+    a = torch.repeat_interleave(each)                                                              # (n,)
+    nth = torch.arange(len(a), device=a.device) - (each.cumsum(0) - each)[a]
+    return a, k.argsort(stable=True)[first[q[a]] + nth]
 
 
 def pack_bits(tiles: Tensor) -> Tensor:
@@ -88,16 +89,19 @@ def make_tiles(q: Layout, k: Layout, rules: Tensor = masks.RULES) -> Tiles:
     """The tiles for queries laid out as q and keys as k, on their device. ValueError where one has no position."""
     if not len(q) or not len(k):
         raise ValueError(f"{len(q)} queries and {len(k)} keys: expected at least one of each")
-    (q_start, q_run), (k_start, k_run) = runs(q), runs(k)
-    seen = masks.dense(q.select(q_start), k.select(k_start), rules)                                # (Rq, Rk)
-    by_key = tile_sums(seen.T.long(), k_start, len(k))                                             # (Tk, Rq)
-    pairs = tile_sums(by_key.T, q_start, len(q))                                                   # (Tq, Tk)
+    (q_start, q_length), (k_start, k_length) = runs(q), runs(k)
+    a, b = within_samples(q.sample[q_start], k.sample[k_start], q.task.numel())
+    seen = masks.sees(q, q_start[a], k, k_start[b], rules)
+    a, b = a[seen], b[seen]
+    tq, tk = -(-len(q) // TILE), -(-len(k) // TILE)
+    pairs = torch.zeros(tq * tk, dtype=torch.long, device=a.device).index_add_(
+        0, q_start[a] // TILE * tk + k_start[b] // TILE, q_length[a] * k_length[b]).view(tq, tk)
     partial = (pairs > 0) & (pairs < TILE * TILE)
     number = torch.where(partial, partial.flatten().cumsum(0).view_as(partial) - 1, -1)
 
     row, column = (torch.arange(TILE, device=pairs.device) + TILE * at[:, None] for at in partial.nonzero().T)
     inside = (row < len(q))[:, :, None] & (column < len(k))[:, None, :]                        # (P, 128, 128)
-    row, column = q_run[row.clamp_max(len(q) - 1)], k_run[column.clamp_max(len(k) - 1)]            # (P, 128)
-    cut = seen[row[:, :, None], column[:, None, :]] & inside
+    cut = masks.sees(q, row.clamp_max(len(q) - 1)[:, :, None], k, column.clamp_max(len(k) - 1)[:, None, :], rules)
+    cut &= inside
     return Tiles(visits(pairs > 0, number), visits(pairs.T > 0, number.T), pack_bits(cut), pack_bits(cut.mT),
                  int(pairs.sum()))
