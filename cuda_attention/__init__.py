@@ -40,31 +40,41 @@ ROW = 32               # samples whose keys round up to the same multiple of thi
 
 
 @dataclass
-class Plan:
-    """Everything attention needs to know of a pair of layouts. Samples of about the same length form a group
-    of n rows, with Wq slots for queries and Wk for keys; the slots of all groups lie one after another."""
-    q: Layout
-    k: Layout
+class Rows:
+    """A packed sequence as rows, one a sample. Samples of about the same length form a group of n rows, with Wq
+    slots for queries and Wk for keys; the slots of all groups lie one after another."""
     q_index: Tensor         # (all n Wq,) the query in each slot
     k_index: Tensor         # (all n Wk,) the key in each slot
     inverse: Tensor         # (Nq,) the slot of each query
     mask: list[Tensor]      # of each group, bool (n, 1, Wq, Wk); a query that may see nothing sees all
     blind: Tensor | None    # bool (Nq,), queries that may see nothing: their output is 0; None if none
-    rules: Tensor
 
     @functools.cached_property
     def bias(self) -> list[Tensor]:
         """The masks as fp32 to add: 0 where True, else -inf."""
         return [torch.zeros(m.shape, device=m.device).masked_fill_(~m, float("-inf")) for m in self.mask]
 
+
+@dataclass
+class Plan:
+    """What attention needs to know of a pair of layouts, in the form of each backend, built when first asked for."""
+    q: Layout
+    k: Layout
+    rules: Tensor
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """For padded."""
+        return make_rows(self.q, self.k, self.rules)
+
     @functools.cached_property
     def tiles(self) -> list[Tensor]:
-        """The mask in tiles, as the kernels' operators take it."""
+        """For the kernels' operators."""
         return ops.flat(make_tiles(self.q, self.k, self.rules))
 
     @functools.cached_property
     def block_mask(self) -> BlockMask:
-        """The mask for FlexAttention."""
+        """For FlexAttention."""
         q, k, rules = self.q, self.k, self.rules.to(self.q.segment.device)
 
         def visible(b, h, i, j):
@@ -80,6 +90,10 @@ def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = masks.RULES) -
     if q.task.numel() != k.task.numel():
         raise ValueError(f"q has {q.task.numel()} samples and k {k.task.numel()}: "
                          "layouts of one plan share their samples")
+    return Plan(q, k, rules)
+
+
+def make_rows(q: Layout, k: Layout, rules: Tensor) -> Rows:
     width = -(-torch.bincount(k.sample, minlength=k.task.numel()) // ROW)            # (S,)
     groups = [(width == w).nonzero()[:, 0] for w in width.unique().tolist()] or [width]
     q_rows = masks.pad(q, groups)
@@ -97,7 +111,7 @@ def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = masks.RULES) -
     inverse = torch.empty_like(slot)
     inverse[q_index[slot]] = slot
     blind = flat(empty)[inverse]
-    return Plan(q, k, q_index, k_index, inverse, mask, blind if bool(blind.any()) else None, rules)
+    return Rows(q_index, k_index, inverse, mask, blind if bool(blind.any()) else None)
 
 
 def choose(name: str, device: torch.device) -> str:
@@ -135,12 +149,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None =
     if backend == "reference":
         return _reference(q, k, v, plan)
     if backend in ("auto", "padded"):
-        return _padded(q, k, v, plan)
+        return _padded(q, k, v, plan.rows)
     if backend == "flex":
-        rows = (x.transpose(0, 1)[None] for x in (q, k, v))                          # (1, nh, N, hd)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                       # (1, nh, N, hd)
         run = flex_attention if q.device.type == "cpu" else _compiled()
-        o = run(*rows, block_mask=plan.block_mask)[0].transpose(0, 1)
-        return o if plan.blind is None else o.masked_fill(plan.blind[:, None, None], 0.0)
+        return run(q, k, v, block_mask=plan.block_mask)[0].transpose(0, 1)
     if backend == "cuda":
         return ops.forward(*(x.contiguous() for x in (q, k, v)), *plan.tiles)[0]
     raise ValueError(f"attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -159,21 +172,21 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     return torch.einsum("hij,jhd->ihd", p, v.to(dtype)).to(q.dtype)
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    def rows(x: Tensor, index: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+def _padded(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    def split(x: Tensor, index: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
         groups = x.index_select(0, index).split([n * w for n, w in shapes])
         return [g.unflatten(0, shape).transpose(1, 2) for g, shape in zip(groups, shapes)]   # (n, nh, W, hd)
 
-    at_q, at_k = ([(m.shape[0], m.shape[side]) for m in plan.mask] for side in (2, 3))
+    at_q, at_k = ([(m.shape[0], m.shape[side]) for m in rows.mask] for side in (2, 3))
     short = q.device.type == "cpu" and all(w <= SHORT for _, w in at_k)
     out = []
-    for g, (q, k, v) in enumerate(zip(rows(q, plan.q_index, at_q), rows(k, plan.k_index, at_k),
-                                      rows(v, plan.k_index, at_k))):
+    for g, (q, k, v) in enumerate(zip(split(q, rows.q_index, at_q), split(k, rows.k_index, at_k),
+                                      split(v, rows.k_index, at_k))):
         if short:
-            s = (q * q.shape[-1] ** -0.5) @ k.mT + plan.bias[g]                     # (n, nh, Wq, Wk), >= fp32
+            s = (q * q.shape[-1] ** -0.5) @ k.mT + rows.bias[g]                     # (n, nh, Wq, Wk), >= fp32
             o = s.softmax(-1).to(v.dtype) @ v
         else:
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask[g])      # (n, nh, Wq, hd)
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask[g])      # (n, nh, Wq, hd)
         out.append(o.transpose(1, 2).flatten(0, 1))                                  # (n Wq, nh, hd)
-    o = torch.cat(out).index_select(0, plan.inverse)
-    return o if plan.blind is None else o.masked_fill(plan.blind[:, None, None], 0.0)
+    o = torch.cat(out).index_select(0, rows.inverse)
+    return o if rows.blind is None else o.masked_fill(rows.blind[:, None, None], 0.0)

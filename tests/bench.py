@@ -68,7 +68,7 @@ def kept_bytes(stage: train.PriorStage, batch: train.Batch) -> int:
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
-    for x in (*batch.plan.mask, *batch.plan.bias):
+    for x in (*batch.plan.rows.mask, *batch.plan.rows.bias):
         pack(x)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss, _ = stage(batch, batch.counts())               # alive until here: no address is used twice

@@ -107,7 +107,7 @@ def test_padded_view_is_the_dense_mask(seed):
 def test_attention_against_fp64(backend, seed, monkeypatch):
     monkeypatch.setattr(cuda_attention, "ROW", 4)                # several groups of rows
     layout = pack(random_samples(seed), 2)
-    assert len(make_plan(layout).mask) > 1
+    assert len(make_plan(layout).rows.mask) > 1
     chosen = torch.arange(len(layout)) % 3 != 0
     for q_layout, k_layout in ((layout, None), (layout.select(chosen), layout)):
         plan = make_plan(q_layout, k_layout)
@@ -165,7 +165,8 @@ def test_no_square_array_on_the_fast_path():
     """Memory of a plan is linear in the number of samples."""
     def numbers(count):
         plan = make_plan(pack([Sample(T2I, clean=8, image=(4, 4), noisy=8)] * count, 8))
-        return sum(x.numel() for x in (*plan.mask, *plan.bias, plan.q_index, plan.k_index, plan.inverse))
+        rows = plan.rows
+        return sum(x.numel() for x in (*rows.mask, *rows.bias, rows.q_index, rows.k_index, rows.inverse))
     assert numbers(64) == 4 * numbers(16)
 
 
