@@ -285,7 +285,7 @@ def test_a_prior_never_trained_is_neither_judged_nor_sampled(tmp_path, capsys):
 
 
 def test_an_interval_is_that_of_the_samples_behind_it():
-    rates = dict(n=50, seen={"t2i": {"relation": 0.5, "color": 0.5}}, ceiling={"text": 0.5, "image": 0.5})
+    rates = dict(n=50, seen={"t2i": {"relation": 0.5, "color": 0.5}, "t2t": {}}, ceiling={"text": 0.5, "image": 0.5})
     lines = train.table(rates).splitlines()
     show = lambda n: "[{:.3f}, {:.3f}]".format(*train.wilson(0.5, n))
     for word, n in (("t2i relation", 100), ("t2i color", 150), ("ceiling text", 100), ("ceiling image", 50)):
