@@ -262,6 +262,11 @@ class MMDiT(nn.Module):
                 branches = 2 * self.config.layers if inside and name.endswith("proj_out.weight") else 1
                 nn.init.normal_(p, std=(p.shape[1] * (3 if inside else 1) * branches) ** -0.5)
 
+    def compile_blocks(self) -> None:
+        """Have torch.compile fuse what lies on both sides of the attention, for any lengths."""
+        for block in (*self.blocks, *self.image_blocks):
+            block.before, block.after = (torch.compile(f, dynamic=True) for f in (block.before, block.after))
+
     def forward(self, text: Tensor, image: Tensor | None, t: Tensor, t_index: Tensor, layout: Layout,
                 plan: Plan, cache: Cache | None = None, commit: bool = False,
                 targets: tuple[Tensor, Plan] | None = None, tap: int = -1) -> tuple[Tensor | None, ...]:

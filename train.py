@@ -99,6 +99,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("procs", 0, "workers on a CPU, one thread each; 0 is one per core")
     flag("fsdp", False, "stage 2 with weights, gradients, moments and average sharded over the workers (FSDP2); "
          "needs --optimizer adamw", action="store_true")
+    flag("compile", False, "torch.compile for the blocks of the prior; the first steps take a minute",
+         action="store_true")
     flag("attention", "auto", "backend of the masked attention; auto says what it takes",
          choices=cuda_attention.BACKENDS)
     flag("bf16", "auto", "matrix products in bfloat16; auto times one of each kind and takes the faster",
@@ -1066,6 +1068,8 @@ def train_stages(run: Run) -> None:
     model.image_vae.eval().requires_grad_(False)
     if "mmdit" in wanted:
         stage, M, n = PriorStage(model, a), a.micro_steps, a.batch_size
+        if a.compile:                                          # before any wrapper
+            model.mmdit.compile_blocks()
         if stage.joint:
             stage.ref.load_state_dict(run.reference or model.text_vae.state_dict())
             run.reference = stage.ref.state_dict()
@@ -1331,7 +1335,7 @@ def loss_plot(log: Path, path: Path) -> None:
 # ---- main --------------------------------------------------------------------------------------------------
 
 RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "dry_run", "eval_only", "device", "procs", "fsdp",
-             "attention", "save_every", "strict_data", "eval_samples", "guidance", "text_guidance",
+             "attention", "compile", "save_every", "strict_data", "eval_samples", "guidance", "text_guidance",
              "text_temperature", "sample_steps", "repaint_share", "repaint_cycles"}     # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's only where its own run goes on
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",

@@ -300,20 +300,22 @@ def test_learning_rate_rises_stays_and_falls(tiny, tmp_path):
     assert share == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5])
 
 
-def test_two_workers_equal_one(tiny, tmp_path):
-    out = tmp_path / "out"
-    flags = [*TINY, "--out_dir", str(out), "--eval_samples", "0"]
-    flags[flags.index("--procs") + 1] = "2"
-    assert subprocess.run([sys.executable, ROOT / "train.py", *flags], timeout=120).returncode == 0
-    for a, b in zip(log_of(tiny), log_of(out), strict=True):
+def test_two_workers_equal_one(tmp_path):
+    """In 20 steps of all three tasks and of the stages before."""
+    def run(name, procs):
+        flags = [*TINY, "--steps", "20", "--eval_samples", "0", "--out_dir", str(tmp_path / name)]
+        flags[flags.index("--procs") + 1] = procs
+        assert subprocess.run([sys.executable, ROOT / "train.py", *flags], timeout=120).returncode == 0
+        return log_of(tmp_path / name)
+    for a, b in zip(run("one", "1"), run("two", "2"), strict=True):
         for name in set(a) - {"seconds", "data_seconds", "norm", "positions"}:
             assert a[name] == b[name] or abs(a[name] - b[name]) < 1e-5 * max(1, abs(a[name])), (a, b, name)
 
 
 @pytest.mark.slow
 def test_sharded_equals_replicated(tmp_path):
-    """FSDP2 on two workers: the losses of DDP, with accumulation too; what it saved half way, two such workers or
-    one alone carry on."""
+    """FSDP2 on two workers: the losses of DDP, accumulated and compiled too; what it saved half way, two such workers
+    or one alone carry on."""
     def run(name, *more, procs="2"):
         flags = [*TINY, "--optimizer", "adamw", "--vae_lr_ratio", "0.5", "--eval_samples", "0", *more]
         flags += ["--out_dir", str(tmp_path / name)]
@@ -321,7 +323,7 @@ def test_sharded_equals_replicated(tmp_path):
         assert subprocess.run([sys.executable, ROOT / "train.py", *flags], timeout=120).returncode == 0
         return log_of(tmp_path / name)
     ddp, fsdp = run("ddp"), run("fsdp", "--fsdp", "--save_every", "2")
-    accumulated = run("accumulated", "--fsdp", "--accumulate")
+    accumulated = run("accumulated", "--fsdp", "--accumulate", *["--compile"] * bool(shutil.which("g++")))
     for name in ("sharded", "alone"):
         (tmp_path / name).mkdir()
         shutil.copy(tmp_path / "fsdp" / "ckpt.prev.pt", tmp_path / name / "ckpt.pt")
