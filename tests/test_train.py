@@ -19,6 +19,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import evaluate
 import flow
 import masks
 import sample
@@ -64,7 +65,7 @@ def test_files_of_a_run(tiny):
     assert set(metrics["ceiling"]) == {"image", "text"}
     for name in ("samples.png", "loss.png"):
         assert np.asarray(Image.open(tiny / name)).std() > 5
-    assert "interval" in train.table(metrics)
+    assert "interval" in evaluate.table(metrics)
 
 
 def test_eval_only_rewrites_the_metrics(tiny, tmp_path):
@@ -288,8 +289,8 @@ def test_a_prior_never_trained_is_neither_judged_nor_sampled(tmp_path, capsys):
 
 def test_an_interval_is_that_of_the_samples_behind_it():
     rates = dict(n=50, seen={"t2i": {"relation": 0.5, "color": 0.5}, "t2t": {}}, ceiling={"text": 0.5, "image": 0.5})
-    lines = train.table(rates).splitlines()
-    show = lambda n: "[{:.3f}, {:.3f}]".format(*train.wilson(0.5, n))
+    lines = evaluate.table(rates).splitlines()
+    show = lambda n: "[{:.3f}, {:.3f}]".format(*evaluate.wilson(0.5, n))
     for word, n in (("t2i relation", 100), ("t2i color", 150), ("ceiling text", 100), ("ceiling image", 50)):
         assert show(n) in next(line for line in lines if line.startswith(word)), word
 
@@ -735,7 +736,7 @@ def test_a_finished_run_says_so_and_trains_no_more(tiny, tmp_path, capsys):
 def test_a_signal_while_evaluating_stops_at_once(tiny, tmp_path, capsys, monkeypatch, number):
     out = tmp_path / "out"
     shutil.copytree(tiny, out)
-    monkeypatch.setattr(train, "evaluate", lambda *_: (signal.raise_signal(number), time.sleep(9)))
+    monkeypatch.setattr(train.evaluate, "evaluate", lambda *_: (signal.raise_signal(number), time.sleep(9)))
     before = signal.getsignal(number)
     argv = ["--out_dir", str(out), "--resume", "auto", "--eval_samples", "1", "--procs", "1"]
     assert train.main(argv) == 130 and signal.getsignal(number) == before
