@@ -77,20 +77,19 @@ def judge_answers(model: Cola, world: list, seed: int, numbers: list[int], s: sa
 
 
 def judge_stories(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
-    """T2T: continuations of stories after the first or the second sentence; none ends before the third. With
-    patches of tokens also apart by what the prefix has left over."""
+    """T2T: continuations of stories after the first or the second sentence; none ends before the third. Also
+    apart by what the prefix's length leaves over."""
     prefixes = []
     for scene, k in zip(world, numbers):
         words = data.rng(seed, k, data.WINDOW)
         sentences = scenes.story(scene, words).split(". ")
         prefixes.append(". ".join(sentences[:int(words.integers(1, 3))]) + ".")
     for prefix, rest in zip(prefixes, sample.generate_text(model, prefixes, s=s, first=numbers[0])):
-        ok, patch = scenes.consistent(prefix, rest), model.text_vae.patch_size
+        ok, patch = scenes.consistent(prefix, rest), max(4, model.text_vae.patch_size)
         yield "t2t.consistent", ok
         residue = len(model.tokenizer.encode(prefix)) % patch
-        if patch > 1:
-            yield f"t2t.by_residue.{residue}", ok
-            yield from ((f"t2t.share_of_residue.{r}", r == residue) for r in range(patch))
+        yield f"t2t.by_residue.{residue}", ok
+        yield from ((f"t2t.share_of_residue.{r}", r == residue) for r in range(patch))
 
 
 def judge_image_vae(model: Cola, world: list, seed: int, numbers: list[int]) -> Rows:
@@ -118,9 +117,9 @@ def settings(args: argparse.Namespace, seed: int = 0) -> tuple[sample.Settings, 
     """How images and texts are generated."""
     more = {"steps": args.sample_steps, "seed": seed}
     return (dataclasses.replace(sample.IMAGE, guidance=args.guidance, **more),
-            dataclasses.replace(sample.TEXT, guidance=args.text_guidance,
-                                temperature=args.text_temperature, repaint_share=args.repaint_share,
-                                repaint_cycles=args.repaint_cycles, **more))
+            dataclasses.replace(sample.TEXT, guidance=args.text_guidance, shift=args.text_shift,
+                                temperature=args.text_temperature, snap=args.text_snap,
+                                repaint_share=args.repaint_share, repaint_cycles=args.repaint_cycles, **more))
 
 
 @torch.no_grad()

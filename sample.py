@@ -54,6 +54,7 @@ FIRST_BLOCK = ("clean", "repaint", "left", "right")
 FORMAT = "unified-cola-2"                  # what a checkpoint of ours says of itself
 CONTENTS = {"config", "args", "tokenizer", "model", "ema", "progress", "optimizers", "seconds",
             "reference"}                   # and has
+EXACT = 64                                 # numbers of a block up to which `score` takes the exact divergence
 MAX_LATENTS = 1 << 14                      # of an image that is drawn: its mask has the square of that
 
 
@@ -172,7 +173,7 @@ class Settings:
     steps: int = 16
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)     # flow times at which guidance acts
-    solver: str = "euler"
+    solver: str = "euler"                  # a block that is repainted always takes euler
     shift: float | None = None             # of the time grid; None: as in training for images, 1 for text
     temperature: float = 1.0               # scale of the noise to start from; 0 leaves nothing to chance
     repaint_share: float = 1.0             # of a model trained for it (flow.repaint)
@@ -271,22 +272,22 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
     if any(block):
         layout = pack([Sample(task, clean=b * bl, start=n) for b, n in zip(block, starts)], bl, device)
         context.add(torch.cat([x[:b * bl] for x, b in zip(z, block)]), empty, layout)
-    generators, texts = noise(s.seed, first, B), ids
+    generators, texts, repainted = noise(s.seed, first, B), ids, model.first_block == "repaint"
 
     def fresh() -> Tensor:
         z = np.concatenate([g.standard_normal((bl, dz), np.float32) for g in generators])
-        return s.temperature * torch.from_numpy(z).to(device)                        # (B bl, Dz)
+        return torch.from_numpy(z).to(device)                                        # (B bl, Dz)
 
     while True:
-        z_block = fresh().view(B, bl, dz)
+        z_block = s.temperature * fresh().view(B, bl, dz)
         is_known = torch.zeros(B, bl, dtype=torch.bool, device=device)
         for i in range(B):
             rest = z[i][block[i] * bl:]
             z_block[i, :len(rest)], is_known[i, :len(rest)] = rest, True
         spots = [(b * bl, n) for b, n in zip(block, starts)]
         noisy = pack([Sample(task, noisy=bl, start=n, first=f) for f, n in spots], bl, device)
-        redraw = fresh if model.first_block == "repaint" and is_known.any() else None
-        z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten(), redraw)
+        z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten(), fresh if repainted else None)
+        repainted = False                  # only first blocks hold something of a prefix
         z = [torch.cat([x[:b * bl], y]) for x, b, y in zip(z, block, z0.view(B, bl, dz))]
         lengths = [len(x) for x in z]
         tokens = model.text_vae.decode(torch.cat(z), lengths).argmax(-1).split([n * p for n in lengths])
@@ -354,19 +355,21 @@ def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int 
     terms. The text ends with an end token and is filled up with more to whole blocks, which are not counted.
 
     Only whole blocks have a likelihood: in the differences, what of the prefix shares a block (or patch) with
-    the response counts as response, as the tokens beside them say; in the own score, only what shares a patch.
+    the response counts as response, as the tokens beside them say; in the own score only what shares a patch, but
+    for models whose first block is not clean, which know no given latents beside noise.
     """
     head, tail = model.tokenizer.encode(prefix), model.tokenizer.encode(response)
     p, grid, rows = model.text_vae.patch_size, flow.time_grid(steps), []
     ids = data.pad_to_multiple(head + tail, p * model.block_len, model.tokenizer.end)
-    known, cut = len(head) // p, len(head) // (p * model.block_len)
+    cut = len(head) // (p * model.block_len)
+    known = len(head) // p if model.first_block == "clean" else cut * model.block_len
     total, before = len(head) + len(tail) + 1, cut * model.block_len * p
     terms = log_weights(model, ids, samples, grid, **options)                        # (K, blocks) each
     for name, bound in (("ELBO", flow.elbo), ("IWAE", flow.iwae)):
         whole, first = (bound(*(x[:, :end].sum(1) for x in terms)).item() for end in (None, cut))
         rows += [(f"text, {name}", whole, total), (f"prefix, {name}", first, before),
                  (f"response | prefix, {name}", flow.conditional(whole, first), total - before)]
-    if known > cut * model.block_len and model.first_block == "clean":
+    if known > cut * model.block_len:
         terms = log_weights(model, ids, samples, grid, known=known, **options)
     px, pz, q = own = [x[:, cut:].sum(1) for x in terms]
     rows.append(("response | latents of the prefix", flow.elbo(*own).item(), total - known * p))
@@ -534,9 +537,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("response", help="what follows it, letter for letter")
     p.add_argument("--solver", choices=flow.SOLVERS, default="rk4", help="rk4 costs most and errs least")
     p.add_argument("--samples", type=int, default=8, help="draws K of the latents; IWAE is tighter with more")
-    p.add_argument("--divergence", choices=("exact", "hutchinson"), default="exact",
-                   help="exact takes a backward pass for every number of a block; hutchinson one in all, but "
-                   "its noise biases the IWAE upwards")
+    p.add_argument("--divergence", choices=("exact", "hutchinson"), default=None,
+                   help="exact takes a backward pass for every number of a block; hutchinson one in all, but its noise "
+                   f"biases the IWAE upwards (default: exact for blocks of up to {EXACT} numbers)")
     p = commands.add_parser("export", parents=[trained],
                             help="write text VAE, text stream and tokenizer as the public release has them")
     p.add_argument("folder", help="a new one, for cola_vae/, cola_dit/ and tokenizer.json")
@@ -606,8 +609,10 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, model: Cola, hw: tuple[int, int], picture: np.ndarray | None) -> None:
     """Sample and write. hw: pixels of the images to draw; picture: what it2t is asked about."""
     if args.task == "score":
+        numbers = model.block_len * model.text_vae.latent_dim
+        exact = args.divergence == "exact" or args.divergence is None and numbers <= EXACT
         rows = score(model, args.prefix, args.response, args.samples, args.steps, solver=args.solver,
-                     exact=args.divergence == "exact", seed=args.seed)
+                     exact=exact, seed=args.seed)
         print(f"{'log p in nats, of tokens':32} {'':19} nats/token perplexity")
         for name, value, tokens in rows:
             rates = flow.nats_per_token(value, tokens), flow.perplexity(value, tokens)

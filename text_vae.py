@@ -403,7 +403,7 @@ def robustness(checkpoint: str, files: list[str], count: int = 256, seq_len: int
 
     import data
     import sample
-    model, seed = sample.load(checkpoint), data.SEEDS - 1             # no run's own seed, most likely
+    model, seed = sample.build(sample.read_checkpoint(checkpoint)), data.SEEDS - 1    # no run's own, most likely
     texts = data.TextFiles(files, seed, seq_len) if files else data.GeneratedScenes(seed)
     p = model.text_vae.patch_size
     ids = [model.ids(texts.t2t(k), end=False)[:seq_len // p * p] for k in range(count)]

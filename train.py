@@ -200,6 +200,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("text_guidance", sample.TEXT.guidance, "guidance for text")
     flag("text_temperature", sample.TEXT.temperature, "scale of the noise that text starts from; 1 is what "
          "was trained, 0 the surest text")
+    flag("text_shift", sample.TEXT.shift, "shift of text's time grid: more spends more steps near noise")
+    flag("text_snap", sample.TEXT.snap, "text goes on from the tokens that its latents so far decode to; off, as in "
+         "the paper, from these latents", action=argparse.BooleanOptionalAction)
     flag("sample_steps", 16, "solver steps")
     flag("repaint_share", sample.TEXT.repaint_share, "with --first_block repaint: share of the steps in which "
          "the prefix leads its block")
@@ -221,7 +224,7 @@ def check(args: argparse.Namespace) -> None:
             (0, 1, "a share between 0 and 1",
              "any_order questions aux_caption cfg_drop warmup cooldown repa_until ema repaint_share"),
             (math.ulp(0), math.inf, "a number above 0",        # from the smallest such number
-             "w_answer scale time_scale clip lr muon_lr text_vae_lr image_vae_lr"),
+             "w_answer scale time_scale clip lr muon_lr text_vae_lr image_vae_lr text_shift"),
             (0, math.inf, "a number of at least 0",
              "weight_decay beta lambda_mask lambda_vae lambda_fm lambda_ref w_text w_repa vae_lr_ratio "
              "text_temperature eval_samples procs text_vae_steps vae_interval"),
@@ -1099,7 +1102,8 @@ def train_stages(run: Run) -> None:
 
 RUN_FLAGS = {"out_dir", "resume", "init_from", "init_official", "dry_run", "eval_only", "device", "procs", "fsdp",
              "attention", "compile", "save_every", "strict_data", "eval_samples", "guidance", "text_guidance",
-             "text_temperature", "sample_steps", "repaint_share", "repaint_cycles"}     # never a checkpoint's
+             "text_temperature", "text_shift", "text_snap", "sample_steps", "repaint_share",
+             "repaint_cycles"}                                 # never a checkpoint's
 GOAL_FLAGS = {"stage", "scale", "data", "text", "aspect"}      # a checkpoint's only where its own run goes on
 ARCHITECTURE = {"text_latent_dim", "text_patch", "text_vae_width", "text_vae_layers", "text_vae_heads",
                 "vae_block_len", "vae_logsnr", "vocab_size", "tokenizer", "image_latent_dim", "downsample",

@@ -1,15 +1,17 @@
 """The paper's ablations on generated stories: trains what is missing, then prints every table.
 
-    python tests/ablations.py --out DIR --jobs 2            all of them: 25 runs of two to six minutes a seed
+    python tests/ablations.py --out DIR --jobs 2            all of them: 27 runs of three to six minutes a seed
     python tests/ablations.py --out DIR --tables 5 6 --seeds 0 1 2
     python tests/ablations.py --out DIR --show              only print what is there
 
 One baseline, the paper's setting at the size of a CPU: stories alone, blocks of 16 latents of 16 channels, loc 1,
 text VAE trained on at the prior's rate and held to its start by lambda_ref, without which its latents collapse.
-Where there is no start to hold to, from scratch, beta is what keeps them apart. Each row of a table changes what
-its flags say. Rates are t2t.consistent of `python train.py` with these flags, on scenes of seen and of held-out
-compositions, pooled over the seeds; the interval is Wilson's, of all samples together, and the rates of the single
-seeds stand behind it.
+Where there is no start to hold to, from scratch, beta is what keeps them apart. With more channels or tokens in a
+latent both follow 16 patch / channels, so that they weigh the same against L_FM, a mean over channels and latents.
+Sampled as in the paper: temperature 1, no snapping, an even time grid; but guidance 1. A row of a table changes
+what its flags say. Rates are t2t.consistent, on scenes of seen and of held-out compositions, pooled over the
+seeds, with Wilson's interval of all samples and the rate of each seed behind it. What training itself scatters is
+larger: it is told below the tables, from all rows with several seeds, and with it what a difference must exceed.
 """
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +31,15 @@ sys.path.insert(0, str(ROOT))
 from evaluate import wilson
 
 BASE = ("--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 1000 --procs 1 --block_len 16 --text_loc 1 "
-        "--vae_lr_ratio 1 --lambda_ref 0.01 --vae_logsnr learned")
-SCRATCH = "--text_vae_steps 0 --lambda_ref 0 --beta 0.1"
+        "--vae_lr_ratio 1 --lambda_ref 0.01 --vae_logsnr learned "
+        "--text_temperature 1 --no-text_snap --text_shift 1 --text_guidance 1")
+SCRATCH = "--text_vae_steps 0 --lambda_ref 0 --beta"
+
+
+def wide(patch: int) -> str:
+    """128 channels, and this many tokens a latent."""
+    return f"--text_latent_dim 128 --text_patch {patch} --lambda_ref {0.01 * patch / 8}"
+
 
 # Of each table its title and rows: name, what training changes, what the evaluation alone changes.
 TABLES: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
@@ -39,29 +49,30 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
            f"--repaint_share {share} --repaint_cycles {cycles}") for cycles in (1, 3) for share in (1.0, 0.7, 0.3))]),
     "3": ("Fig. 3, 16: fixed and evolving latents", [
         ("frozen", "--vae_lr_ratio 0", ""), ("joint x 0.01", "--vae_lr_ratio 0.01", ""), ("joint x 1", "", ""),
-        ("interval, 2 on and 3 off", "--vae_interval 200 300", ""), ("all from scratch", SCRATCH, ""),
-        ("all from scratch, beta of the others", SCRATCH.replace("--beta 0.1", "--beta 0.001"), ""),
+        ("interval, 40 on and 60 off", "--vae_interval 40 60", ""), ("all from scratch", f"{SCRATCH} 0.1", ""),
+        ("all from scratch, beta 0.001", f"{SCRATCH} 0.001", ""),
         ("joint x 1, held by nothing", "--lambda_ref 0", "")]),
-    "F5": ("Fig. 5: masking loss", [
+    "F5": ("Fig. 5: masking loss, in both stages", [
         ("x 1, with it", "", ""), ("x 1, without", "--lambda_mask 0", ""),
         ("x 0.01, with it", "--vae_lr_ratio 0.01", ""),
         ("x 0.01, without", "--vae_lr_ratio 0.01 --lambda_mask 0", "")]),
-    "F6": ("Fig. 6: block length", [
+    "F6": ("Fig. 6: block length (a story and its end fill 15 to 45 latents)", [
         (str(n), f"--block_len {n}" if n != 16 else "", "") for n in (1, 16, 64, 128)]),
     "F7": ("Fig. 7, 8: law of the times", [
         *((f"loc {loc}", f"--text_loc {loc}" if loc != 1 else "", "") for loc in (-1, 0, 1, 2)),
         ("uniform", "--time_law uniform", "")]),
-    "F9": ("Fig. 9: steps and guidance", [
+    "F9": ("Fig. 9: steps and guidance (from the second block on, as the first has no context)", [
         *((f"{n} steps", "", f"--sample_steps {n}" if n != 16 else "") for n in (1, 2, 4, 8, 16, 32)),
-        *((f"guidance {w}", "", f"--text_guidance {w}" if w != 1 else "") for w in (0, 1, 2, 3, 5, 7, 10))]),
+        *((f"guidance {w}", "", f"--text_guidance {w}" if w != 1 else "") for w in (0, 1, 2, 3, 5, 7, 10)),
+        ("temperature 0.3", "", "--text_temperature 0.3"), ("snapping", "", "--text_snap"),
+        ("shift 3", "", "--text_shift 3"), ("all three", "", "--text_temperature 0.3 --text_snap --text_shift 3")]),
     "2": ("Table 2: channels of a latent, all from scratch, loc 1", [
-        (str(dz), f"{SCRATCH} --text_latent_dim {dz}" if dz != 16 else SCRATCH, "") for dz in (16, 64, 128)]),
+        (str(dz), f"{SCRATCH} {1.6 / dz}" + f" --text_latent_dim {dz}" * (dz != 16), "") for dz in (16, 64, 128)]),
     "T3": ("Table 3: logSNR of the latents", [
         *((x, f"--vae_logsnr {x}", "") for x in ("1.0", "1.5", "2.0")), ("learned", "", "")]),
-    "6": ("Table 6: patch size, 128 channels, loc 1", [
-        (str(p), f"--text_latent_dim 128 --text_patch {p}", "") for p in (1, 2, 4)]),
-    "R": ("Prompts by what their length leaves over, 8,192 or more each", [
-        (f"patch {p}", f"--text_latent_dim 128 --text_patch {p}", f"--eval_samples {4096 * p}") for p in (2, 4)]),
+    "6": ("Table 6: patch size, 128 channels, loc 1", [(str(p), wide(p), "") for p in (1, 2, 4)]),
+    "R": ("Prompts by what their length leaves over", [
+        (f"patch {p}", wide(p), f"--eval_samples {samples}") for p, samples in ((1, 8192), (2, 8192), (4, 16384))]),
 }
 
 
@@ -71,68 +82,87 @@ def folder(out: Path, flags: str, evaluated: str, seed: int) -> Path:
     return out / f"{words}_s{seed}"
 
 
-def run(out: Path, flags: str, evaluated: str, seed: int, scale: float, samples: int) -> None:
-    """Train, or evaluate a copy of what was trained; whatever is finished already stays."""
-    place = folder(out, flags, evaluated, seed)
-    if (place / "metrics.json").exists():
-        return
-    command = [sys.executable, str(ROOT / "train.py"), *BASE.split(), "--seed", str(seed), "--scale", str(scale),
-               "--eval_samples", str(samples), "--out_dir", str(place), *flags.split(), *evaluated.split()]
-    if evaluated:
-        place.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder(out, flags, "", seed) / "ckpt.pt", place)
-        command.append("--eval_only")
-    else:
-        command += ["--resume", "auto"]
+def run(out: Path, flags: str, evaluated: str, seed: int, scale: float, samples: int) -> int:
+    """Train, or evaluate a copy of what was trained; what is finished stays. Returns train.py's exit status.
+    ValueError where the folder holds a run of other flags."""
+    place, source = folder(out, flags, evaluated, seed), folder(out, flags, "", seed) / "ckpt.pt"
+    words = [*BASE.split(), "--seed", str(seed), "--scale", str(scale), "--eval_samples", str(samples),
+             *flags.split(), *evaluated.split()]
     place.mkdir(parents=True, exist_ok=True)
+    said = place / "flags.txt"
+    if said.exists() and said.read_text() != " ".join(words):
+        raise ValueError(f"{place} is a run of other flags; name another --out")
+    said.write_text(" ".join(words))
+    if (place / "metrics.json").exists() or evaluated and not source.exists():
+        return int(not (place / "metrics.json").exists())
+    if evaluated:
+        shutil.copy(source, place)
     with open(place / "log.txt", "a") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *words, "--out_dir", str(place),
+             *(["--eval_only"] if evaluated else ["--resume", "auto"])],
+            stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     print(f"{place.name}: exit status {done.returncode}", flush=True)
+    return done.returncode
 
 
-def rate(metrics: list[dict], path: str) -> tuple[str, float]:
-    """The pooled rate of some seeds with its interval, for a row of Markdown; and the number."""
-    values = []
-    for m in metrics:
-        for key in path.split("."):
-            m = m.get(key, {})
-        values += [m] if isinstance(m, float) else []
-    if not values:
-        return "-", 0.0
-    mean = sum(values) / len(values)
-    low, high = wilson(mean, len(values) * metrics[0]["n"])
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}] ({', '.join(f'{v:.3f}' for v in values)})", mean
+def consistent(metrics: dict) -> float:
+    """The rate of a run: seen and held-out together."""
+    return (metrics["seen"]["t2t"]["consistent"] + metrics["heldout"]["t2t"]["consistent"]) / 2
 
 
-def residues(metrics: list[dict]) -> str:
-    """Rates by what the prefix has left over, seen and held-out, and the 95 % interval of the best minus the worst."""
-    told = [(m[split]["t2t"], m["n"]) for m in metrics for split in ("seen", "heldout")]
-    counts = {r: sum(t["share_of_residue"][r] * n for t, n in told) for r in told[0][0]["share_of_residue"]}
-    rates = {r: sum(t["by_residue"].get(r, 0) * t["share_of_residue"][r] * n for t, n in told) / max(count, 1)
-             for r, count in counts.items()}
-    best, worst = max(rates, key=rates.get), min(rates, key=rates.get)
-    spread = 1.96 * sum(rates[r] * (1 - rates[r]) / max(counts[r], 1) for r in (best, worst)) ** 0.5
+def last(place: Path, name: str) -> str:
+    """The last value of a term in the log of a run."""
+    log = place / "log.jsonl"
+    values = [e[name] for e in map(json.loads, log.read_text().splitlines()) if name in e] if log.exists() else []
+    return f"{statistics.fmean(values[-50:]):.2f}" if values else "-"
+
+
+def residues(metrics: dict, patch: int) -> str:
+    """Of one run the rates by what the prefix leaves over, and the 95 % interval of the best minus the worst."""
+    right, count = [0.0] * patch, [0.0] * patch
+    for split in ("seen", "heldout"):
+        told = metrics[split]["t2t"]
+        for r, share in told["share_of_residue"].items():
+            count[int(r) % patch] += share * metrics["n"]
+            right[int(r) % patch] += told["by_residue"].get(r, 0.0) * share * metrics["n"]
+    rates = [a / n for a, n in zip(right, count)]
+    best, worst = (rates.index(f(rates)) for f in (max, min))
+    spread = 1.96 * sum(rates[r] * (1 - rates[r]) / count[r] for r in (best, worst)) ** 0.5
     gap = rates[best] - rates[worst]
-    return (", ".join(f"{r}: {rates[r]:.3f} (n = {counts[r]:.0f})" for r in sorted(rates))
-            + f"; best - worst {gap:.3f} [{gap - spread:.3f}, {gap + spread:.3f}]")
+    return (", ".join(f"{r}: {rate:.3f} (n = {n:.0f})" for r, (rate, n) in enumerate(zip(rates, count)))
+            + f"; {gap:.3f} [{gap - spread:.3f}, {gap + spread:.3f}]")
 
 
 def show(out: Path, tables: list[str], seeds: list[int]) -> None:
+    """Print the tables of what is there, and how much training scatters."""
+    squares, freedom = 0.0, 0
     for key in tables:
         title, rows = TABLES[key]
-        print(f"\n**{title}**\n\n| | t2t consistent [95 %] (each seed) | held-out | ceiling.text | minutes |\n"
-              "|---|---|---|---|---|")
+        print(f"\n**{title}**\n\n| | t2t consistent [95 %] (each seed) | logSNR | drift | ceiling | minutes |\n"
+              "|---|---|---|---|---|---|")
         for name, flags, evaluated in rows:
-            files = [folder(out, flags, evaluated, seed) / "metrics.json" for seed in seeds]
-            metrics = [json.loads(f.read_text()) for f in files if f.exists()]
-            if metrics:
-                minutes = ", ".join(f"{m['seconds'] / 60:.1f}" for m in metrics)
-                cells = [rate(metrics, path)[0] for path in ("seen.t2t.consistent", "heldout.t2t.consistent")]
-                ceiling = rate(metrics, "ceiling.text")[1]
-                print(f"| {name} | {cells[0]} | {cells[1]} | {ceiling:.3f} | {minutes} |")
-                if "by_residue" in metrics[0]["seen"]["t2t"]:
-                    print(f"| by residue of the prefix | {residues(metrics)} | | | |")
+            places = [p for seed in seeds if (p := folder(out, flags, evaluated, seed)).joinpath("metrics.json").exists()]
+            metrics = [json.loads((p / "metrics.json").read_text()) for p in places]
+            if not metrics:
+                continue
+            rates = [consistent(m) for m in metrics]
+            mean = statistics.fmean(rates)
+            low, high = wilson(mean, sum(2 * m["n"] for m in metrics))
+            if len(rates) > 1 and 0.1 < mean < 0.95:
+                squares, freedom = squares + statistics.variance(rates) * (len(rates) - 1), freedom + len(rates) - 1
+            cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}] ({', '.join(f'{r:.3f}' for r in rates)})",
+                     *(", ".join(last(p, term) for p in places) for term in ("logsnr", "drift")),
+                     f"{statistics.fmean(m['ceiling']['text'] for m in metrics):.3f}",
+                     ", ".join(f"{m['seconds'] / 60:.1f}" for m in metrics)]
+            print(f"| {name} | {' | '.join(cells)} |")
+            for patch in (2, 4) if key == "R" else ():
+                told = "; seed ".join(f"{seed}: {residues(m, patch)}" for seed, m in zip(seeds, metrics))
+                print(f"| by length mod {patch}; best - worst | seed {told} | | | | |")
+    if freedom:
+        deviation = (squares / freedom) ** 0.5
+        print(f"\nOne recipe's seeds deviate by {deviation:.3f} ({freedom} degrees of freedom): means of {len(seeds)} seeds "
+              f"that differ by less than {2.1 * deviation * (2 / len(seeds)) ** 0.5:.3f} are not told apart.")
 
 
 def main() -> None:
@@ -141,19 +171,21 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES, help="which of the tables")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="a run of each")
     parser.add_argument("--scale", type=float, default=1.0, help="of the steps")
-    parser.add_argument("--samples", type=int, default=512, help="judged for a rate")
+    parser.add_argument("--samples", type=int, default=512, help="judged for a rate, of seen and held-out each")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--show", action="store_true", help="only print")
     args = parser.parse_args()
+    failed = 0
     if not args.show:
-        wanted = [(flags, evaluated, seed) for seed in args.seeds for key in args.tables
-                  for _, flags, evaluated in TABLES[key][1]]
-        wanted = list(dict.fromkeys(wanted))
-        trained = list(dict.fromkeys((flags, "", seed) for flags, _, seed in wanted))
+        wanted = dict.fromkeys((flags, evaluated, seed) for seed in args.seeds for key in args.tables
+                               for _, flags, evaluated in TABLES[key][1])
+        trained = dict.fromkeys((flags, "", seed) for flags, _, seed in wanted)
         for jobs in (trained, [w for w in wanted if w[1]]):        # evaluations need what was trained
             with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda job: run(args.out, *job, args.scale, args.samples), jobs))
+                failed += sum(map(bool, pool.map(lambda job: run(args.out, *job, args.scale, args.samples), jobs)))
     show(args.out, args.tables, args.seeds)
+    if failed:
+        sys.exit(f"{failed} runs failed; see log.txt in their folders")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ static float exchanged[MOST];
 static unsigned threads;
 static long changes;                                     // of anything that somebody may wait for
 static std::function<void()> body;
+alignas(1024) static uint8_t shared[232448];             // all that a block can have
 
 inline void yield() { swapcontext(&fiber[threadIdx.x], &scheduler); }
 
@@ -93,6 +94,7 @@ inline void emulate(dim3 grid, unsigned threads, std::function<void()> body) {
   for (unsigned y = 0; y < grid.y; y++)
     for (unsigned x = 0; x < grid.x; x++) {
       blockIdx = dim3(x, y);
+      memset(shared, 0xff, sizeof shared);               // what nobody wrote is no number
       for (unsigned t = 0; t < threads; t++) {
         done[t] = false;
         getcontext(&fiber[t]);
@@ -129,7 +131,6 @@ typedef __nv_bfloat16 bf16;
 #define SHARED_MEMORY(name) uint8_t* name = emulated::shared
 
 namespace emulated {
-alignas(1024) static uint8_t shared[232448];             // all that a block can have
 
 inline uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 inline float element(uint32_t at) {                      // the bf16 at an address that the swizzle has yet to permute

@@ -214,6 +214,20 @@ def test_partial_repaint_leads_and_then_lets_go(model, calls):
     assert commit[3] and not torch.equal(commit[0][:3], z[2 * BLOCK:])
 
 
+@torch.no_grad()
+def test_a_repainted_sample_does_not_depend_on_its_batch(model, calls):
+    """Nor does one whose prefix fills its block. What is known has the noise of its time at any temperature."""
+    prefixes = [prefix_of(model, BLOCK), prefix_of(model, BLOCK + 3)]
+    repainted = replace(model, first_block="repaint")
+    s = replace(S, repaint_cycles=2, temperature=0.0)
+    both = sample.generate_text(repainted, prefixes, s=s, max_tokens=2 * BLOCK)
+    text, t, *_ = calls[1]
+    z, _ = model.encode_text([model.tokenizer.encode(prefixes[1])])
+    assert t[0] == 1 and 0.6 < text[BLOCK:][:3].std() < 1.4 and not text[BLOCK:][3:].any()
+    assert [sample.generate_text(repainted, [p], s=s, max_tokens=2 * BLOCK, first=i)[0]
+            for i, p in enumerate(prefixes)] == both
+
+
 @pytest.mark.parametrize("snap", (False, True))
 @pytest.mark.parametrize("extra", (0, 3), ids=["whole block", "inside a block"])
 def test_finished_blocks_join_the_context(model, calls, latents, snap, extra):

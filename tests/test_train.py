@@ -173,7 +173,7 @@ def test_a_run_of_text_alone(tmp_path, capsys):
     assert metrics["seen"].keys() == {"t2t"} and metrics["ceiling"].keys() == {"text"}
     told = metrics["seen"]["t2t"]
     assert told.keys() == {"consistent", "by_residue", "share_of_residue"}
-    assert told["share_of_residue"].keys() == {"0", "1"} and sum(told["share_of_residue"].values()) == 1
+    assert told["share_of_residue"].keys() == set("0123") and sum(told["share_of_residue"].values()) == 1
     assert "t2t consistent" in shown and "t2i scene" not in shown and "ceiling image" not in shown
     assert sample.main(["t2i", "a circle", "--checkpoint", str(out / "ckpt.pt")]) == 2
     assert "was trained for t2t, not for t2i" in capsys.readouterr().err
@@ -317,8 +317,8 @@ def test_two_workers_equal_one(tmp_path):
 
 @pytest.mark.slow
 def test_sharded_equals_replicated(tmp_path):
-    """FSDP2 on two workers: the losses of DDP, accumulated and compiled too; what it saved half way, two such workers
-    or one alone carry on."""
+    """FSDP2 on two workers: the losses of DDP; accumulated, compiled and through the kernels' operators too; what it
+    saved half way, two such workers or one alone carry on."""
     def run(name, *more, procs="2"):
         flags = [*TINY, "--optimizer", "adamw", "--vae_lr_ratio", "0.5", "--eval_samples", "0", *more]
         flags += ["--out_dir", str(tmp_path / name)]
@@ -326,7 +326,8 @@ def test_sharded_equals_replicated(tmp_path):
         assert subprocess.run([sys.executable, ROOT / "train.py", *flags], timeout=120).returncode == 0
         return log_of(tmp_path / name)
     ddp, fsdp = run("ddp"), run("fsdp", "--fsdp", "--save_every", "2")
-    accumulated = run("accumulated", "--fsdp", "--accumulate", *["--compile"] * bool(shutil.which("g++")))
+    accumulated = run("accumulated", "--fsdp", "--accumulate", "--attention", "cuda",
+                      *["--compile"] * bool(shutil.which("g++")))
     for name in ("sharded", "alone"):
         (tmp_path / name).mkdir()
         shutil.copy(tmp_path / "fsdp" / "ckpt.prev.pt", tmp_path / name / "ckpt.pt")
@@ -836,12 +837,18 @@ def test_help_explains_every_flag(monkeypatch):
 
 @pytest.mark.parametrize("backend", ("cuda", "reference"))
 def test_attention_backends_train_the_same(backend, tiny, tmp_path, capsys, monkeypatch):
-    """Losses of the first steps are those of the padded backend."""
+    """Losses are those of the padded backend, also of a run that began with another."""
     monkeypatch.setattr(train.cuda_attention, "chosen", "auto")
     flags = [*TINY, "--attention", backend, "--eval_samples", "0", "--out_dir", str(tmp_path / "out")]
-    assert train.main(flags) == 0
+    assert train.main([*flags, "--save_every", "2"]) == 0
     assert f"attention: {backend}, as asked for" in capsys.readouterr().out
-    for mine, theirs in zip(log_of(tmp_path / "out"), log_of(tiny)):
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "out" / "ckpt.prev.pt", tmp_path / "resumed" / "ckpt.pt")
+    assert train.main(["--resume", "auto", "--procs", "1", "--eval_samples", "0", "--out_dir",
+                       str(tmp_path / "resumed")]) == 0
+    whole, resumed = log_of(tmp_path / "out"), log_of(tmp_path / "resumed")
+    assert [e["step"] for e in resumed] == [3, 4]
+    for mine, theirs in zip([*whole, *resumed], [*log_of(tiny), *log_of(tiny)[-2:]], strict=True):
         for name in mine.keys() - {"stage", "seconds", "data_seconds", "norm"}:
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), (mine["stage"], mine["step"], name)
 
