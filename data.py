@@ -621,6 +621,7 @@ class ImageText:
         self.items = [item for item, _ in good]
         self._hw = [got if isinstance(got, tuple) else got.shape[:2] for _, got in good]
         self.num_images = len(good)
+        self._whole = bytearray(len(good))      # 1: has been decoded once, so that its caption can be relied on
         if self.left_out:
             line = f"{len(self.left_out)} of {len(self.left_out) + len(good)} images cannot be used: "
             line += ", ".join(self.left_out[:3]) + ", ..." * (len(self.left_out) > 3)
@@ -666,8 +667,11 @@ class ImageText:
         for other in itertools.chain(range(index, self.num_images), range(index)):
             if self._hw[other] != self._hw[index]:
                 continue
+            if self._whole[other]:
+                return other
             reason = self._pixels(self.items[other])
             if not isinstance(reason, str):
+                self._whole[other] = 1
                 return other
             line = f"{self.items[other].name!r} ({reason})"
             if self.strict:

@@ -123,7 +123,8 @@ class Attention(nn.Module):
     def qkv(self, h: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h (L, D) -> q, k, v, each (L, nh, hd); norms and rotation in fp32."""
         q, k, v = self.proj_qkv(h).unflatten(-1, self.shape).unbind(1)               # (L, nh, hd)
-        q, k = apply_rope(self.norm_q(q.float()), rope), apply_rope(self.norm_k(k.float()), rope)
+        q, k = (apply_rope(F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps), rope)
+                for x, norm in ((q, self.norm_q), (k, self.norm_k)))
         return q.to(v.dtype), k.to(v.dtype), v
 
 

@@ -52,8 +52,8 @@ from text_vae import load_official as load_vae, save_official as save_vae
 
 FIRST_BLOCK = ("clean", "repaint", "left", "right")
 FORMAT = "unified-cola-2"                  # what a checkpoint of ours says of itself
-CONTENTS = {"config", "args", "tokenizer", "model", "ema", "progress", "optimizers", "seconds",
-            "reference"}                   # and has
+CONTENTS = dict.fromkeys(("config", "args", "tokenizer", "model", "ema", "progress", "reference"), dict) | \
+    {"optimizers": list, "seconds": float}     # and has
 EXACT = 64                                 # numbers of a block up to which `score` takes the exact divergence
 MAX_LATENTS = 1 << 14                      # of an image that is drawn: its mask has the square of that
 
@@ -389,6 +389,9 @@ def read_checkpoint(path: str | Path) -> dict:
                                 "`python train.py` writes one, out/ckpt.pt")
     try:
         with zipfile.ZipFile(path) as file:                    # torch.load compares no checksums
+            members = file.infolist()
+            if any(m.compress_type for m in members) or sum(m.file_size for m in members) > path.stat().st_size:
+                raise zipfile.BadZipFile("its members are larger than the file")
             if name := file.testzip():                         # every worker does: all must come to the same end
                 raise zipfile.BadZipFile(f"{name} was changed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -402,23 +405,32 @@ def read_checkpoint(path: str | Path) -> dict:
     if found != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this program (format {found!r}, expected {FORMAT!r}); "
                          "make one with train.py")
-    if missing := CONTENTS - checkpoint.keys():
-        raise ValueError(f"{path}: damaged, without {', '.join(sorted(missing))}; take an earlier copy")
+    wrong = [name for name, kind in CONTENTS.items() if not isinstance(checkpoint.get(name), kind)]
+    progress = checkpoint.get("progress")
+    if not wrong and not all(type(progress.get(stage)) is int for stage in ("text_vae", "image_vae", "mmdit")):
+        wrong = ["progress"]
+    if wrong:
+        raise ValueError(f"{path}: damaged in {', '.join(wrong)}; take an earlier copy")
     return checkpoint
 
 
 def build(checkpoint: dict, weights: str = "ema") -> Cola:
-    """The system of a checkpoint. weights: "ema" (what is sampled) or "model" (what is trained)."""
+    """The system of a checkpoint, its weights copied. weights: "ema" (what is sampled) or "model" (what is
+    trained). ValueError, one line, where its parts do not fit each other; sizes that it names cost no memory."""
     try:
         c = checkpoint["config"]
-        model = Cola(TextVAE(**c["text_vae"]), ImageVAE(**c["image_vae"]), MMDiT(MMDiTConfig(**c["mmdit"])),
-                     data.Tokenizer.from_dict(checkpoint["tokenizer"]), c["block_len"], tuple(c["image_hw"]),
-                     checkpoint["args"]["image_loc"], checkpoint["args"]["first_block"], tuple(c["tasks"]))
-        for name in ("text_vae", "image_vae", "mmdit"):
-            getattr(model, name).load_state_dict(checkpoint[weights][name])
-            getattr(model, name).eval()
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"the checkpoint is of another architecture: {str(error).splitlines()[0]}") from None
+        with torch.device("meta"):
+            parts = TextVAE(**c["text_vae"]), ImageVAE(**c["image_vae"]), MMDiT(MMDiTConfig(**c["mmdit"]))
+        model = Cola(*parts, data.Tokenizer.from_dict(checkpoint["tokenizer"]), int(c["block_len"]),
+                     tuple(map(int, c["image_hw"])), float(checkpoint["args"]["image_loc"]),
+                     str(checkpoint["args"]["first_block"]), tuple(map(str, c["tasks"])))
+        for name, part in zip(("text_vae", "image_vae", "mmdit"), parts):
+            state = {k: v.clone() for k, v in checkpoint[weights][name].items()}
+            part.load_state_dict(state, assign=True)
+            part.eval()
+    except Exception as error:                                 # whatever a forged configuration can raise
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"the checkpoint is of another architecture: {reason}") from None
     return model
 
 

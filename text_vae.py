@@ -283,15 +283,16 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
         header = json.loads(data[8:start].decode())
         header.pop("__metadata__", None)
-        entries = sorted((*e["data_offsets"], k, e["dtype"], tuple(e["shape"])) for k, e in header.items())
+        entries = sorted((*e["data_offsets"], k, str(e["dtype"]), tuple(e["shape"])) for k, e in header.items())
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: the header is not a table of tensors ({error!r})") from None
     tensors, end = {}, 0
     for first, last, name, dtype, shape in entries:
         if dtype not in SAFETENSORS:
             raise ValueError(f"{path}: {name} has dtype {dtype}; expected one of {', '.join(SAFETENSORS)}")
-        if not all(type(n) is int and n >= 0 for n in (first, last, *shape)):
-            raise ValueError(f"{path}: {name} has shape {shape} at {first}..{last}; expected none negative")
+        if not all(type(n) is int and n >= 0 for n in (first, last, *shape)) or \
+                math.prod(n or 1 for n in shape) >= 1 << 48:            # also of a tensor with nothing in it
+            raise ValueError(f"{path}: {name} has shape {shape} at {first}..{last}; expected lengths of a tensor")
         items, width = math.prod(shape), SAFETENSORS[dtype].itemsize
         if first != end or last != first + items * width or start + last > size:
             raise ValueError(f"{path}: {name} {dtype} {shape} lies at bytes {first}..{last}; expected "
@@ -309,7 +310,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors that a model.safetensors.index.json spreads over several files beside it."""
     try:
         where = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index}: no weight_map of tensor names to files ({error!r})") from None
     for shard in where.values():
         if type(shard) is not str or Path(shard).name != shard:

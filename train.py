@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import fcntl
 import json
@@ -36,7 +37,9 @@ import sys
 import time
 import timeit
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +48,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -318,12 +322,17 @@ def step_tasks(args: argparse.Namespace, step: int) -> list[int]:
 
 # ---- workers -----------------------------------------------------------------------------------------------
 
+class Agreed(OSError):
+    """An error that all workers have heard of."""
+
+
 @dataclass
 class Worker:
     """This process among the others."""
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    speaks: bool = True                    # of what all workers of a machine find out, the first tells
     training: bool = False                 # set-up is over
 
     def sum(self, values: list[float]) -> list[float]:
@@ -342,6 +351,11 @@ class Worker:
         dist.all_gather_object(parts, items)
         return [x for part in parts for x in part]
 
+    def agree(self, error: str) -> None:
+        """Agreed on every worker if one of them has an error to tell: else the others would wait for it."""
+        if errors := [e for e in self.gather([error]) if e]:
+            raise Agreed(errors[0])
+
     def share(self, start: int, count: int) -> range:
         """This worker's part of `count` sample numbers from `start`."""
         return range(start + count * self.rank // self.world, start + count * (self.rank + 1) // self.world)
@@ -356,14 +370,16 @@ def join(device: str) -> Worker:
     """This process's place among those that `launch` or torchrun started; alone where nobody did."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Worker(device=torch.device(device))
+    place = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
-        if (place := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
-            raise ValueError(f"worker {place} of this machine has no GPU of its own among "
-                             f"{torch.cuda.device_count()}; lower --nproc_per_node")
+        if (here := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
+            raise ValueError(f"{here} workers on this machine, which has {torch.cuda.device_count()} GPUs; lower "
+                             "--nproc_per_node")
         device = f"cuda:{place}"
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
-    return Worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device(device))
+    # All wait while the first writes a checkpoint, which may take long.
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=2))
+    return Worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device(device), place == 0)
 
 
 def launch(argv: list[str], procs: int) -> int:
@@ -379,9 +395,10 @@ def launch(argv: list[str], procs: int) -> int:
                         "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
     command = [sys.executable, os.path.abspath(__file__), *argv]
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(procs)]
-    workers = [subprocess.Popen(command, env=env | rank) for rank in ranks]
-    signal.signal(signal.SIGTERM, lambda *_: [w.terminate() for w in workers])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)       # a terminal's Ctrl-C reaches the workers by itself
+    # In a session of their own they hear of Ctrl-C from here alone; and none outlives this process.
+    workers = [subprocess.Popen(command, env=env | rank, start_new_session=True, preexec_fn=end_with_parent)
+               for rank in ranks]
+    on_signals(lambda number, _: [w.send_signal(number) for w in workers])
     while any(w.poll() is None for w in workers) and not any(w.returncode for w in workers):
         time.sleep(0.1)
     for w in workers:                                  # one has failed, or all are done
@@ -390,7 +407,14 @@ def launch(argv: list[str], procs: int) -> int:
         except subprocess.TimeoutExpired:
             w.kill()
             w.wait()
-    return max((w.returncode for w in workers), key=abs)
+    codes = [w.returncode for w in workers]
+    return 2 if 2 in codes else max(codes, key=abs)    # a mistake of the user's, before what it made of the others
+
+
+def end_with_parent() -> None:
+    """Have the system send this process SIGTERM when its parent ends, however that comes about (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)             # PR_SET_PDEATHSIG
 
 
 def bf16_is_faster() -> bool:
@@ -525,7 +549,7 @@ class Batches:
 
     @torch.no_grad()
     def image_latents(self, index: list[int]) -> list[Tensor]:
-        """Normalised mean latents of images, (h, w, Cz) each; computed once, up to a gigabyte of them, and always
+        """Normalised mean latents of images, (h, w, Cz) each; computed once, up to 256 MiB of them, and always
         8 at a time: how products round depends on their sizes, and a resumed run must find the same numbers."""
         new, latents, vae = sorted(set(index) - self.images.keys()), {}, self.model.image_vae
         for hw in {self.dataset.image_hw(i) for i in new}:
@@ -535,7 +559,7 @@ class Batches:
                 x = sample.to_float(x).to(self.model.device)                                 # (8, 3, H, W)
                 z = vae.normalize(vae.encode(x)[0]).permute(0, 2, 3, 1).cpu()                # (8, h, w, Cz)
                 latents |= dict(zip(eight, z))
-        if latents and len(self.images) * next(iter(latents.values())).nbytes < 1 << 30:
+        if latents and len(self.images) * next(iter(latents.values())).nbytes < 1 << 28:
             self.images |= latents
         return [latents[i] if i in latents else self.images[i] for i in index]
 
@@ -799,11 +823,14 @@ def sharded(stage: PriorStage) -> PriorStage:
     """The stage under FSDP2: every block of the prior a group of its own, whose weights are whole only while it
     works, and all the rest one more."""
     stage.mmdit.both_streams = True        # all workers gather the same blocks, whatever their samples are
+    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if stage.args.bf16 == "on" \
+        else MixedPrecisionPolicy()
     for block in (*stage.mmdit.blocks, *stage.mmdit.image_blocks):
-        fully_shard(block)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
         for method in ("before", "after"):
             register_fsdp_forward_method(block, method)
-    return fully_shard(stage)
+    return fully_shard(stage, mesh=mesh)
 
 
 def whole(x, keep: bool = True):
@@ -849,6 +876,8 @@ class Run:
         self.ema: dict[str, dict[str, Tensor]] = {}            # averaged weights, by part
         self.optimizer_state: list[dict] = []
         self.reference: dict[str, Tensor] = {}                 # the text VAE when a joint stage 2 began
+        self.repa: nn.Module | None = None                     # the head of L_REPA, trained beside the model
+        self.repa_state: dict[str, Tensor] = {}
         self.damaged = False                                   # ckpt.pt is, and the one before was taken
         self.stop = 0                                          # the signal that asked us to leave
 
@@ -860,16 +889,23 @@ class Run:
                   "mmdit": dataclasses.asdict(m.mmdit.config),
                   "block_len": m.block_len, "image_hw": list(m.image_hw),
                   "tasks": sorted(tasks_of(self.args))}
+        repa = self.repa.state_dict() if self.repa else self.repa_state
         return whole({"format": sample.FORMAT, "config": config, "args": plain(self.args),
-                      "tokenizer": m.tokenizer.to_dict(), "model": weights, "ema": weights | self.ema,
+                      "tokenizer": m.tokenizer.to_dict(), "model": weights | {"repa": repa}, "ema": weights | self.ema,
                       "progress": self.progress, "optimizers": self.optimizer_state, "seconds": self.seconds,
                       "reference": self.reference}, keep)
 
     def save(self) -> None:
-        """Write out/ckpt.pt whole or not at all; the one before becomes ckpt.prev.pt."""
-        state = self.state(keep=not self.worker.rank)
-        if self.worker.rank:
-            return
+        """Write out/ckpt.pt whole or not at all; the one before becomes ckpt.prev.pt. Agreed if it cannot be written."""
+        state, error = self.state(keep=not self.worker.rank), ""
+        if not self.worker.rank:
+            try:
+                self.write(state)
+            except OSError as reason:
+                error = str(reason)
+        self.worker.agree(error)
+
+    def write(self, state: dict) -> None:
         temporary, path, before = (self.out / name for name in ("ckpt.pt.tmp", "ckpt.pt", "ckpt.prev.pt"))
         try:
             with open(temporary, "wb") as file:
@@ -900,19 +936,24 @@ class Run:
             self.ema = {k: v for k, v in checkpoint["ema"].items() if k != "image_vae"}
         self.damaged = "warning" in checkpoint
         self.optimizer_state, self.reference = checkpoint["optimizers"], checkpoint["reference"]
+        self.repa_state = checkpoint["model"].get("repa", {})
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
-        """The folder is this run's alone. ValueError where another run writes there."""
-        lock = open(self.out / ".lock", "a")
-        try:
+        """The folder is this run's alone. Agreed where another run writes there, or has done so since the checkpoint
+        was read."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / ".lock", "a") as lock:
+            error = ""
             if not self.worker.rank:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if written(self.out) != self.args.found:
+                        error = f"{self.out}: another run wrote there just now; start again"
+                except BlockingIOError:
+                    error = f"{self.out}: another run is writing there; choose another --out_dir"
+            self.worker.agree(error)
             yield
-        except BlockingIOError:
-            raise ValueError(f"{self.out}: another run is writing there; choose another --out_dir") from None
-        finally:
-            lock.close()
 
     def trim_log(self) -> None:
         """Drop from log.jsonl the steps behind the checkpoint, which will be taken again."""
@@ -930,8 +971,6 @@ class Run:
         counts = self.worker.sum(np.sum([b.counts() for b in batches], 0).tolist())
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            if isinstance(wrapped, FSDPModule):
-                wrapped.set_requires_gradient_sync(last)
             ddp = isinstance(wrapped, DistributedDataParallel)
             with wrapped.no_sync() if ddp and not last else contextlib.nullcontext():
                 with amp:
@@ -968,7 +1007,7 @@ class Run:
         if start >= steps:
             return
         wrapped = module if worker.world == 1 else sharded(module) if a.fsdp and stage == "mmdit" else \
-            DistributedDataParallel(module)
+            DistributedDataParallel(module, gradient_as_bucket_view=True)
         optimizers = make_optimizers()                         # of what is now the module's parameters
         groups = [g for o in optimizers for g in o.param_groups]
         peaks = [g["lr"] for g in groups]
@@ -979,9 +1018,10 @@ class Run:
             self.ema[name] = {k: like(self.ema[name][k], v) if start else v.clone() for k, v in now.items()}
         if start:
             for o, state in zip(optimizers, self.optimizer_state):
+                held = [p for g in o.param_groups for p in g["params"]]
+                for i, moments in state["state"].items():      # each sharded before the next one is
+                    moments |= {k: like(v, held[i]) for k, v in moments.items() if v.shape == held[i].shape}
                 o.load_state_dict(state)
-                for p, moments in o.state.items():
-                    moments |= {k: like(v, p) for k, v in moments.items() if v.shape == p.shape}
                 for g in o.param_groups:
                     g["weight_decay"] = a.weight_decay         # what the flags say now
             groups = [g for o in optimizers for g in o.param_groups]
@@ -990,51 +1030,51 @@ class Run:
         log = open(self.out / "log.jsonl", "a") if worker.rank == 0 else None
         bar = tqdm(desc=stage, unit="step", total=steps, initial=start, mininterval=1, disable=log is None)
         last, lost = time.perf_counter(), 0
-        for step in range(start, steps):
-            rise, fall = (step + 1) / (a.warmup * steps + 1), (steps - step) / (a.cooldown * steps + 1)
-            for g, peak in zip(groups, peaks):
-                g["lr"] = peak * min(1.0, rise, fall)
-                if g.get("rests"):
-                    g["lr"] *= trains_now(a.vae_interval, step)
-            module.step, module.steps, began = step, steps, time.perf_counter()
-            batches = [moved(b, worker.device) for b in make(step)]
-            prepared = time.perf_counter() - began
-            sums, norm = self.step(wrapped, optimizers, batches, amp)
-            lost = 0 if math.isfinite(norm) else lost + 1
-            if lost == LOST:
-                raise ValueError(f"{stage}: the gradient was no number in {LOST} steps in a row, up to step "
-                                 f"{step + 1}, {about(step)}; the last good checkpoint is {self.out}/ckpt.pt")
-            self.average(averaged, step)
-            names = sorted(sums)
-            positions = sum(b.positions for b in batches)
-            signal_seen, positions, *values = worker.sum(
-                [float(self.stop), positions, *(sums[n] for n in names)])
-            now = time.perf_counter()
-            took, last = now - last, now
-            self.seconds += took
-            self.progress[stage], done = step + 1, step + 1 == steps
-            if log:
-                terms = dict(zip(names, values))
-                entry = {"stage": stage, "step": step + 1, **terms, "lr": groups[0]["lr"], "norm": norm,
-                         "positions": int(positions), "skipped": lost, "seconds": round(took, 4),
-                         "data_seconds": round(prepared, 4)}
-                log.write(json.dumps(entry) + "\n")
-                shown = {n: f"{v:.4f}" for n, v in terms.items()} | {"positions/s": f"{positions / took:.0f}"}
-                bar.set_postfix(shown, refresh=False)
-                bar.update()
-            if (step + 1) % a.save_every == 0 or done or signal_seen:
-                self.optimizer_state = [] if done else [o.state_dict() for o in optimizers]
-                if done:
-                    at_end()
+        with bar, ThreadPoolExecutor(1) as ahead:              # batches are made one step ahead
+            coming = ahead.submit(make, start)
+            for step in range(start, steps):
+                rise, fall = (step + 1) / (a.warmup * steps + 1), (steps - step) / (a.cooldown * steps + 1)
+                for g, peak in zip(groups, peaks):
+                    g["lr"] = peak * min(1.0, rise, fall)
+                    if g.get("rests"):
+                        g["lr"] *= trains_now(a.vae_interval, step)
+                module.step, module.steps, began = step, steps, time.perf_counter()
+                batches = [moved(b, worker.device) for b in coming.result()]
+                waited, done = time.perf_counter() - began, step + 1 == steps
+                coming = None if done else ahead.submit(make, step + 1)
+                sums, norm = self.step(wrapped, optimizers, batches, amp)
+                lost = 0 if math.isfinite(norm) else lost + 1
+                if lost == LOST:
+                    raise ValueError(f"{stage}: the gradient was no number in {LOST} steps in a row, up to step "
+                                     f"{step + 1}, {about(step)}; the last good checkpoint is {self.out}/ckpt.pt")
+                self.average(averaged, step)
+                names = sorted(sums)
+                positions = sum(b.positions for b in batches)
+                signal_seen, positions, *values = worker.sum(
+                    [float(self.stop), positions, *(sums[n] for n in names)])
+                now = time.perf_counter()
+                took, last = now - last, now
+                self.seconds += took
+                self.progress[stage] = step + 1
                 if log:
-                    log.flush()
-                self.save()
-                last = time.perf_counter()
-            if signal_seen:
-                bar.close()
-                worker.sum([0.0])                      # nobody leaves while the first still writes
-                raise KeyboardInterrupt
-        bar.close()
+                    terms = dict(zip(names, values))
+                    entry = {"stage": stage, "step": step + 1, **terms, "lr": groups[0]["lr"], "norm": norm,
+                             "positions": int(positions), "skipped": lost, "seconds": round(took, 4),
+                             "data_seconds": round(waited, 4)}
+                    log.write(json.dumps(entry) + "\n")
+                    shown = {n: f"{v:.4f}" for n, v in terms.items()} | {"positions/s": f"{positions / took:.0f}"}
+                    bar.set_postfix(shown, refresh=False)
+                    bar.update()
+                if (step + 1) % a.save_every == 0 or done or signal_seen:
+                    self.optimizer_state = [] if done else [o.state_dict() for o in optimizers]
+                    if done:
+                        at_end()
+                    if log:
+                        log.flush()
+                    self.save()
+                    last = time.perf_counter()
+                if signal_seen:
+                    raise KeyboardInterrupt
 
 
 def optimizers_for(args: argparse.Namespace, stage: nn.Module, lr: float,
@@ -1079,7 +1119,11 @@ def train_stages(run: Run) -> None:
                 at_end=lambda: model.image_vae.set_statistics(shown))
     model.image_vae.eval().requires_grad_(False)
     if "mmdit" in wanted:
+        torch.manual_seed(a.seed)                              # for the head of L_REPA, in a resumed run too
         stage, M, n = PriorStage(model, a), a.micro_steps, a.batch_size
+        if a.w_repa:
+            run.repa = stage.repa
+            stage.repa.load_state_dict(run.repa_state or stage.repa.state_dict())
         if a.compile:                                          # before any wrapper
             model.mmdit.compile_blocks()
         if stage.joint:
@@ -1113,18 +1157,19 @@ RELEASED = {"text_latent_dim": "latent_dim", "text_patch": "patch_size", "text_v
             "text_vae_layers": "encoder_num_blocks", "text_vae_heads": "num_heads", "vae_block_len": "block_len"}
 
 
-def written(path: Path) -> int:
-    """When a file was last written, in ns; 0 if there is none."""
+def written(folder: Path) -> int:
+    """When the checkpoint in it was last written, in ns; 0 if there is none."""
+    path = folder / "ckpt.pt"
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
     """Settle what to start from, before any work: the checkpoint to continue, or None; its flags become the
     defaults. ValueError for a run that would be overwritten and for flags that contradict the checkpoint."""
-    path = Path(args.out_dir) / "ckpt.pt"
-    args.found = written(path)
-    goes_on = args.eval_only or args.resume == "auto" and path.exists()
-    if path.exists() and not goes_on:
+    path, before = (Path(args.out_dir) / name for name in ("ckpt.pt", "ckpt.prev.pt"))
+    args.found, exists = written(path.parent), path.exists() or before.exists()
+    goes_on = args.eval_only or args.resume == "auto" and exists
+    if exists and not goes_on:
         raise ValueError(f"{path} exists; continue it with --resume auto, or choose another --out_dir")
     if not goes_on and args.init_official:
         if args.init_from:
@@ -1138,8 +1183,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
     source = path if goes_on else Path(args.init_from)
     try:
         checkpoint = sample.read_checkpoint(source)
-    except ValueError as error:
-        before = path.with_name("ckpt.prev.pt")
+    except (ValueError, FileNotFoundError) as error:
         if not goes_on or not before.exists():
             raise
         checkpoint = sample.read_checkpoint(before)
@@ -1151,8 +1195,12 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
                              f"or train from nothing")
         if name not in kept and hasattr(args, name):
             setattr(args, name, value)
-    check(args)                                        # what was given, together with what was not
+    try:
+        check(args)                                    # what was given, together with what was not
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{source}: damaged in its flags ({error}); take an earlier copy") from None
     if not goes_on:                                    # its weights alone
+        checkpoint["model"]["repa"] = {}
         checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": [], "seconds": 0.0,
                        "reference": {}}
     return checkpoint, args
@@ -1177,6 +1225,9 @@ def follow_release(args: argparse.Namespace) -> None:
 
 def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> None:
     """One worker's run, from data to metrics. ValueError or OSError where flags and data do not fit."""
+    found = checkpoint and (checkpoint["progress"], checkpoint["seconds"], checkpoint.get("warning"))
+    if len(set(worker.gather([repr(found)]))) > 1:
+        raise ValueError(f"{args.out_dir}: workers found different checkpoints; it must be a disk that all of them see")
     attention_taken = cuda_attention.choose(args.attention, worker.device)
     hw, usual = (args.image_size[0], args.image_size[-1]), plain(parse([]))
     if not worker.rank:
@@ -1228,11 +1279,8 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
                 raise ValueError(f"--stage mmdit: the {stage} is not trained; first --stage {stage}, from the "
                                  "second stage on with --resume auto, or name a checkpoint by --init_from")
     if not args.eval_only:
-        run.out.mkdir(parents=True, exist_ok=True)
         before = dict(run.progress)
         with run.claim():
-            if not worker.rank and written(run.out / "ckpt.pt") != args.found:
-                raise ValueError(f"{run.out}: another run wrote there just now; start again")
             run.trim_log()
             on_signals(lambda number, frame: setattr(run, "stop", number))
             train_stages(run)
@@ -1265,9 +1313,8 @@ def describe(run: Run) -> None:
     kept = 29 * len(batch.layout) / passes * a.layers * a.width * (2 if a.bf16 == "on" else 4)
     print(f"a step: {a.micro_steps} micro-steps of {a.batch_size} samples, {w.world} workers; "
           f"about {len(batch.layout) * w.world:,} positions")
-    tasks = [task for task, _ in work]
     print("shares of the samples: " + ", ".join(
-        f"{name} {tasks.count(i) / len(tasks):.2f}" for i, name in enumerate(TASKS) if i in tasks))
+        f"{name} {share:.2f}" for name, share in task_ratios(a.tasks).items() if share))
     print(f"memory of a worker in stage 2, estimated: {held / 1e9:.2f} GB for what is trained, "
           f"{4 * (sum(sizes.values()) - sum(p.numel() for p in trained)) / 1e9:.2f} GB for other weights, "
           f"{kept / 1e9:.2f} GB for the backward pass")
@@ -1285,15 +1332,18 @@ def finish(run: Run) -> None:
     """Evaluate the averaged weights; write metrics.json, samples.png, loss.png; say what to try next."""
     args, out, worker, metrics = run.args, run.out, run.worker, None
     tasks, generated = tasks_of(args), not args.data and not args.text
-    model = sample.build(run.state()).to(worker.device)
-    with torch.autocast(worker.device.type, torch.bfloat16, enabled=args.bf16 == "on"):
-        if worker.rank == 0:
-            if (out / "log.jsonl").exists():
-                evaluate.loss_plot(read_log(out / "log.jsonl"), out / "loss.png")
-            if run.progress["mmdit"]:
+    trained = run.progress["mmdit"] and args.stage in ("all", "mmdit")
+    judged = generated and args.eval_samples and trained
+    state = run.state(keep=not worker.rank or judged)
+    if not worker.rank and (out / "log.jsonl").exists():
+        evaluate.loss_plot(read_log(out / "log.jsonl"), out / "loss.png")
+    if trained and (not worker.rank or judged):
+        model = sample.build(state).to(worker.device)
+        with torch.autocast(worker.device.type, torch.bfloat16, enabled=args.bf16 == "on"):
+            if not worker.rank:
                 evaluate.sample_grid(model, args, tasks, run.dataset, out / "samples.png")
-        if generated and args.eval_samples and run.progress["mmdit"] and args.stage in ("all", "mmdit"):
-            metrics = evaluate.evaluate(model, args, tasks, worker)
+            if judged:
+                metrics = evaluate.evaluate(model, args, tasks, worker)
     if worker.rank:
         return
     if metrics:
@@ -1318,7 +1368,8 @@ def finish(run: Run) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 2 for a user's mistake, 130 for a run that was stopped."""
-    argv, worker = sys.argv[1:] if argv is None else argv, Worker(int(os.environ.get("RANK", 0)))
+    argv, status = sys.argv[1:] if argv is None else argv, 0
+    worker = Worker(int(os.environ.get("RANK", 0)), speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     handlers = {number: signal.getsignal(number) for number in STOP}
     try:
         checkpoint, args = prepare(parse(argv))
@@ -1341,19 +1392,26 @@ def main(argv: list[str] | None = None) -> int:
             args.bf16 = "on" if worker.sum([float(faster)]) == [worker.world] else "off"      # all agree
         work(args, checkpoint, worker)
     except (ValueError, OSError) as error:             # the same on every worker until training starts
-        if worker.rank == 0 or worker.training:
+        if worker.speaks or worker.training and not isinstance(error, Agreed):
             print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        status = 2
+    except RuntimeError as error:                      # of the communication, as another worker has left
+        if worker.world == 1 or "onnection" not in str(error):
+            raise
+        status = 1
     except KeyboardInterrupt:
         if worker.rank == 0:
             print("train.py: stopped" + "; continue with --resume auto" * worker.training, file=sys.stderr)
-        return 130
+        status = 130
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if dist.is_initialized():
+            if status in (1, 2):                       # the others may wait for us: do not wait for them
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
             dist.destroy_process_group()
-    return 0
+    return status
 
 
 if __name__ == "__main__":

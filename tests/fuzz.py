@@ -59,6 +59,22 @@ def mutated(valid: bytes, draw: random.Random) -> bytes:
     return bytes(x[:draw.randrange(len(x) + 1)]) if draw.random() < 0.1 else bytes(x)
 
 
+def forged(valid: bytes, draw: random.Random) -> bytes:
+    """A checkpoint of which some values are others: whole to the zip reader, so that they reach what builds of them."""
+    state = torch.load(io.BytesIO(valid), weights_only=True)
+    for _ in range(draw.randint(1, 3)):
+        at = state
+        while True:
+            key = draw.choice(list(at) if isinstance(at, dict) else range(len(at)))
+            if not isinstance(at[key], (dict, list)) or not at[key] or draw.random() < 0.1:
+                break
+            at = at[key]
+        at[key] = draw.choice((None, -1, 0, 10 ** 8, 1e30, "x", [], {}, [1, 2], {"a": 1}, torch.zeros(2), True))
+    out = io.BytesIO()
+    torch.save(state, out)
+    return out.getvalue()
+
+
 def picture() -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(out, "PNG")
@@ -82,35 +98,44 @@ def read_pictures(source: Path) -> None:
         dataset.images([dataset.t2i(k)[1]])
 
 
-def readers(folder: Path) -> dict[str, tuple[Path, bytes, Callable[[Path], object]]]:
-    """Of each reader a place for its input, a valid input, and how it is read."""
+def start_from(path: Path) -> None:
+    """What sample.py and train.py --init_from do with a checkpoint."""
+    sample.build(sample.read_checkpoint(path))
+    train.prepare(train.parse(["--init_from", str(path), "--out_dir", str(path.with_name("none"))]))
+
+
+def readers(folder: Path) -> dict[str, tuple[Path, bytes, Callable[[Path], object], Callable]]:
+    """Of each reader a place for its input, a valid input, how it is read and how it is changed."""
     run = folder / "run"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         if train.main([*TINY, "--eval_samples", "0", "--out_dir", str(run)]):
             raise RuntimeError("the run to fuzz failed")
-    text_vae.write_safetensors(folder / "x.safetensors", {"a": torch.ones(3, 4), "b": torch.ones(2).half()})
+    text_vae.write_safetensors(folder / "x.safetensors", {"a": torch.ones(3, 4), "b": torch.ones(2).half(), "c": torch.ones(0, 5)})
     data.Tokenizer.train(["a bc bc"], 259).save(folder / "tokenizer.json")
     pictures = folder / "pictures"
     pictures.mkdir()
     (pictures / "a.png").write_bytes(picture())
     table = json.dumps({"file_name": "a.png", "text": "a red circle"}).encode() + b"\n"
     return {
-        "safetensors": (folder / "y.safetensors", (folder / "x.safetensors").read_bytes(), text_vae.read_safetensors),
-        "tokenizer.json": (folder / "z.json", (folder / "tokenizer.json").read_bytes(), data.Tokenizer.from_file),
-        "metadata.jsonl": (pictures / "metadata.jsonl", table * 3, lambda path: read_pictures(path.parent)),
-        "tar": (folder / "shard.tar", shard(), read_pictures),
-        "checkpoint": (folder / "c.pt", (run / "ckpt.pt").read_bytes(),
-                       lambda path: sample.build(sample.read_checkpoint(path))),
+        "safetensors": (folder / "y.safetensors", (folder / "x.safetensors").read_bytes(), text_vae.read_safetensors,
+                        mutated),
+        "tokenizer.json": (folder / "z.json", (folder / "tokenizer.json").read_bytes(), data.Tokenizer.from_file,
+                           mutated),
+        "metadata.jsonl": (pictures / "metadata.jsonl", table * 3, lambda path: read_pictures(path.parent), mutated),
+        "tar": (folder / "shard.tar", shard(), read_pictures, mutated),
+        "checkpoint": (folder / "c.pt", (run / "ckpt.pt").read_bytes(), start_from, mutated),
+        "checkpoint's values": (folder / "d.pt", (run / "ckpt.pt").read_bytes(), start_from, forged),
     }
 
 
-def fuzz(name: str, place: Path, valid: bytes, read: Callable[[Path], object], inputs: int, seed: int = 0) -> list[str]:
+def fuzz(name: str, place: Path, valid: bytes, read: Callable[[Path], object],
+         change: Callable[[bytes, random.Random], bytes], inputs: int, seed: int = 0) -> list[str]:
     """What went wrong."""
     draw, wrong, refused = random.Random(f"{name} {seed}"), [], 0
     place.write_bytes(valid)
     read(place)
     for number in range(inputs):
-        place.write_bytes(mutated(valid, draw))
+        place.write_bytes(change(valid, draw))
         began = time.monotonic()
         try:
             with contextlib.redirect_stderr(io.StringIO()):
@@ -137,9 +162,9 @@ def main() -> None:
         found = readers(Path(folder))
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + (3 << 30),) * 2)
-        for name, (place, valid, read) in found.items():
+        for name, reader in found.items():
             if not args.readers or name in args.readers:
-                wrong += fuzz(name, place, valid, read, args.inputs)
+                wrong += fuzz(name, *reader, args.inputs)
     print("\n".join(wrong[:40]))
     sys.exit(bool(wrong))
 

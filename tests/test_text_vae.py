@@ -240,8 +240,8 @@ def entry(shape, first, last, dtype="F32"):
     ({"a": entry([3], 4, 16)}, "truncated or damaged"),                              # gap
     ({"a": entry([4], 0, 12)}, "expected 16 bytes"),
     ({"a": entry([3], 0, 12, "F8")}, "dtype F8"),
-    ({"a": entry([-3], 0, -12)}, "none negative"),
-    ({"a": entry([1.5, 2], 0, 12)}, "none negative"),
+    ({"a": entry([-3], 0, -12)}, "lengths of a tensor"),
+    ({"a": entry([1.5, 2], 0, 12)}, "lengths of a tensor"),
     ({"a": {"dtype": "F32"}}, "not a table"),
     ({"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 12]}}, "not a table"),
     ([1], "not a table"),
