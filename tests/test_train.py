@@ -307,9 +307,9 @@ def test_learning_rate_rises_stays_and_falls(tiny, tmp_path):
 
 
 def test_two_workers_equal_one(tmp_path):
-    """In 20 steps of all three tasks and of the stages before."""
+    """In 20 steps of all three tasks and of the stages before, of samples that two cannot share evenly."""
     def run(name, procs):
-        flags = [*TINY, "--steps", "20", "--eval_samples", "0", "--out_dir", str(tmp_path / name)]
+        flags = [*TINY, "--steps", "20", "--batch_size", "5", "--eval_samples", "0", "--out_dir", str(tmp_path / name)]
         flags[flags.index("--procs") + 1] = procs
         assert subprocess.run([sys.executable, ROOT / "train.py", *flags], timeout=120).returncode == 0
         return log_of(tmp_path / name)
