@@ -377,9 +377,14 @@ def join(device: str) -> Worker:
                              "--nproc_per_node")
         device = f"cuda:{place}"
         torch.cuda.set_device(device)
-    # All wait while the first writes a checkpoint, which may take long.
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=2))
-    return Worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device(device), place == 0)
+    # torchrun's store outlives a restart, with the addresses of those that died; hence a prefix for each attempt on
+    # one machine (several may count differently). All wait while the first writes a checkpoint, which may take long.
+    store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(hours=2))
+    return Worker(rank, world, torch.device(device), place == 0)
 
 
 def launch(argv: list[str], procs: int) -> int:

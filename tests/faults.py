@@ -1,14 +1,17 @@
 """Faults: kill a run that saves at every step again and again, and see that nothing is lost.
 
-    python tests/faults.py --kills 50            (CPU, 6 minutes)
+    python tests/faults.py --kills 50            (CPU, 8 minutes)
 
 Each time the run is killed (SIGKILL) at a random moment after its start, and continued by --resume auto. There must
 always be a whole checkpoint, and what comes out at the end must equal, bit for bit, what an undisturbed run made.
+Then one of two workers is killed again and again, and torchrun starts both anew.
 """
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,6 +74,36 @@ def kill_and_resume(folder: Path, kills: int, steps: int, joint: bool, seed: int
     return counts
 
 
+def kill_a_worker(folder: Path, kills: int, steps: int, seed: int = 0) -> dict[str, int]:
+    """Counts: kills of one of two workers under torchrun, differences from two undisturbed ones. RuntimeError where
+    torchrun gives up."""
+    draw, counts, places = random.Random(seed), {"kills": 0, "different": 0}, [folder / "calm", folder / "killed"]
+
+    def torchrun(out: Path, log) -> subprocess.Popen:
+        flags = [*TINY, "--steps", str(steps), "--save_every", "1", "--eval_samples", "0", "--resume", "auto"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             f"--max-restarts={2 * kills}", str(ROOT / "train.py"), *flags, "--out_dir", str(out)],
+            stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with open(folder / "log.txt", "w") as log:
+        if torchrun(places[0], log).wait():
+            raise RuntimeError(f"the undisturbed run failed; see {folder}/log.txt")
+        run, before = torchrun(places[1], log), 0
+        while run.poll() is None:
+            time.sleep(draw.uniform(0.1, 0.5))
+            path = places[1] / "ckpt.pt"
+            workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() if run.poll() is None else []
+            if counts["kills"] < kills and workers and path.exists() and path.stat().st_mtime_ns > before:
+                before = path.stat().st_mtime_ns           # it has come on since the last time
+                os.kill(int(draw.choice(workers)), signal.SIGKILL)
+                counts["kills"] += 1
+                time.sleep(3)                              # until torchrun has begun anew
+        if run.returncode:
+            raise RuntimeError(f"torchrun ended with status {run.returncode}; see {folder}/log.txt")
+    counts["different"] = len(differing(*places))
+    return counts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="how often")
@@ -83,7 +116,10 @@ def main() -> None:
         print("text VAE " + ("joint: " if joint else "frozen: "), end="")
         print(", ".join(f"{name} {count}" for name, count in counts.items()), "(expect different 0)", flush=True)
         different += counts["different"]
-    sys.exit(different > 0)
+    with tempfile.TemporaryDirectory() as folder:
+        counts = kill_a_worker(Path(folder), max(1, args.kills // 10), 5 * args.steps)
+    print(f"one of two workers: kills {counts['kills']}, different {counts['different']} (expect different 0)")
+    sys.exit(different + counts["different"] > 0)
 
 
 if __name__ == "__main__":

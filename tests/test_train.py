@@ -926,6 +926,12 @@ def test_killed_runs_go_on_bit_for_bit(joint, tmp_path):
 
 
 @pytest.mark.slow
+def test_torchrun_starts_killed_workers_anew(tmp_path):
+    import faults
+    assert faults.kill_a_worker(tmp_path, kills=1, steps=60) == {"kills": 1, "different": 0}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["safetensors", "tokenizer.json", "metadata.jsonl", "tar", "checkpoint", "checkpoint's values"])
 def test_damaged_files_give_clean_errors(name, tmp_path):
     """The short form of tests/fuzz.py."""
