@@ -662,12 +662,12 @@ class ImageText:
                 reason = str(error)
         return reason
 
-    def _usable(self, index: int) -> int:
-        """index, or the next of the same shape whose picture is whole."""
+    def _usable(self, index: int, trusted: bool = False) -> int:
+        """index, or the next of the same shape whose picture is whole; trusted: or was so when last decoded."""
         for other in itertools.chain(range(index, self.num_images), range(index)):
             if self._hw[other] != self._hw[index]:
                 continue
-            if self._whole[other]:
+            if trusted and self._whole[other]:
                 return other
             reason = self._pixels(self.items[other])
             if not isinstance(reason, str):
@@ -692,7 +692,7 @@ class ImageText:
         return self.items[order(self.seed, k, self.num_images)].text
 
     def t2i(self, k: int) -> tuple[str, int]:
-        index = self._usable(order(self.seed, k, self.num_images))
+        index = self._usable(order(self.seed, k, self.num_images), trusted=True)
         return self.items[index].text, index
 
     def it2t(self, k: int) -> tuple[str, int, str]:

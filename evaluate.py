@@ -85,11 +85,11 @@ def judge_stories(model: Cola, world: list, seed: int, numbers: list[int], s: sa
         sentences = scenes.story(scene, words).split(". ")
         prefixes.append(". ".join(sentences[:int(words.integers(1, 3))]) + ".")
     for prefix, rest in zip(prefixes, sample.generate_text(model, prefixes, s=s, first=numbers[0])):
-        ok, patch = scenes.consistent(prefix, rest), max(4, model.text_vae.patch_size)
+        ok, modulus = scenes.consistent(prefix, rest), math.lcm(4, model.text_vae.patch_size)
         yield "t2t.consistent", ok
-        residue = len(model.tokenizer.encode(prefix)) % patch
+        residue = len(model.tokenizer.encode(prefix)) % modulus
         yield f"t2t.by_residue.{residue}", ok
-        yield from ((f"t2t.share_of_residue.{r}", r == residue) for r in range(patch))
+        yield from ((f"t2t.share_of_residue.{r}", r == residue) for r in range(modulus))
 
 
 def judge_image_vae(model: Cola, world: list, seed: int, numbers: list[int]) -> Rows:

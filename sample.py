@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import math
 import re
@@ -52,8 +53,8 @@ from text_vae import load_official as load_vae, save_official as save_vae
 
 FIRST_BLOCK = ("clean", "repaint", "left", "right")
 FORMAT = "unified-cola-2"                  # what a checkpoint of ours says of itself
-CONTENTS = dict.fromkeys(("config", "args", "tokenizer", "model", "ema", "progress", "reference"), dict) | \
-    {"optimizers": list, "seconds": float}     # and has
+CONTENTS = dict.fromkeys(("config", "args", "tokenizer", "model", "ema", "progress", "reference", "optimizers"), dict) | \
+    {"seconds": float}                     # and has
 EXACT = 64                                 # numbers of a block up to which `score` takes the exact divergence
 MAX_LATENTS = 1 << 14                      # of an image that is drawn: its mask has the square of that
 
@@ -272,21 +273,25 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
     if any(block):
         layout = pack([Sample(task, clean=b * bl, start=n) for b, n in zip(block, starts)], bl, device)
         context.add(torch.cat([x[:b * bl] for x, b in zip(z, block)]), empty, layout)
-    generators, texts, repainted = noise(s.seed, first, B), ids, model.first_block == "repaint"
+    generators, texts = noise(s.seed, first, B), ids
+    repainted = model.first_block == "repaint" and task == T2T
 
-    def fresh() -> Tensor:
+    def fresh(scale: Tensor | float = s.temperature) -> Tensor:
         z = np.concatenate([g.standard_normal((bl, dz), np.float32) for g in generators])
-        return torch.from_numpy(z).to(device)                                        # (B bl, Dz)
+        return scale * torch.from_numpy(z).to(device)                                # (B bl, Dz)
 
     while True:
-        z_block = s.temperature * fresh().view(B, bl, dz)
+        z_block = fresh().view(B, bl, dz)
         is_known = torch.zeros(B, bl, dtype=torch.bool, device=device)
         for i in range(B):
             rest = z[i][block[i] * bl:]
             z_block[i, :len(rest)], is_known[i, :len(rest)] = rest, True
         spots = [(b * bl, n) for b, n in zip(block, starts)]
         noisy = pack([Sample(task, noisy=bl, start=n, first=f) for f, n in spots], bl, device)
-        z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten(), fresh if repainted else None)
+        # What is given has the noise of its time, whatever the temperature of what is not.
+        scale = torch.where(is_known.flatten(), 1.0, s.temperature)[:, None]                         # (B bl, 1)
+        redraw = functools.partial(fresh, scale) if repainted else None
+        z0 = transport(context, noisy, z_block.flatten(0, 1), s, is_known.flatten(), redraw)
         repainted = False                  # only first blocks hold something of a prefix
         z = [torch.cat([x[:b * bl], y]) for x, b, y in zip(z, block, z0.view(B, bl, dz))]
         lengths = [len(x) for x in z]
@@ -419,6 +424,11 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
     trained). ValueError, one line, where its parts do not fit each other; sizes that it names cost no memory."""
     try:
         c = checkpoint["config"]
+        for part, counts in (("text_vae", ("encoder_num_blocks", "decoder_num_blocks")), ("image_vae", ("blocks",)),
+                             ("mmdit", ("layers",))):
+            for name in counts:                                # each has tensors of its own
+                if not 0 <= c[part][name] <= len(checkpoint[weights][part]):
+                    raise ValueError(f"{name} {c[part][name]} for {len(checkpoint[weights][part])} tensors")
         with torch.device("meta"):
             parts = TextVAE(**c["text_vae"]), ImageVAE(**c["image_vae"]), MMDiT(MMDiTConfig(**c["mmdit"]))
         model = Cola(*parts, data.Tokenizer.from_dict(checkpoint["tokenizer"]), int(c["block_len"]),
@@ -625,7 +635,8 @@ def run(args: argparse.Namespace, model: Cola, hw: tuple[int, int], picture: np.
         exact = args.divergence == "exact" or args.divergence is None and numbers <= EXACT
         rows = score(model, args.prefix, args.response, args.samples, args.steps, solver=args.solver,
                      exact=exact, seed=args.seed)
-        print(f"{'log p in nats, of tokens':32} {'':19} nats/token perplexity")
+        divergence = "exact" if exact else "Hutchinson's"
+        print(f"{f'log p in nats ({divergence} divergence), of tokens':52} nats/token perplexity")
         for name, value, tokens in rows:
             rates = flow.nats_per_token(value, tokens), flow.perplexity(value, tokens)
             per_token = f"{tokens:7d} {rates[0]:10.4f} {rates[1]:10.4f}" if tokens else ""

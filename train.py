@@ -36,6 +36,7 @@ import subprocess
 import sys
 import time
 import timeit
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -400,20 +401,31 @@ def launch(argv: list[str], procs: int) -> int:
                         "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
     command = [sys.executable, os.path.abspath(__file__), *argv]
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(procs)]
-    # In a session of their own they hear of Ctrl-C from here alone; and none outlives this process.
+    # In a session of their own they hear of Ctrl-C from here alone; and they are asked to end when this process does.
     workers = [subprocess.Popen(command, env=env | rank, start_new_session=True, preexec_fn=end_with_parent)
                for rank in ranks]
-    on_signals(lambda number, _: [w.send_signal(number) for w in workers])
+    asked = []
+
+    def pass_on(number: int, frame: object) -> None:
+        asked.append(number)
+        for w in workers:
+            w.send_signal(number) if len(asked) == 1 else w.kill()     # who asks twice does not want to wait
+    on_signals(pass_on)
     while any(w.poll() is None for w in workers) and not any(w.returncode for w in workers):
         time.sleep(0.1)
+    first = [(r, w.returncode) for r, w in enumerate(workers) if w.poll()]
     for w in workers:                                  # one has failed, or all are done
         try:
             w.wait(timeout=10)
         except subprocess.TimeoutExpired:
             w.kill()
             w.wait()
+    for r, code in first:
+        if code < 0 and not asked:                     # it could not say so itself
+            print(f"train.py: worker {r} was ended by {signal.Signals(-code).name}; continue with --resume auto",
+                  file=sys.stderr)
     codes = [w.returncode for w in workers]
-    return 2 if 2 in codes else max(codes, key=abs)    # a mistake of the user's, before what it made of the others
+    return next((code for code in (2, 130) if code in codes), int(any(codes)))
 
 
 def end_with_parent() -> None:
@@ -498,15 +510,20 @@ class Batch:
         return self.layout.task[self.layout.sample[self.layout.segment != masks.I]]
 
 
-def moved(x, device: torch.device):
-    """A batch with every tensor in it on the device."""
+def moved(x, device: torch.device, seen: dict | None = None):
+    """A batch with every tensor in it on the device; what is there twice, moved once."""
+    seen = {} if seen is None else seen
     if device.type == "cpu":
         return x
-    if isinstance(x, Tensor):
-        return x.to(device, non_blocking=True)
-    if dataclasses.is_dataclass(x):
-        return type(x)(*(moved(getattr(x, f.name), device) for f in dataclasses.fields(x)))
-    return [moved(y, device) for y in x] if isinstance(x, list) else x
+    if id(x) not in seen:
+        if isinstance(x, Tensor):
+            new = x.to(device, non_blocking=True)
+        elif dataclasses.is_dataclass(x):
+            new = type(x)(*(moved(getattr(x, f.name), device, seen) for f in dataclasses.fields(x)))
+        else:
+            new = [moved(y, device, seen) for y in x] if isinstance(x, list) else x
+        seen[id(x)] = new, x                                   # x itself, so that no other takes its id
+    return seen[id(x)][0]
 
 
 class Batches:
@@ -879,7 +896,7 @@ class Run:
         self.progress = dict.fromkeys(STAGES, 0)               # steps done
         self.seconds = 0.0                                     # of training
         self.ema: dict[str, dict[str, Tensor]] = {}            # averaged weights, by part
-        self.optimizer_state: list[dict] = []
+        self.optimizer_state: dict = {}                        # of the stage that is under way: its name, the states
         self.reference: dict[str, Tensor] = {}                 # the text VAE when a joint stage 2 began
         self.repa: nn.Module | None = None                     # the head of L_REPA, trained beside the model
         self.repa_state: dict[str, Tensor] = {}
@@ -969,6 +986,11 @@ class Run:
             temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
             os.replace(temporary, path)
 
+    def asked_to_stop(self, number: int, frame: object) -> None:
+        """A signal: leave after this step. A second one has its usual effect."""
+        self.stop = number
+        on_signals(signal.default_int_handler)
+
     def step(self, wrapped: nn.Module, optimizers: list[torch.optim.Optimizer], batches: list,
              amp: torch.autocast) -> tuple[dict[str, float], float]:
         """One step on this worker's micro-batches: its share of each loss term, and the gradient's norm."""
@@ -1021,9 +1043,12 @@ class Run:
         for name in averaged:
             now = parts(self.model)[name].state_dict()
             self.ema[name] = {k: like(self.ema[name][k], v) if start else v.clone() for k, v in now.items()}
-        if start:
-            for o, state in zip(optimizers, self.optimizer_state):
+        if start and self.optimizer_state.get("stage") == stage:
+            for o, state in zip(optimizers, self.optimizer_state["states"], strict=True):
                 held = [p for g in o.param_groups for p in g["params"]]
+                if [len(g["params"]) for g in state["param_groups"]] != [len(g["params"]) for g in o.param_groups]:
+                    raise Agreed("the optimizers of this run are of other parameters; resume with the flags it had "
+                                 "(--optimizer, --vae_lr_ratio, --w_repa), or start anew with --init_from")
                 for i, moments in state["state"].items():      # each sharded before the next one is
                     moments |= {k: like(v, held[i]) for k, v in moments.items() if v.shape == held[i].shape}
                 o.load_state_dict(state)
@@ -1035,8 +1060,15 @@ class Run:
         log = open(self.out / "log.jsonl", "a") if worker.rank == 0 else None
         bar = tqdm(desc=stage, unit="step", total=steps, initial=start, mininterval=1, disable=log is None)
         last, lost = time.perf_counter(), 0
-        with bar, ThreadPoolExecutor(1) as ahead:              # batches are made one step ahead
-            coming = ahead.submit(make, start)
+
+        def prepared(step: int) -> list:
+            batches = moved(make(step), worker.device)
+            for batch in batches if stage == "mmdit" else []:
+                batch.plan.build()
+                batch.target_plan.build()
+            return batches
+        with bar, log or contextlib.nullcontext(), ThreadPoolExecutor(1) as ahead:     # batches are made one step ahead
+            coming = ahead.submit(prepared, start)
             for step in range(start, steps):
                 rise, fall = (step + 1) / (a.warmup * steps + 1), (steps - step) / (a.cooldown * steps + 1)
                 for g, peak in zip(groups, peaks):
@@ -1044,13 +1076,13 @@ class Run:
                     if g.get("rests"):
                         g["lr"] *= trains_now(a.vae_interval, step)
                 module.step, module.steps, began = step, steps, time.perf_counter()
-                batches = [moved(b, worker.device) for b in coming.result()]
+                batches = coming.result()
                 waited, done = time.perf_counter() - began, step + 1 == steps
-                coming = None if done else ahead.submit(make, step + 1)
+                coming = None if done else ahead.submit(prepared, step + 1)
                 sums, norm = self.step(wrapped, optimizers, batches, amp)
                 lost = 0 if math.isfinite(norm) else lost + 1
                 if lost == LOST:
-                    raise ValueError(f"{stage}: the gradient was no number in {LOST} steps in a row, up to step "
+                    raise Agreed(f"{stage}: the gradient was no number in {LOST} steps in a row, up to step "
                                      f"{step + 1}, {about(step)}; the last good checkpoint is {self.out}/ckpt.pt")
                 self.average(averaged, step)
                 names = sorted(sums)
@@ -1071,7 +1103,8 @@ class Run:
                     bar.set_postfix(shown, refresh=False)
                     bar.update()
                 if (step + 1) % a.save_every == 0 or done or signal_seen:
-                    self.optimizer_state = [] if done else [o.state_dict() for o in optimizers]
+                    states = [o.state_dict() for o in optimizers]
+                    self.optimizer_state = {} if done else {"stage": stage, "states": states}
                     if done:
                         at_end()
                     if log:
@@ -1206,7 +1239,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
         raise ValueError(f"{source}: damaged in its flags ({error}); take an earlier copy") from None
     if not goes_on:                                    # its weights alone
         checkpoint["model"]["repa"] = {}
-        checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": [], "seconds": 0.0,
+        checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": {}, "seconds": 0.0,
                        "reference": {}}
     return checkpoint, args
 
@@ -1287,7 +1320,7 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
         before = dict(run.progress)
         with run.claim():
             run.trim_log()
-            on_signals(lambda number, frame: setattr(run, "stop", number))
+            on_signals(run.asked_to_stop)
             train_stages(run)
             if worker.sum([float(run.stop)])[0]:     # a signal since the last step; and the last save is over
                 raise KeyboardInterrupt
@@ -1400,22 +1433,24 @@ def main(argv: list[str] | None = None) -> int:
         if worker.speaks or worker.training and not isinstance(error, Agreed):
             print(f"train.py: {error}", file=sys.stderr)
         status = 2
-    except RuntimeError as error:                      # of the communication, as another worker has left
-        if worker.world == 1 or "onnection" not in str(error):
-            raise
-        status = 1
     except KeyboardInterrupt:
         if worker.rank == 0:
             print("train.py: stopped" + "; continue with --resume auto" * worker.training, file=sys.stderr)
         status = 130
+    except Exception as error:
+        if worker.world == 1:
+            raise
+        if "onnection" not in str(error):              # else another worker has left, and has told why
+            traceback.print_exc()
+        status = 1
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if dist.is_initialized():
-            if status in (1, 2):                       # the others may wait for us: do not wait for them
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(status)
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        if status:                                     # others may wait for this one: it does not wait for them
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+        dist.destroy_process_group()
     return status
 
 

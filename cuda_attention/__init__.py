@@ -62,6 +62,10 @@ class Plan:
     k: Layout
     rules: Tensor
 
+    def build(self) -> None:
+        """Build what the chosen backend will ask for, ahead of its first call."""
+        getattr(self, {"cuda": "tiles", "flex": "block_mask"}.get(chosen, "rows"))
+
     @functools.cached_property
     def rows(self) -> Rows:
         """For padded."""

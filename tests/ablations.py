@@ -142,7 +142,9 @@ def show(out: Path, tables: list[str], seeds: list[int]) -> None:
         print(f"\n**{title}**\n\n| | t2t consistent [95 %] (each seed) | logSNR | drift | ceiling | minutes |\n"
               "|---|---|---|---|---|---|")
         for name, flags, evaluated in rows:
-            places = [p for seed in seeds if (p := folder(out, flags, evaluated, seed)).joinpath("metrics.json").exists()]
+            found = {seed: p for seed in seeds
+                     if (p := folder(out, flags, evaluated, seed)).joinpath("metrics.json").exists()}
+            places = list(found.values())
             metrics = [json.loads((p / "metrics.json").read_text()) for p in places]
             if not metrics:
                 continue
@@ -157,12 +159,12 @@ def show(out: Path, tables: list[str], seeds: list[int]) -> None:
                      ", ".join(f"{m['seconds'] / 60:.1f}" for m in metrics)]
             print(f"| {name} | {' | '.join(cells)} |")
             for patch in (2, 4) if key == "R" else ():
-                told = "; seed ".join(f"{seed}: {residues(m, patch)}" for seed, m in zip(seeds, metrics))
+                told = "; seed ".join(f"{seed}: {residues(m, patch)}" for seed, m in zip(found, metrics))
                 print(f"| by length mod {patch}; best - worst | seed {told} | | | | |")
     if freedom:
         deviation = (squares / freedom) ** 0.5
-        print(f"\nOne recipe's seeds deviate by {deviation:.3f} ({freedom} degrees of freedom): means of {len(seeds)} seeds "
-              f"that differ by less than {2.1 * deviation * (2 / len(seeds)) ** 0.5:.3f} are not told apart.")
+        print(f"\nOne recipe's seeds deviate by {deviation:.3f} ({freedom} degrees of freedom): means of two seeds that "
+              f"differ by less than {2.1 * deviation:.3f} are not told apart.")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python tests/fuzz.py --inputs 10000          of each reader (CPU, 10 minutes)
 
 Each input is a valid file with some bytes flipped, cut out, repeated or inserted, or a number in it replaced by a
-huge one. A reader may return, or raise ValueError or OSError with a message of one line. Anything else is counted
+huge one; or a checkpoint written anew with other values in it. A reader may return, or raise ValueError or OSError with a message of one line. Anything else is counted
 as a failure and printed, as is a single input that takes more than 5 seconds. The process may not take more than
 3 GB beyond what it has at the start.
 """

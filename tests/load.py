@@ -62,7 +62,7 @@ def start(folder: Path, out: Path, flags: list[str]) -> subprocess.Popen:
 
 def said(folder: Path) -> str:
     """The last that train.py had to say for itself."""
-    return "train.py: " + (folder / "errors.txt").read_text().rpartition("train.py: ")[2].splitlines()[0]
+    return "".join(["train.py: ", *(folder / "errors.txt").read_text().rpartition("train.py: ")[2].splitlines()[:1]])
 
 
 def resident(pid: int) -> int:
@@ -131,6 +131,7 @@ def main() -> None:
             run.wait(timeout=120)
         except subprocess.TimeoutExpired:
             run.terminate()                    # and its workers
+            run.wait()
         print(f"half of the shards removed: exit status {run.returncode} after {time.monotonic() - began:.0f} s "
               f"(expect 2): {said(folder)}")
         failed |= run.returncode != 2

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import fcntl
 import json
+import os
 import resource
 import shutil
 import signal
@@ -363,6 +364,19 @@ def test_signals_end_a_run_of_two_workers(number, tmp_path):
         assert "stopped; continue with --resume auto" in (tmp_path / "errors").read_text()
         steps = sample.read_checkpoint(out / "ckpt.pt")["progress"]["mmdit"]
         assert 0 < steps == log_of(out)[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_named(tmp_path):
+    flags = [*TINY, "--steps", "100000", "--eval_samples", "0", "--out_dir", str(tmp_path / "out")]
+    flags[flags.index("--procs") + 1] = "2"
+    run = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not (tmp_path / "out" / "log.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[1]), signal.SIGKILL)
+    error = run.communicate(timeout=20)[1]
+    assert run.returncode == 1 and "worker 1 was ended by SIGKILL" in error and "Traceback" not in error
 
 
 @pytest.mark.slow
