@@ -52,7 +52,7 @@ from text_vae import TextVAE, read_safetensors
 from text_vae import load_official as load_vae, save_official as save_vae
 
 FIRST_BLOCK = ("clean", "repaint", "left", "right")
-FORMAT = "unified-cola-2"                  # what a checkpoint of ours says of itself
+FORMAT = "unified-cola-3"                  # what a checkpoint of ours says of itself
 CONTENTS = dict.fromkeys(("config", "args", "tokenizer", "model", "ema", "progress", "reference", "optimizers"), dict) | \
     {"seconds": float}                     # and has
 EXACT = 64                                 # numbers of a block up to which `score` takes the exact divergence
