@@ -55,6 +55,8 @@ FIRST_BLOCK = ("clean", "repaint", "left", "right")
 FORMAT = "unified-cola-3"                  # what a checkpoint of ours says of itself
 CONTENTS = dict.fromkeys(("config", "args", "tokenizer", "model", "ema", "progress", "reference", "optimizers"), dict) | \
     {"seconds": float}                     # and has
+COUNTS = {"text_vae": ("encoder_num_blocks", "decoder_num_blocks"), "image_vae": ("blocks",), "mmdit": ("layers",)}
+                                           # its parts and stages, and what each counts that has tensors of its own
 EXACT = 64                                 # numbers of a block up to which `score` takes the exact divergence
 MAX_LATENTS = 1 << 14                      # of an image that is drawn: its mask has the square of that
 
@@ -412,7 +414,7 @@ def read_checkpoint(path: str | Path) -> dict:
                          "make one with train.py")
     wrong = [name for name, kind in CONTENTS.items() if not isinstance(checkpoint.get(name), kind)]
     progress = checkpoint.get("progress")
-    if not wrong and not all(type(progress.get(stage)) is int for stage in ("text_vae", "image_vae", "mmdit")):
+    if not wrong and not all(type(progress.get(stage)) is int for stage in COUNTS):
         wrong = ["progress"]
     if wrong:
         raise ValueError(f"{path}: damaged in {', '.join(wrong)}; take an earlier copy")
@@ -424,9 +426,8 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
     trained). ValueError, one line, where its parts do not fit each other; sizes that it names cost no memory."""
     try:
         c = checkpoint["config"]
-        for part, counts in (("text_vae", ("encoder_num_blocks", "decoder_num_blocks")), ("image_vae", ("blocks",)),
-                             ("mmdit", ("layers",))):
-            for name in counts:                                # each has tensors of its own
+        for part, counts in COUNTS.items():
+            for name in counts:
                 if not 0 <= c[part][name] <= len(checkpoint[weights][part]):
                     raise ValueError(f"{name} {c[part][name]} for {len(checkpoint[weights][part])} tensors")
         with torch.device("meta"):
@@ -434,7 +435,7 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
         model = Cola(*parts, data.Tokenizer.from_dict(checkpoint["tokenizer"]), int(c["block_len"]),
                      tuple(map(int, c["image_hw"])), float(checkpoint["args"]["image_loc"]),
                      str(checkpoint["args"]["first_block"]), tuple(map(str, c["tasks"])))
-        for name, part in zip(("text_vae", "image_vae", "mmdit"), parts):
+        for name, part in zip(COUNTS, parts):
             state = {k: v.clone() for k, v in checkpoint[weights][name].items()}
             part.load_state_dict(state, assign=True)
             part.eval()

@@ -950,9 +950,7 @@ class Run:
         self.damaged = False
 
     def restore(self, checkpoint: dict) -> None:
-        """Weights, average, optimizers and place of a checkpoint of the same architecture."""
-        for name, module in parts(self.model).items():
-            module.load_state_dict(checkpoint["model"][name])
+        """Average, optimizers and place of the checkpoint that the model was built of."""
         self.progress, self.seconds = dict(checkpoint["progress"]), checkpoint["seconds"]
         if self.progress["mmdit"]:                             # before, weights and average are one
             self.ema = {k: v for k, v in checkpoint["ema"].items() if k != "image_vae"}
@@ -1083,7 +1081,7 @@ class Run:
                 lost = 0 if math.isfinite(norm) else lost + 1
                 if lost == LOST:
                     raise Agreed(f"{stage}: the gradient was no number in {LOST} steps in a row, up to step "
-                                     f"{step + 1}, {about(step)}; the last good checkpoint is {self.out}/ckpt.pt")
+                                 f"{step + 1}, {about(step)}; the last good checkpoint is {self.out}/ckpt.pt")
                 self.average(averaged, step)
                 names = sorted(sums)
                 positions = sum(b.positions for b in batches)

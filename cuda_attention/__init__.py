@@ -98,6 +98,7 @@ def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = masks.RULES) -
 
 
 def make_rows(q: Layout, k: Layout, rules: Tensor) -> Rows:
+    """The rows of every sample, grouped by length, with the mask of each group."""
     width = -(-torch.bincount(k.sample, minlength=k.task.numel()) // ROW)            # (S,)
     groups = [(width == w).nonzero()[:, 0] for w in width.unique().tolist()] or [width]
     q_rows = masks.pad(q, groups)
