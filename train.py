@@ -70,6 +70,7 @@ from sample import Cola
 from text_vae import TextVAE, kl, text_vae_loss
 
 STAGES = ("text_vae", "image_vae", "mmdit")
+LATENT_BYTES = 96 << 20    # of image latents a worker keeps in memory
 LOST = 20                  # steps in a row whose gradient is no number: then there is no going on
 STOP = (signal.SIGINT, signal.SIGTERM)
 
@@ -571,7 +572,7 @@ class Batches:
 
     @torch.no_grad()
     def image_latents(self, index: list[int]) -> list[Tensor]:
-        """Normalised mean latents of images, (h, w, Cz) each; computed once, up to 256 MiB of them, and always
+        """Normalised mean latents of images, (h, w, Cz) each; computed once, up to LATENT_BYTES of them, and always
         8 at a time: how products round depends on their sizes, and a resumed run must find the same numbers."""
         new, latents, vae = sorted(set(index) - self.images.keys()), {}, self.model.image_vae
         for hw in {self.dataset.image_hw(i) for i in new}:
@@ -580,8 +581,8 @@ class Batches:
                 x = np.stack(self.dataset.images([*eight, *eight[-1:] * (8 - len(eight))]))
                 x = sample.to_float(x).to(self.model.device)                                 # (8, 3, H, W)
                 z = vae.normalize(vae.encode(x)[0]).permute(0, 2, 3, 1).cpu()                # (8, h, w, Cz)
-                latents |= dict(zip(eight, z))
-        if latents and len(self.images) * next(iter(latents.values())).nbytes < 1 << 28:
+                latents |= {i: one.clone() for i, one in zip(eight, z)}             # a view would keep all 8
+        if latents and len(self.images) * next(iter(latents.values())).nbytes < LATENT_BYTES:
             self.images |= latents
         return [latents[i] if i in latents else self.images[i] for i in index]
 
