@@ -198,6 +198,8 @@ class Tokenizer:
                 raise ValueError("not all bytes, or a token twice")
             if END_TEXT.decode() not in state["special"] or min(state["special"].values()) < len(tokens):
                 raise ValueError("no end token behind the others")
+            if regex.search(state["pattern"], "", timeout=1):
+                raise ValueError("a pattern that matches nothing at all")
             return cls._of_tokens(tokens, state["pattern"], state["special"])
         except Exception as error:             # a pattern that tiktoken refuses is a plain exception
             raise ValueError(f"the tokenizer is not one that Tokenizer.to_dict wrote ({error!r:.80}); use another "
@@ -208,7 +210,7 @@ class Tokenizer:
         """A byte-level BPE tokenizer.json, as tiktoken has it. ValueError, naming the file, for anything else,
         and where ids do not rise in the order of merges, which is how tiktoken ranks them."""
         try:
-            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            state = read_json(path, 1 << 26)
             model, pre = state["model"], state["pre_tokenizer"]
             added = {token["content"]: token["id"] for token in state["added_tokens"]}
             vocab = {word: i for word, i in model["vocab"].items() if word not in added}
@@ -380,8 +382,19 @@ def parse_json(raw: bytes, where: str) -> dict:
         reason = f"not UTF-8 at byte {error.start}" if isinstance(error, UnicodeError) else "not valid JSON"
         raise ValueError(f"{where}: {reason}; expected one JSON object, in UTF-8") from None
     if not isinstance(row, dict):
-        raise ValueError(f'{where}: got a JSON {type(row).__name__}, expected an object {{"text": "..."}}')
+        raise ValueError(f"{where}: got a JSON {type(row).__name__}, expected an object")
     return row
+
+
+def read_json(path: str | Path, limit: int = 1 << 20) -> dict:
+    """The JSON object in a file of at most `limit` bytes. FileNotFoundError or ValueError, naming it."""
+    if not os.path.isfile(path):                # a pipe or a device may have no end
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise ValueError(f"{path}: more than {limit >> 20} MiB")
+    return parse_json(raw, str(path))
 
 
 def json_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, dict]]:
@@ -509,9 +522,10 @@ def find_items(path: str, left_out: list[str]) -> Iterator[Item]:
         yield from jsonl_items(path, os.path.realpath(os.path.dirname(path)))
     elif not os.path.isdir(path):
         raise ValueError(f"{path} is neither a folder nor a .jsonl nor an uncompressed .tar; give one")
-    elif tables := [name for name in ("metadata.jsonl", "captions.jsonl") if name in os.listdir(root)]:
+    elif tables := [name for name in ("metadata.jsonl", "captions.jsonl") if os.path.isfile(inside(root, name))]:
         yield from jsonl_items(inside(root, tables[0]), root)
-    elif shards := sorted(name for name in os.listdir(root) if name.endswith(".tar")):
+    elif shards := sorted(name for name in os.listdir(root)
+                          if name.endswith(".tar") and os.path.isfile(inside(root, name))):
         for name in shards:
             yield from tar_items(inside(root, name), left_out)
     else:
@@ -573,11 +587,24 @@ def tar_items(path: str, left_out: list[str]) -> Iterator[Item]:
             left_out.append(f"{name!r} (no .txt or .json of that name)")
 
 
+class Member(tarfile.TarInfo):
+    """A tar header. ReadError for one that extends the next (pax, GNU names) by more than a name may need: tarfile
+    would read all that it claims to have, and search it in a time that grows with the square of it."""
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "Member":
+        at = tar.fileobj.tell()
+        raw = tar.fileobj.read(tarfile.BLOCKSIZE)
+        tar.fileobj.seek(at)
+        if raw[156:157] in (b"x", b"g", b"X", b"L", b"K") and tarfile.nti(raw[124:136]) > 1 << 14:
+            raise tarfile.ReadError("a header of more than 16 KiB")
+        return super().fromtarfile(tar)
+
+
 def tar_members(file: BinaryIO, path: str) -> Iterator[tarfile.TarInfo]:
     """Headers of an uncompressed tar. ValueError when it is damaged, which tarfile may take for its end."""
     total = os.path.getsize(path)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as tar:
             while (member := tar.next()) is not None:
                 if member.size < 0 or member.offset_data + member.size > total:
                     raise tarfile.TarError(f"{member.name!r} does not end within its {total} bytes")
@@ -598,8 +625,9 @@ class ImageText:
     aspect      sort the pictures into buckets(side, multiple) instead of cropping all to one shape
     strict      a picture that cannot be used is an error; otherwise it is left out, and `left_out` says why
     ValueError or OSError in one line: see find_items, and when no picture can be used. A set that fits into
-    CACHE_BYTES is decoded at the start. Of a larger one only the headers are read, and a picture found
-    damaged later gives way to the next of its shape, with that one's caption.
+    CACHE_BYTES is decoded at the start. Of a larger one only the headers are read, the last pictures alone are
+    kept (order is random, so the share of them met again is small, and memory that changes hands all the time
+    breaks up), and one found damaged later gives way to the next of its shape, with that one's caption.
     """
     tasks = {"t2t", "t2i", "it2t"}
 
@@ -613,8 +641,9 @@ class ImageText:
         found = (item for path in as_list(paths) for item in find_items(path, self.left_out))
         items = list(tqdm(found, "indexing images", leave=False, delay=2))
         fits = CACHE_BYTES // max(3 * height * width for height, width in self.shapes)
-        self._pixels = functools.lru_cache(max(fits, 64))(self._load)
-        check = self._pixels if len(items) <= fits else self._header
+        whole = len(items) <= fits
+        self._pixels = functools.lru_cache(fits if whole else max(fits // 8, 64))(self._load)
+        check = self._pixels if whole else self._header
         found = [check(item) for item in tqdm(items, "checking images", leave=False, delay=2)]
         self.left_out += [f"{item.name!r} ({got})" for item, got in zip(items, found) if isinstance(got, str)]
         good = [(item, got) for item, got in zip(items, found) if not isinstance(got, str)]

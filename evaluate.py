@@ -77,19 +77,14 @@ def judge_answers(model: Cola, world: list, seed: int, numbers: list[int], s: sa
 
 
 def judge_stories(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
-    """T2T: continuations of stories after the first or the second sentence; none ends before the third. Also
-    apart by what the prefix's length leaves over."""
+    """T2T: continuations of stories after the first or the second sentence; none ends before the third."""
     prefixes = []
     for scene, k in zip(world, numbers):
         words = data.rng(seed, k, data.WINDOW)
         sentences = scenes.story(scene, words).split(". ")
         prefixes.append(". ".join(sentences[:int(words.integers(1, 3))]) + ".")
     for prefix, rest in zip(prefixes, sample.generate_text(model, prefixes, s=s, first=numbers[0])):
-        ok, modulus = scenes.consistent(prefix, rest), math.lcm(4, model.text_vae.patch_size)
-        yield "t2t.consistent", ok
-        residue = len(model.tokenizer.encode(prefix)) % modulus
-        yield f"t2t.by_residue.{residue}", ok
-        yield from ((f"t2t.share_of_residue.{r}", r == residue) for r in range(modulus))
+        yield "t2t.consistent", scenes.consistent(prefix, rest)
 
 
 def judge_image_vae(model: Cola, world: list, seed: int, numbers: list[int]) -> Rows:

@@ -38,7 +38,7 @@ import masks
 from cuda_attention import Plan, attention, make_plan
 from flow import TIME_SCALE
 from masks import Layout
-from text_vae import check_names, write_safetensors
+from text_vae import check_names, described, write_safetensors
 
 
 @dataclass
@@ -341,7 +341,7 @@ def load_official(config: dict, tensors: dict[str, Tensor], image_channels: int 
     """The released text-only DiT, from its config.json as a dict and its tensors (text_vae.read_safetensors).
 
     With image_channels the image side is there too, and with 2 streams its own blocks, all of them fresh.
-    Returns the model and its block_len. The released weights are the given tensors themselves, never a copy.
+    Returns the model and its block_len. The released weights are the given tensors themselves where they are float32.
     ValueError, one line, where config and tensors do not fit.
     """
     missing = [key for key in (*RELEASE_KEYS, "block_size") if key not in config]
@@ -351,9 +351,8 @@ def load_official(config: dict, tensors: dict[str, Tensor], image_channels: int 
     if config.get("patch_size", 1) != 1 or config.get("txt_out_channels", channels) != channels:
         raise ValueError("cola_dit config: only patch_size 1 and as many channels out as in are built here")
     settings = {ours: config[theirs] for theirs, ours in RELEASE_KEYS.items()}
-    with torch.device("meta"):
-        model = MMDiT(MMDiTConfig(**settings, image_channels=image_channels, streams=streams,
-                                  as_released=True))
+    model = described(lambda **released: MMDiT(MMDiTConfig(**released, image_channels=image_channels, streams=streams,
+                                                           as_released=True)), settings, ["layers"], tensors, "cola_dit")
     fresh = {name for name in model.state_dict() if name.startswith(IMAGE_SIDE)}
     check_names(tensors, {k: v for k, v in model.state_dict().items() if k not in fresh}, "cola_dit")
     new = {name: torch.empty(v.shape) for name, v in model.state_dict().items() if name in fresh}
@@ -362,7 +361,7 @@ def load_official(config: dict, tensors: dict[str, Tensor], image_channels: int 
             value.copy_(tensors["blocks.0.msa.rope.rope.freqs"])
         elif ".norm_" in name or "_norm." in name:             # LayerNorm's affine part
             value.fill_(float(name.endswith("weight")))
-    model.load_state_dict(tensors | new, assign=True)
+    model.load_state_dict({name: x.float() for name, x in tensors.items()} | new, assign=True)
     model.reset_parameters(fresh)
     return model, config["block_size"]
 

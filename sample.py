@@ -58,7 +58,8 @@ CONTENTS = dict.fromkeys(("config", "args", "tokenizer", "model", "ema", "progre
 COUNTS = {"text_vae": ("encoder_num_blocks", "decoder_num_blocks"), "image_vae": ("blocks",), "mmdit": ("layers",)}
                                            # its parts and stages, and what each counts that has tensors of its own
 EXACT = 64                                 # numbers of a block up to which `score` takes the exact divergence
-MAX_LATENTS = 1 << 14                      # of an image that is drawn: its mask has the square of that
+MAX_LATENTS = 1 << 14                      # of an image that is drawn, and tokens of a text: masks have the square of that
+MAX_BLOCK = 1 << 12                        # latents
 
 
 @dataclass
@@ -73,6 +74,16 @@ class Cola:
     image_loc: float                       # mean of the logit time that images were trained at
     first_block: str = "clean"             # what becomes of a prefix that ends inside a block
     tasks: tuple[str, ...] = masks.TASKS   # that it was trained for
+
+    def __post_init__(self) -> None:
+        if type(self.block_len) is not int or not 1 <= self.block_len <= MAX_BLOCK:
+            raise ValueError(f"blocks of {self.block_len!r:.20} latents, expected 1 to {MAX_BLOCK}")
+        if self.block_len % (inner := self.text_vae.config["block_len"]):
+            raise ValueError(f"blocks of {self.block_len} latents, of {inner} in the text VAE: a block's context would "
+                             "have been encoded with the block in view")
+        if self.tokenizer.n_vocab > self.text_vae.vocab_size:
+            raise ValueError(f"{self.tokenizer.n_vocab} tokens in the tokenizer, {self.text_vae.vocab_size} in the text "
+                             "VAE; both must be of one model")
 
     def to(self, device: str | torch.device) -> Cola:
         """Itself, its modules moved."""
@@ -409,16 +420,28 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path}: not a readable checkpoint ({reason}); it may be damaged, take an earlier "
                          "copy or train anew") from None
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this program (format {found!r}, expected {FORMAT!r}); "
+    if not isinstance(found, str) or found != FORMAT:          # what repr makes of a forged object may have no end
+        found = repr(found[:40]) if isinstance(found, str) else type(found).__name__
+        raise ValueError(f"{path}: not a checkpoint of this program (format {found}, expected {FORMAT!r}); "
                          "make one with train.py")
     wrong = [name for name, kind in CONTENTS.items() if not isinstance(checkpoint.get(name), kind)]
     progress = checkpoint.get("progress")
-    if not wrong and not all(type(progress.get(stage)) is int for stage in COUNTS):
+    if not wrong and not all(type(progress.get(stage)) is int and progress[stage] >= 0 for stage in COUNTS):
         wrong = ["progress"]
     if wrong:
         raise ValueError(f"{path}: damaged in {', '.join(wrong)}; take an earlier copy")
     return checkpoint
+
+
+def check_state(state: dict, module: nn.Module) -> None:
+    """ValueError, naming the first difference, unless a state of a checkpoint is one of this module: names, shapes,
+    types, and no tensor that claims more memory than it has."""
+    want = module.state_dict()
+    for name in sorted(want.keys() | state.keys(), key=str):
+        x, like = state.get(name), want.get(name)
+        if like is None or not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta or \
+                (x.shape, x.dtype) != (like.shape, like.dtype) or x.nbytes > x.untyped_storage().nbytes():
+            raise ValueError(f"{name!r:.80} is not what the model has by that name")
 
 
 def build(checkpoint: dict, weights: str = "ema") -> Cola:
@@ -436,8 +459,8 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
                      tuple(map(int, c["image_hw"])), float(checkpoint["args"]["image_loc"]),
                      str(checkpoint["args"]["first_block"]), tuple(map(str, c["tasks"])))
         for name, part in zip(COUNTS, parts):
-            state = {k: v.clone() for k, v in checkpoint[weights][name].items()}
-            part.load_state_dict(state, assign=True)
+            check_state(checkpoint[weights][name], part)
+            part.load_state_dict({k: v.clone() for k, v in checkpoint[weights][name].items()}, assign=True)
             part.eval()
     except Exception as error:                                 # whatever a forged configuration can raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
@@ -463,17 +486,11 @@ def load_official(folder: str | Path, image_channels: int = 0, streams: int = 1)
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name}: not there; expected the folder of a public release")
     text_vae, tokenizer = load_vae(folder / "cola_vae"), data.Tokenizer.from_file(folder / "tokenizer.json")
-    try:
-        config = dict(json.loads((folder / "cola_dit" / "config.json").read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder}/cola_dit/config.json: not a JSON object ({error!r})") from None
+    config = data.read_json(folder / "cola_dit" / "config.json")
     prior, block_len = load_prior(config, read_safetensors(folder / "cola_dit"), image_channels, streams)
     if prior.config.text_channels != text_vae.latent_dim:
         raise ValueError(f"{folder}: latents of {text_vae.latent_dim} channels in cola_vae, of "
                          f"{prior.config.text_channels} in cola_dit; both must be of one release")
-    if tokenizer.n_vocab > text_vae.vocab_size:
-        raise ValueError(f"{folder}: {tokenizer.n_vocab} tokens in tokenizer.json, {text_vae.vocab_size} in "
-                         "cola_vae; both must be of one release")
     return Cola(text_vae.eval(), None, prior.eval(), tokenizer, block_len, (0, 0), 0.0, tasks=("t2t",))
 
 
@@ -593,12 +610,12 @@ def check(args: argparse.Namespace) -> None:
         s = settings(args)
         if not 0 <= s.interval[0] <= s.interval[1] <= 1:
             raise ValueError(f"--interval {s.interval[0]} {s.interval[1]}: expected rising numbers in 0 .. 1")
-        if not math.isfinite(s.guidance):
-            raise ValueError(f"--guidance {s.guidance}: expected a number")
-        if s.shift is not None and not 0 < s.shift < math.inf:
-            raise ValueError(f"--shift {s.shift}: expected a number above 0; 1 leaves the times as they are")
-        if not 0 <= s.temperature < math.inf:
-            raise ValueError(f"--temperature {s.temperature}: expected a number of at least 0")
+        if not abs(s.guidance) <= 1e6:
+            raise ValueError(f"--guidance {s.guidance}: expected a number, at most 1e6")
+        if s.shift is not None and not 0 < s.shift <= 1e6:
+            raise ValueError(f"--shift {s.shift}: expected a number above 0, at most 1e6; 1 leaves the times as they are")
+        if not 0 <= s.temperature <= 1e6:
+            raise ValueError(f"--temperature {s.temperature}: expected a number from 0 to 1e6")
         if not 0 <= s.repaint_share <= 1:
             raise ValueError(f"--repaint_share {s.repaint_share}: expected a share between 0 and 1")
         if args.n > 1 and s.temperature == 0:
@@ -646,12 +663,14 @@ def run(args: argparse.Namespace, model: Cola, hw: tuple[int, int], picture: np.
     s = settings(args)
     if args.task == "t2i":
         images = generate_images(model, [args.prompt] * args.n, s, hw)
-        for i, image in enumerate(images):
-            path = Path(args.out) if args.n == 1 else Path(args.out).with_stem(f"{Path(args.out).stem}_{i}")
+        path = Path(args.out)
+        paths = [path.with_stem(f"{path.stem}_{i}") for i in range(args.n)] if args.n > 1 else [path]
+        for path, image in zip(paths, images):
             info = PngImagePlugin.PngInfo()
             info.add_text("caption", args.prompt)
             Image.fromarray(image).save(path, pnginfo=info)
-            print(f"{path}  {image.shape[1]} x {image.shape[0]}  {args.prompt}")
+        for path in paths:
+            print(f"{path}  {images[0].shape[1]} x {images[0].shape[0]}  {args.prompt}")
     elif args.task == "it2t":
         prompts, pictures = [args.prompt] * args.n, [picture] * args.n
         for answer in generate_text(model, [""] * args.n, prompts, pictures, s, args.max_tokens):
@@ -681,6 +700,10 @@ def main(argv: list[str] | None = None) -> int:
             if (needed := "t2t" if args.task == "score" else args.task) not in model.tasks:
                 raise ValueError(f"{args.official or args.checkpoint} was trained for {', '.join(model.tasks)}, "
                                  f"not for {needed}")
+            for name in ("prompt", "prefix", "response"):
+                n = len(model.tokenizer.encode(getattr(args, name, "")))
+                if n > MAX_LATENTS:
+                    raise ValueError(f"the {name} has {n:,} tokens; expected at most {MAX_LATENTS:,}")
             picture = None
             hw = model.image_hw
             if args.task == "it2t":

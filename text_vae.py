@@ -17,6 +17,7 @@ How much noise a trained decoder bears (paper, Sec. 5.4): python text_vae.py --c
 """
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -24,6 +25,7 @@ import mmap
 import os
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ from torch import Tensor
 
 import masks
 from cuda_attention import Plan, attention, make_plan
+from data import read_json
 
 
 def rope_table(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -255,6 +258,7 @@ def noised_accuracy(vae: TextVAE, ids: Tensor, lengths, noise: Tensor, t: float)
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
                "U8": torch.uint8, "BOOL": torch.bool}
+MAX_HEADER = 100 << 20                     # bytes of a table of tensors, as in the format's own reader
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -267,8 +271,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
-        path = path if path.exists() else Path(f"{path}.index.json")
-    if not path.exists():
+        index = Path(f"{path}.index.json")
+        path = index if index.exists() and not path.exists() else path
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected model.safetensors or its shards")
     if path.name.endswith(".index.json"):
         return read_shards(path)
@@ -276,12 +281,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     if size < 8:
         raise ValueError(f"{path}: {size} bytes, too short for a safetensors file; fetch it again")
     with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + struct.unpack("<Q", data[:8])[0]
-    if start > size:
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + struct.unpack("<Q", raw[:8])[0]
+    if start > min(size, MAX_HEADER):
         raise ValueError(f"{path}: header ends at byte {start} of {size}; truncated, or no safetensors file")
     try:
-        header = json.loads(data[8:start].decode())
+        header = json.loads(raw[8:start].decode())
         header.pop("__metadata__", None)
         entries = sorted((*e["data_offsets"], k, str(e["dtype"]), tuple(e["shape"])) for k, e in header.items())
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
@@ -299,7 +304,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
                              f"{items * width} bytes from {end} within {size - start}: truncated or damaged")
         values = torch.empty(0, dtype=SAFETENSORS[dtype])             # frombuffer refuses an empty tensor
         if items:
-            values = torch.frombuffer(data, dtype=SAFETENSORS[dtype], count=items, offset=start + first)
+            values = torch.frombuffer(raw, dtype=SAFETENSORS[dtype], count=items, offset=start + first)
         tensors[name], end = values.view(shape), last
     if start + end != size:
         raise ValueError(f"{path}: {size - start - end} bytes after the last tensor: damaged")
@@ -309,8 +314,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 def read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors that a model.safetensors.index.json spreads over several files beside it."""
     try:
-        where = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        where = dict(read_json(index, MAX_HEADER)["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: no weight_map of tensor names to files ({error!r})") from None
     for shard in where.values():
         if type(shard) is not str or Path(shard).name != shard:
@@ -341,6 +346,24 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     os.replace(f"{path}.tmp", path)
 
 
+def described(make: Callable[..., nn.Module], settings: dict, counts: list[str], tensors: dict[str, Tensor],
+              where: str | Path) -> nn.Module:
+    """What a config.json describes, on the meta device. ValueError, one line, where that is no model, or one of
+    more blocks (`counts`) than there are tensors."""
+    try:
+        for name, value in settings.items():
+            low = -math.inf if name == "shifting_factor" else 0
+            if type(value) is not bool and not (type(value) in (int, float) and low < value < math.inf):
+                raise ValueError(f"{name} is {value!r:.40}, expected a number above {low}")
+            if name in counts and value > len(tensors):
+                raise ValueError(f"{name} is {value!r:.40}, of {len(tensors)} tensors")
+        with torch.device("meta"):
+            return make(**settings)
+    except Exception as error:             # whatever a forged size can raise
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{where}: its config.json describes no model ({reason})") from None
+
+
 def check_names(tensors: dict[str, Tensor], state: dict[str, Tensor], where: str | Path) -> None:
     """ValueError, naming the first mismatch, unless `tensors` have exactly the names and shapes of a state."""
     want = {k: tuple(v.shape) for k, v in state.items()}
@@ -359,14 +382,12 @@ RELEASE = {"model_type": "cola_text_vae", "act": "swiglu", "block_causal": True,
 def load_official(folder: str | Path) -> TextVAE:
     """The released text VAE from its cola_vae folder: config.json and model.safetensors or shards.
 
-    Built on the meta device and given the mapped tensors themselves: the weights are never held twice."""
+    Built on the meta device and given the mapped tensors themselves, but for those of another type than float32:
+    the weights are never held twice."""
     path = Path(folder, "config.json")
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the release's cola_vae folder")
-    try:
-        raw = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error!r})") from None
+    raw = read_json(path)
     for key, value in RELEASE.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {raw[key]!r}; only {value!r} is built here")
@@ -374,11 +395,12 @@ def load_official(folder: str | Path) -> TextVAE:
     missing = sorted((keys | {"block_size"}) - raw.keys())
     if missing:
         raise ValueError(f"{path}: no {', '.join(missing)}; expected the config.json of a cola_vae")
-    with torch.device("meta"):
-        vae = TextVAE(**{key: raw[key] for key in keys}, block_len=raw["block_size"], vae_logsnr=None)
     tensors = read_safetensors(folder)
+    settings = {key: raw[key] for key in keys} | {"block_len": raw["block_size"]}
+    vae = described(functools.partial(TextVAE, vae_logsnr=None), settings,
+                    ["encoder_num_blocks", "decoder_num_blocks"], tensors, folder)
     check_names(tensors, vae.state_dict(), folder)
-    vae.load_state_dict(tensors, assign=True)
+    vae.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
     return vae
 
 
@@ -470,9 +492,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", help="plot how much noise the decoder of this checkpoint bears")
     parser.add_argument("--text", nargs="+", default=[], help="text files to do it on; none: generated stories")
     args = parser.parse_args(argv)
-    if args.text and not args.checkpoint:
+    if args.text and args.checkpoint is None:
         parser.error("--text needs the --checkpoint whose text VAE reads it")
-    if not args.checkpoint:
+    if args.checkpoint is None:
         demonstrate()
         return 0
     try:

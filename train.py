@@ -19,18 +19,23 @@ U distinct times; Dz and Cz channels of a text and an image latent; B images of 
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":                 # Ctrl-C while torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import copy
 import ctypes
 import dataclasses
 import fcntl
+import io
 import json
 import math
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -221,24 +226,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible values before any work; None stands for a default. ValueError, one line."""
     for low, high, expected, names in (
-            (1, math.inf, "at least 1",
-             "steps image_vae_steps batch_size micro_steps text_vae_batch image_vae_batch "
-             "save_every sample_steps repaint_cycles pool seq_len vocab_size block_len vae_block_len width layers "
-             "heads text_vae_width text_vae_layers text_vae_heads text_latent_dim text_patch downsample "
-             "image_latent_dim image_vae_width image_vae_levels image_vae_blocks image_vae_patch repa_layer"),
+            (1, 1e9, "1 to a thousand million",
+             "steps image_vae_steps save_every sample_steps repaint_cycles pool vocab_size"),
+            (1, 1 << 16, "1 to 65,536",
+             "batch_size micro_steps text_vae_batch image_vae_batch seq_len block_len vae_block_len width "
+             "heads text_vae_width text_vae_heads text_latent_dim text_patch downsample image_latent_dim "
+             "image_vae_width image_vae_levels image_vae_patch"),
+            (1, 1 << 10, "1 to 1024", "layers text_vae_layers image_vae_blocks repa_layer"),
             (8, math.inf, "at least 8 pixels, which the loss of stage 1b halves thrice", "image_size"),
             (0, 1, "a share between 0 and 1",
              "any_order questions aux_caption cfg_drop warmup cooldown repa_until ema repaint_share"),
-            (math.ulp(0), math.inf, "a number above 0",        # from the smallest such number
+            (math.ulp(0), 1e6, "a number above 0, at most 1e6",        # from the smallest such number
              "w_answer scale time_scale clip lr muon_lr text_vae_lr image_vae_lr text_shift"),
-            (0, math.inf, "a number of at least 0",
+            (0, 1e6, "a number from 0 to 1e6",
              "weight_decay beta lambda_mask lambda_vae lambda_fm lambda_ref w_text w_repa vae_lr_ratio "
-             "text_temperature eval_samples procs text_vae_steps vae_interval"),
-            (-math.inf, math.inf, "a number", "guidance text_guidance image_loc text_loc")):
+             "text_temperature"),
+            (0, 1e9, "0 to a thousand million", "eval_samples procs text_vae_steps vae_interval"),
+            (-1e6, 1e6, "a number from -1e6 to 1e6", "guidance text_guidance"),
+            (-100, 100, "a number from -100 to 100", "image_loc text_loc")):
         for name in names.split():
             value = getattr(args, name)
             for x in value if isinstance(value, list) else [value]:
-                if x is not None and not (low <= x <= high and abs(x) < math.inf):
+                if x is not None and not low <= x <= high:
                     raise ValueError(f"--{name} {x}: expected {expected}")
     if len(args.image_size) > 2:
         raise ValueError(f"--image_size {args.image_size}: expected one number of pixels, or height and width")
@@ -273,11 +282,11 @@ def check(args: argparse.Namespace) -> None:
                          "a block's context would have been encoded with the block in view")
     if args.vae_logsnr != "learned":
         try:
-            finite = abs(float(args.vae_logsnr)) < math.inf
+            finite = abs(float(args.vae_logsnr)) <= 30
         except ValueError:
             finite = False
         if not finite:
-            raise ValueError(f"--vae_logsnr {args.vae_logsnr}: expected 'learned' or a number")
+            raise ValueError(f"--vae_logsnr {args.vae_logsnr}: expected 'learned' or a number from -30 to 30")
     task_ratios(args.tasks)
 
 
@@ -306,6 +315,12 @@ def task_ratios(text: str) -> dict[str, float]:
 def tasks_of(args: argparse.Namespace) -> set[str]:
     """The tasks with a share of the steps."""
     return {name for name, share in task_ratios(args.tasks).items() if share}
+
+
+def stages_of(args: argparse.Namespace) -> list[str]:
+    """What --stage asks for; with all, no image VAE where no task has images."""
+    return [stage for stage in STAGES if args.stage == stage or
+            args.stage == "all" and (stage != "image_vae" or tasks_of(args) - {"t2t"})]
 
 
 def pick_task(args: argparse.Namespace, u: float) -> int:
@@ -410,7 +425,8 @@ def launch(argv: list[str], procs: int) -> int:
     def pass_on(number: int, frame: object) -> None:
         asked.append(number)
         for w in workers:
-            w.send_signal(number) if len(asked) == 1 else w.kill()     # who asks twice does not want to wait
+            # SIGTERM also ends one that is still importing, without a traceback. Who asks twice will not wait.
+            w.terminate() if len(asked) == 1 else w.kill()
     on_signals(pass_on)
     while any(w.poll() is None for w in workers) and not any(w.returncode for w in workers):
         time.sleep(0.1)
@@ -426,6 +442,9 @@ def launch(argv: list[str], procs: int) -> int:
             print(f"train.py: worker {r} was ended by {signal.Signals(-code).name}; continue with --resume auto",
                   file=sys.stderr)
     codes = [w.returncode for w in workers]
+    if asked and not {2, 130} & {*codes}:              # before there was anything to save
+        print("train.py: stopped", file=sys.stderr)
+        return 130
     return next((code for code in (2, 130) if code in codes), int(any(codes)))
 
 
@@ -885,8 +904,23 @@ def read_log(path: Path) -> list[dict]:
     entries = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
+            entry = json.loads(line)
+            entries += [entry] * (isinstance(entry, dict) and entry.get("stage") in STAGES and "step" in entry)
     return entries
+
+
+def restore_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
+    """Moments of a checkpoint, each sharded before the next one is; rates and the like are those of the flags.
+    ValueError, and whatever a forged state can raise, where they are not of these parameters."""
+    for o, state in zip(optimizers, states, strict=True):
+        held, groups = [p for g in o.param_groups for p in g["params"]], o.state_dict()["param_groups"]
+        if [len(g["params"]) for g in state["param_groups"]] != [len(g["params"]) for g in groups]:
+            raise ValueError("other numbers of them")
+        for i, moments in state["state"].items():
+            if not all(x.shape in (torch.Size(), held[i].shape) and x.dtype == torch.float32 for x in moments.values()):
+                raise ValueError("other shapes")
+            moments |= {k: like(v, held[i]) for k, v in moments.items() if v.shape == held[i].shape}
+        o.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 class Run:
@@ -953,9 +987,17 @@ class Run:
     def restore(self, checkpoint: dict) -> None:
         """Average, optimizers and place of the checkpoint that the model was built of."""
         self.progress, self.seconds = dict(checkpoint["progress"]), checkpoint["seconds"]
+        own = parts(self.model)
         if self.progress["mmdit"]:                             # before, weights and average are one
             self.ema = {k: v for k, v in checkpoint["ema"].items() if k != "image_vae"}
-        self.damaged = "warning" in checkpoint
+        try:
+            for name, state in self.ema.items():
+                sample.check_state(state, own[name])
+            if checkpoint["reference"]:
+                sample.check_state(checkpoint["reference"], own["text_vae"])
+        except Exception as error:
+            raise ValueError(f"{self.out}: a checkpoint damaged in its averages ({error}); take an earlier copy") from None
+        self.damaged = "damaged" in checkpoint
         self.optimizer_state, self.reference = checkpoint["optimizers"], checkpoint["reference"]
         self.repa_state = checkpoint["model"].get("repa", {})
 
@@ -1043,16 +1085,12 @@ class Run:
             now = parts(self.model)[name].state_dict()
             self.ema[name] = {k: like(self.ema[name][k], v) if start else v.clone() for k, v in now.items()}
         if start and self.optimizer_state.get("stage") == stage:
-            for o, state in zip(optimizers, self.optimizer_state["states"], strict=True):
-                held = [p for g in o.param_groups for p in g["params"]]
-                if [len(g["params"]) for g in state["param_groups"]] != [len(g["params"]) for g in o.param_groups]:
-                    raise Agreed("the optimizers of this run are of other parameters; resume with the flags it had "
-                                 "(--optimizer, --vae_lr_ratio, --w_repa), or start anew with --init_from")
-                for i, moments in state["state"].items():      # each sharded before the next one is
-                    moments |= {k: like(v, held[i]) for k, v in moments.items() if v.shape == held[i].shape}
-                o.load_state_dict(state)
-                for g in o.param_groups:
-                    g["weight_decay"] = a.weight_decay         # what the flags say now
+            try:
+                restore_optimizers(optimizers, self.optimizer_state["states"])
+            except Exception as error:                         # whatever a forged state can raise
+                raise Agreed(f"{self.out}: the optimizers of its checkpoint are of other parameters, or damaged ({error}); "
+                             "resume with the flags it had (--optimizer, --vae_lr_ratio, --w_repa), or start anew with "
+                             "--init_from") from None
             groups = [g for o in optimizers for g in o.param_groups]
         bf16 = a.bf16 == "on" and stage != "text_vae"
         amp = torch.autocast(worker.device.type, torch.bfloat16, enabled=bf16)
@@ -1081,8 +1119,9 @@ class Run:
                 sums, norm = self.step(wrapped, optimizers, batches, amp)
                 lost = 0 if math.isfinite(norm) else lost + 1
                 if lost == LOST:
+                    kept = f"the last good checkpoint is {self.out}/ckpt.pt" if written(self.out) else "none was saved yet"
                     raise Agreed(f"{stage}: the gradient was no number in {LOST} steps in a row, up to step "
-                                 f"{step + 1}, {about(step)}; the last good checkpoint is {self.out}/ckpt.pt")
+                                 f"{step + 1}, {about(step)}; {kept}")
                 self.average(averaged, step)
                 names = sorted(sums)
                 positions = sum(b.positions for b in batches)
@@ -1137,7 +1176,7 @@ def train_stages(run: Run) -> None:
     """Stage 1, stage 1b, stage 2, as far as --stage says."""
     a, w, model, batches = run.args, run.worker, run.model, run.batches
     w.training = True
-    wanted, muon = STAGES if a.stage == "all" else (a.stage,), a.optimizer == "muon"
+    wanted, muon = stages_of(a), a.optimizer == "muon"
     scaled = lambda steps: max(1, round(steps * a.scale)) if steps else 0
     if "text_vae" in wanted:
         stage = TextStage(model.text_vae, a)
@@ -1145,7 +1184,7 @@ def train_stages(run: Run) -> None:
                 scaled(a.text_vae_steps),
                 lambda step: batches.texts(w.share(step * a.text_vae_batch, a.text_vae_batch)),
                 lambda step: f"texts {step * a.text_vae_batch} to {(step + 1) * a.text_vae_batch - 1}")
-    if "image_vae" in wanted and (a.stage == "image_vae" or tasks_of(a) - {"t2t"}):
+    if "image_vae" in wanted:
         model.image_vae.train()
         stage = ImageStage(model.image_vae)
         shown = (b.x.to(w.device) for k in range(0, 1024, 32) for b in batches.pixels(range(k, k + 32)))
@@ -1160,7 +1199,10 @@ def train_stages(run: Run) -> None:
         stage, M, n = PriorStage(model, a), a.micro_steps, a.batch_size
         if a.w_repa:
             run.repa = stage.repa
-            stage.repa.load_state_dict(run.repa_state or stage.repa.state_dict())
+            try:
+                stage.repa.load_state_dict(run.repa_state or stage.repa.state_dict())
+            except (RuntimeError, TypeError, AttributeError):
+                raise Agreed(f"{a.out_dir}: its checkpoint has the head of another L_REPA") from None
         if a.compile:                                          # before any wrapper
             model.mmdit.compile_blocks()
         if stage.joint:
@@ -1214,8 +1256,9 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
         follow_release(args)
     if not goes_on and not args.init_from:
         check(args)
-        if not (args.text_vae_steps or args.vae_lr_ratio or args.init_official):
-            raise ValueError("--text_vae_steps 0: the text VAE would never be trained; add --vae_lr_ratio 1")
+        if not (args.text_vae_steps or args.vae_lr_ratio and args.lambda_vae or args.init_official):
+            raise ValueError("--text_vae_steps 0: the text VAE would never be trained; add --vae_lr_ratio 1, and a "
+                             "--lambda_vae above 0")
         return None, args
     source = path if goes_on else Path(args.init_from)
     try:
@@ -1224,23 +1267,49 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
         if not goes_on or not before.exists():
             raise
         checkpoint = sample.read_checkpoint(before)
-        checkpoint["warning"] = f"{error}; going on from {before}"
+        checkpoint["damaged"] = f"{error}; going on from {before}"
     kept = args.given | RUN_FLAGS | (set() if goes_on else GOAL_FLAGS)
-    for name, value in checkpoint["args"].items():
+    held = vars(stored(checkpoint["args"], source))
+    changed = {name: f"--{name} {getattr(args, name)} (was {held[name]})" for name in sorted(args.given & held.keys())
+               if name not in RUN_FLAGS | GOAL_FLAGS | ARCHITECTURE and getattr(args, name) != held[name]}
+    for name in ("block_len", "first_block", "image_loc", "image_size"):
+        if args.eval_only and name in changed:
+            raise ValueError(f"{changed[name]}: --eval_only judges the model as it was trained; leave the flag out")
+    if changed and goes_on and not args.eval_only:
+        checkpoint["changed"] = f"goes on with {', '.join(changed.values())}"
+    for name, value in held.items():
         if name in ARCHITECTURE & args.given and getattr(args, name) != value:
             raise ValueError(f"--{name} {getattr(args, name)}: {source} has {value!r}; leave the flag out, "
                              f"or train from nothing")
-        if name not in kept and hasattr(args, name):
+        if name not in kept:
             setattr(args, name, value)
-    try:
-        check(args)                                    # what was given, together with what was not
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{source}: damaged in its flags ({error}); take an earlier copy") from None
+    check(args)                                        # what was given, together with what was not
     if not goes_on:                                    # its weights alone
         checkpoint["model"]["repa"] = {}
         checkpoint |= {"progress": dict.fromkeys(STAGES, 0), "optimizers": {}, "seconds": 0.0,
                        "reference": {}}
     return checkpoint, args
+
+
+def stored(flags: dict, source: Path) -> argparse.Namespace:
+    """The flags of a checkpoint, through the same parser as those of a command. ValueError where they do not pass."""
+    words = []
+    try:
+        for name, value in flags.items():
+            if not isinstance(value, (bool, int, float, str, list, type(None))):
+                raise ValueError(f"{name} is a {type(value).__name__}")
+            if isinstance(value, list) and value:
+                words += [f"--{name}", *map(str, value)]
+            elif value is True:
+                words += [f"--{name}"]
+            elif value not in (False, None, []):
+                words += [f"--{name}={value}"]
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            return argparse.Namespace(**plain(parse(words)))
+    except (ValueError, SystemExit) as error:
+        reason = said.getvalue().strip().splitlines()[-1] if isinstance(error, SystemExit) else error
+        raise ValueError(f"{source}: damaged in its flags ({reason}); take an earlier copy") from None
 
 
 def follow_release(args: argparse.Namespace) -> None:
@@ -1262,7 +1331,8 @@ def follow_release(args: argparse.Namespace) -> None:
 
 def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> None:
     """One worker's run, from data to metrics. ValueError or OSError where flags and data do not fit."""
-    found = checkpoint and (checkpoint["progress"], checkpoint["seconds"], checkpoint.get("warning"))
+    found = checkpoint and ([checkpoint["progress"][stage] for stage in STAGES], checkpoint["seconds"],
+                            checkpoint.get("damaged"))
     if len(set(worker.gather([repr(found)]))) > 1:
         raise ValueError(f"{args.out_dir}: workers found different checkpoints; it must be a disk that all of them see")
     attention_taken = cuda_attention.choose(args.attention, worker.device)
@@ -1272,8 +1342,9 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
                  for k, v in plain(args).items() if v != usual[k]]
         print("flags:", " ".join(words) or "all as by default")
         print(attention_taken)
-        if checkpoint and "warning" in checkpoint:
-            print(f"train.py: warning: {checkpoint['warning']}", file=sys.stderr)
+        for warning in (checkpoint.get(name) for name in ("damaged", "changed") if checkpoint):
+            if warning:
+                print(f"train.py: warning: {warning}", file=sys.stderr)
     world = {} if args.data or args.text else \
         {"pool": args.pool, "any_order": args.any_order, "questions": args.questions}
     dataset = data.open_data(args.seed, args.data, args.text, hw, args.seq_len, args.aspect, args.downsample,
@@ -1409,16 +1480,18 @@ def main(argv: list[str] | None = None) -> int:
     worker = Worker(int(os.environ.get("RANK", 0)), speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     handlers = {number: signal.getsignal(number) for number in STOP}
     try:
+        on_signals(signal.default_int_handler)
         checkpoint, args = prepare(parse(argv))
-        batch = {"text_vae": args.text_vae_batch, "image_vae": args.image_vae_batch, "mmdit": args.batch_size}
-        samples = min(n for stage, n in batch.items() if args.stage in (stage, "all"))
+        batch = {"text_vae": "text_vae_batch", "image_vae": "image_vae_batch", "mmdit": "batch_size"}
+        least = min((batch[stage] for stage in stages_of(args)), key=vars(args).get)
+        samples = getattr(args, least)
         alone, procs = "RANK" not in os.environ, int(os.environ.get("WORLD_SIZE", 1))
         if alone and args.device == "cpu":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             procs = args.procs or min(cores, samples)
         if procs > samples and not args.eval_only:
-            raise ValueError(f"{procs} workers: --batch_size, --text_vae_batch or --image_vae_batch has only "
-                             f"{samples} samples to share; raise it, or use fewer workers (--procs)")
+            raise ValueError(f"--{least} {samples}: fewer samples than the {procs} workers; say --{least} {procs} or "
+                             f"more, or take at most {samples} workers")
         if alone and args.device == "cpu" and procs > 1:
             return launch(argv, procs)
         worker = join(args.device)
@@ -1437,7 +1510,7 @@ def main(argv: list[str] | None = None) -> int:
             print("train.py: stopped" + "; continue with --resume auto" * worker.training, file=sys.stderr)
         status = 130
     except Exception as error:
-        if worker.world == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         if "onnection" not in str(error):              # else another worker has left, and has told why
             traceback.print_exc()

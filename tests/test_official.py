@@ -108,7 +108,7 @@ def test_a_release_of_two_minds_is_refused(release, tmp_path):
         (tmp_path / name).symlink_to(folder / name)
     Tokenizer.train(["no end " * 40, "of words", *(f"word{i} word{i}" for i in range(400))], 900).save(
         tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match="both must be of one release"):
+    with pytest.raises(ValueError, match="both must be of one model"):
         sample.load_official(tmp_path)
 
 

@@ -396,7 +396,7 @@ def fails(argv, capsys, *words):
     (["t2i", "a cat", "--shift", "0"], ["shift 0"]),
     (["t2i", "a cat", "--interval", "0.9", "0.1"], ["--interval 0.9 0.1"]),
     (["t2i", "a cat", "--guidance", "nan"], ["--guidance nan"]),
-    (["t2t", "a cat", "--temperature", "-1"], ["--temperature -1", "at least 0"]),
+    (["t2t", "a cat", "--temperature", "-1"], ["--temperature -1", "from 0 to"]),
     (["t2t", "a cat", "--n", "2", "--temperature", "0"], ["--n 2", "--temperature"]),
     (["t2i", "a cat", "--solver", "rk5"], ["rk5", "euler"]),
     (["t2i", "  "], ["prompt is empty"]),

@@ -175,13 +175,13 @@ def test_a_run_of_text_alone(tmp_path, capsys):
     assert {e["stage"] for e in log_of(out)} == {"text_vae", "mmdit"}
     metrics, shown = json.loads((out / "metrics.json").read_text()), capsys.readouterr().out
     assert metrics["seen"].keys() == {"t2t"} and metrics["ceiling"].keys() == {"text"}
-    told = metrics["seen"]["t2t"]
-    assert told.keys() == {"consistent", "by_residue", "share_of_residue"}
-    assert told["share_of_residue"].keys() == set("0123") and sum(told["share_of_residue"].values()) == 1
+    assert metrics["seen"]["t2t"].keys() == {"consistent"}
     assert "t2t consistent" in shown and "t2i scene" not in shown and "ceiling image" not in shown
     assert sample.main(["t2i", "a circle", "--checkpoint", str(out / "ckpt.pt")]) == 2
     assert "was trained for t2t, not for t2i" in capsys.readouterr().err
-    assert train.main([*TINY, "--eval_only", "--stage", "all", "--out_dir", str(out)]) == 0
+    assert train.main(["--eval_only", "--stage", "all", "--procs", "1", "--eval_samples", "2", "--out_dir", str(out)]) == 0
+    assert train.main(["--eval_only", "--block_len", "2", "--out_dir", str(out)]) == 2
+    assert "--block_len 2 (was 4): --eval_only judges the model as" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("after", (1, 3, 5, 6, 8))
@@ -742,7 +742,7 @@ def fails(argv, capsys, *words):
     (["--beta", "-1"], ["--beta -1.0"]),
     (["--text_loc", "nan"], ["--text_loc nan"]),
     (["--guidance", "inf"], ["--guidance inf"]),
-    (["--layers", "0"], ["--layers 0", "at least 1"]),
+    (["--layers", "0"], ["--layers 0", "1 to 1024"]),
     (["--heads", "0"], ["--heads 0"]),
     (["--image_vae_levels", "1", "0"], ["--image_vae_levels 0"]),
     (["--image_size", "100000"], ["--image_size", "pixels"]),
@@ -751,7 +751,7 @@ def fails(argv, capsys, *words):
     (["--procs", "5"], ["5 workers", "--batch_size"]),
     (["--stage", "mmdit"], ["--stage mmdit", "text_vae", "--init_from"]),
     (["--aspect"], ["--aspect", "--data"]),
-    (["--steps", "0"], ["--steps 0", "at least 1"]),
+    (["--steps", "0"], ["--steps 0", "expected 1 to"]),
     (["--batch_size", "-3"], ["--batch_size -3"]),
     (["--scale", "0"], ["--scale"]),
     (["--vae_logsnr", "loud"], ["--vae_logsnr loud", "learned"]),
