@@ -370,7 +370,8 @@ def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int 
     """Likelihoods of a text in rows (name, log p in nats, tokens; 0 of them for a term): ELBO and IWAE of the
     whole, of the prefix and, as their difference, of the response (Eq. 10.8, 10.9, 10.13, 10.14); and the
     response's own score given latent draws of the prefix (Eq. 10.21, summed over its blocks), with its three
-    terms. The text ends with an end token and is filled up with more to whole blocks, which are not counted.
+    terms. The text ends with an end token and is filled up with more to whole blocks, whose nats are in the sums but
+    which are not counted as tokens. It is laid out from its first token on, whatever the model does with prefixes.
 
     Only whole blocks have a likelihood: in the differences, what of the prefix shares a block (or patch) with
     the response counts as response, as the tokens beside them say; in the own score only what shares a patch, but
@@ -450,6 +451,10 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
     try:
         c = checkpoint["config"]
         for part, counts in COUNTS.items():
+            for name, value in c[part].items():
+                for x in value if isinstance(value, list) else [value]:
+                    if x is not None and not (isinstance(x, (int, float)) and abs(x) < 1 << 31):
+                        raise ValueError(f"{name} {value!r:.40}")
             for name in counts:
                 if not 0 <= c[part][name] <= len(checkpoint[weights][part]):
                     raise ValueError(f"{name} {c[part][name]} for {len(checkpoint[weights][part])} tensors")
@@ -654,6 +659,8 @@ def run(args: argparse.Namespace, model: Cola, hw: tuple[int, int], picture: np.
         rows = score(model, args.prefix, args.response, args.samples, args.steps, solver=args.solver,
                      exact=exact, seed=args.seed)
         divergence = "exact" if exact else "Hutchinson's"
+        if shared := len(model.tokenizer.encode(args.prefix)) - rows[1][2]:
+            print(f"the last {shared} tokens of the prefix share a block with the response and count as response")
         print(f"{f'log p in nats ({divergence} divergence), of tokens':52} nats/token perplexity")
         for name, value, tokens in rows:
             rates = flow.nats_per_token(value, tokens), flow.perplexity(value, tokens)
@@ -704,6 +711,8 @@ def main(argv: list[str] | None = None) -> int:
                 n = len(model.tokenizer.encode(getattr(args, name, "")))
                 if n > MAX_LATENTS:
                     raise ValueError(f"the {name} has {n:,} tokens; expected at most {MAX_LATENTS:,}")
+            if {"repaint_share", "repaint_cycles"} & vars(args).keys() and model.first_block != "repaint":
+                raise ValueError(f"--repaint_share, --repaint_cycles: this model has --first_block {model.first_block}")
             picture = None
             hw = model.image_hw
             if args.task == "it2t":

@@ -25,6 +25,7 @@ import mmap
 import os
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -353,8 +354,8 @@ def described(make: Callable[..., nn.Module], settings: dict, counts: list[str],
     try:
         for name, value in settings.items():
             low = -math.inf if name == "shifting_factor" else 0
-            if type(value) is not bool and not (type(value) in (int, float) and low < value < math.inf):
-                raise ValueError(f"{name} is {value!r:.40}, expected a number above {low}")
+            if type(value) is not bool and not (type(value) in (int, float) and low < value < 1 << 31):
+                raise ValueError(f"{name} is {value!r:.40}, expected a number above {low}, below 2^31")
             if name in counts and value > len(tensors):
                 raise ValueError(f"{name} is {value!r:.40}, of {len(tensors)} tensors")
         with torch.device("meta"):
@@ -430,11 +431,14 @@ def robustness(checkpoint: str, files: list[str], count: int = 256, seq_len: int
     texts = data.TextFiles(files, seed, seq_len) if files else data.GeneratedScenes(seed)
     p = model.text_vae.patch_size
     ids = [model.ids(texts.t2t(k), end=False)[:seq_len // p * p] for k in range(count)]
-    lengths = [len(i) // p for i in ids]
-    flat = torch.tensor([token for i in ids for token in i])
-    noise = torch.randn(sum(lengths), model.text_vae.latent_dim, generator=torch.Generator().manual_seed(0))
-    curve = [(t, noised_accuracy(model.text_vae, flat, lengths, noise, t / 1000)) for t in range(0, 1001, 50)]
-    print(f"{count} texts, {len(flat)} tokens; share of tokens decoded right from mean latents noised to t")
+    total, right, generator = sum(map(len, ids)), Counter(), torch.Generator().manual_seed(0)
+    for some in (ids[k:k + 16] for k in range(0, count, 16)):         # logits of a large vocabulary are large
+        lengths, flat = [len(i) // p for i in some], torch.tensor([token for i in some for token in i])
+        noise = torch.randn(sum(lengths), model.text_vae.latent_dim, generator=generator)
+        for t in range(0, 1001, 50):
+            right[t] += noised_accuracy(model.text_vae, flat, lengths, noise, t / 1000) * len(flat)
+    curve = [(t, n / total) for t, n in right.items()]
+    print(f"{count} texts, {total} tokens; share of tokens decoded right from mean latents noised to t")
     print("1000 t  share")
     for t, share in curve:
         print(f"{t:6d}  {share:.3f}  {'#' * round(50 * share)}")

@@ -991,12 +991,12 @@ class Run:
         if self.progress["mmdit"]:                             # before, weights and average are one
             self.ema = {k: v for k, v in checkpoint["ema"].items() if k != "image_vae"}
         try:
-            for name, state in self.ema.items():
-                sample.check_state(state, own[name])
+            for name, module in own.items():
+                sample.check_state(checkpoint["ema"][name], module)
             if checkpoint["reference"]:
                 sample.check_state(checkpoint["reference"], own["text_vae"])
         except Exception as error:
-            raise ValueError(f"{self.out}: a checkpoint damaged in its averages ({error}); take an earlier copy") from None
+            raise ValueError(f"{self.out}: a checkpoint damaged in its averages ({error!s:.80}); take an earlier copy") from None
         self.damaged = "damaged" in checkpoint
         self.optimizer_state, self.reference = checkpoint["optimizers"], checkpoint["reference"]
         self.repa_state = checkpoint["model"].get("repa", {})

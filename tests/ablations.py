@@ -1,13 +1,13 @@
 """The paper's ablations on generated stories: trains what is missing, then prints every table.
 
-    python tests/ablations.py --out DIR --jobs 2            all of them: 27 runs of three to six minutes a seed
+    python tests/ablations.py --out DIR --jobs 2            all of them: 27 runs of two to five minutes a seed
     python tests/ablations.py --out DIR --tables 5 6 --seeds 0 1 2
     python tests/ablations.py --out DIR --show              only print what is there
 
 One baseline, the paper's setting at the size of a CPU: stories alone, blocks of 16 latents of 16 channels, loc 1,
 text VAE trained on at the prior's rate and held to its start by lambda_ref, without which its latents collapse.
-Where there is no start to hold to, from scratch, beta is what keeps them apart. With more channels or tokens in a
-latent both follow 16 patch / channels, so that they weigh the same against L_FM, a mean over channels and latents.
+Where there is no start to hold to, from scratch, beta is what keeps them apart; with more channels it follows
+16 / channels, so that it weighs the same against L_FM, a mean over channels.
 Sampled as in the paper: temperature 1, no snapping, an even time grid; but guidance 1. A row of a table changes
 what its flags say. Rates are t2t.consistent, on scenes of seen and of held-out compositions, pooled over the
 seeds, with Wilson's interval of all samples and the rate of each seed behind it. What training itself scatters is
@@ -34,11 +34,6 @@ BASE = ("--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 1000 --procs 1 --
         "--vae_lr_ratio 1 --lambda_ref 0.01 --vae_logsnr learned "
         "--text_temperature 1 --no-text_snap --text_shift 1 --text_guidance 1")
 SCRATCH = "--text_vae_steps 0 --lambda_ref 0 --beta"
-
-
-def wide(patch: int) -> str:
-    """128 channels, and this many tokens a latent."""
-    return f"--text_latent_dim 128 --text_patch {patch} --lambda_ref {0.01 * patch / 8}"
 
 
 # Of each table its title and rows: name, what training changes, what the evaluation alone changes.
@@ -70,9 +65,8 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
         (str(dz), f"{SCRATCH} {1.6 / dz}" + f" --text_latent_dim {dz}" * (dz != 16), "") for dz in (16, 64, 128)]),
     "T3": ("Table 3: logSNR of the latents", [
         *((x, f"--vae_logsnr {x}", "") for x in ("1.0", "1.5", "2.0")), ("learned", "", "")]),
-    "6": ("Table 6: patch size, 128 channels, loc 1", [(str(p), wide(p), "") for p in (1, 2, 4)]),
-    "R": ("Prompts by what their length leaves over", [
-        (f"patch {p}", wide(p), f"--eval_samples {samples}") for p, samples in ((1, 8192), (2, 8192), (4, 16384))]),
+    "6": ("Table 6: patch size, 128 channels, loc 1; frozen, after twice the steps of stage 1", [
+        (str(p), f"--vae_lr_ratio 0 --text_latent_dim 128 --text_patch {p} --text_vae_steps 400", "") for p in (1, 2, 4)]),
 }
 
 
@@ -102,6 +96,8 @@ def run(out: Path, flags: str, evaluated: str, seed: int, scale: float, samples:
             [sys.executable, str(ROOT / "train.py"), *words, "--out_dir", str(place),
              *(["--eval_only"] if evaluated else ["--resume", "auto"])],
             stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode and not (place / "ckpt.pt").exists():
+        said.unlink()                                          # nothing came of these flags
     print(f"{place.name}: exit status {done.returncode}", flush=True)
     return done.returncode
 
@@ -118,25 +114,9 @@ def last(place: Path, name: str) -> str:
     return f"{statistics.fmean(values[-50:]):.2f}" if values else "-"
 
 
-def residues(metrics: dict, patch: int) -> str:
-    """Of one run the rates by what the prefix leaves over, and the 95 % interval of the best minus the worst."""
-    right, count = [0.0] * patch, [0.0] * patch
-    for split in ("seen", "heldout"):
-        told = metrics[split]["t2t"]
-        for r, share in told["share_of_residue"].items():
-            count[int(r) % patch] += share * metrics["n"]
-            right[int(r) % patch] += told["by_residue"].get(r, 0.0) * share * metrics["n"]
-    rates = [a / n for a, n in zip(right, count)]
-    best, worst = (rates.index(f(rates)) for f in (max, min))
-    spread = 1.96 * sum(rates[r] * (1 - rates[r]) / count[r] for r in (best, worst)) ** 0.5
-    gap = rates[best] - rates[worst]
-    return (", ".join(f"{r}: {rate:.3f} (n = {n:.0f})" for r, (rate, n) in enumerate(zip(rates, count)))
-            + f"; {gap:.3f} [{gap - spread:.3f}, {gap + spread:.3f}]")
-
-
 def show(out: Path, tables: list[str], seeds: list[int]) -> None:
     """Print the tables of what is there, and how much training scatters."""
-    squares, freedom = 0.0, 0
+    rates_of: dict[str, list[float]] = {}                      # of each recipe that was trained, by seed
     for key in tables:
         title, rows = TABLES[key]
         print(f"\n**{title}**\n\n| | t2t consistent [95 %] (each seed) | logSNR | drift | ceiling | minutes |\n"
@@ -151,20 +131,21 @@ def show(out: Path, tables: list[str], seeds: list[int]) -> None:
             rates = [consistent(m) for m in metrics]
             mean = statistics.fmean(rates)
             low, high = wilson(mean, sum(2 * m["n"] for m in metrics))
-            if len(rates) > 1 and 0.1 < mean < 0.95:
-                squares, freedom = squares + statistics.variance(rates) * (len(rates) - 1), freedom + len(rates) - 1
+            if not evaluated and len(rates) > 1 and 0.1 < mean < 0.95:
+                rates_of[flags] = rates
+            trained = [folder(out, flags, "", seed) for seed in found]
             cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}] ({', '.join(f'{r:.3f}' for r in rates)})",
-                     *(", ".join(last(p, term) for p in places) for term in ("logsnr", "drift")),
+                     *(", ".join(last(p, term) for p in trained) for term in ("logsnr", "drift")),
                      f"{statistics.fmean(m['ceiling']['text'] for m in metrics):.3f}",
                      ", ".join(f"{m['seconds'] / 60:.1f}" for m in metrics)]
             print(f"| {name} | {' | '.join(cells)} |")
-            for patch in (2, 4) if key == "R" else ():
-                told = "; seed ".join(f"{seed}: {residues(m, patch)}" for seed, m in zip(found, metrics))
-                print(f"| by length mod {patch}; best - worst | seed {told} | | | | |")
-    if freedom:
+    freedom = sum(len(rates) - 1 for rates in rates_of.values())
+    if freedom >= 10:
+        squares = sum(statistics.variance(rates) * (len(rates) - 1) for rates in rates_of.values())
         deviation = (squares / freedom) ** 0.5
-        print(f"\nOne recipe's seeds deviate by {deviation:.3f} ({freedom} degrees of freedom): means of two seeds that "
-              f"differ by less than {2.1 * deviation:.3f} are not told apart.")
+        least = 2.2 * deviation * (2 / max(map(len, rates_of.values()))) ** 0.5          # 2.2: Student's t of ten or more
+        print(f"\nOne recipe's seeds deviate by {deviation:.3f} ({len(rates_of)} recipes, {freedom} degrees of freedom): "
+              f"rows that differ by less than {least:.3f} are not told apart.")
 
 
 def main() -> None:
@@ -177,6 +158,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--show", action="store_true", help="only print")
     args = parser.parse_args()
+    if args.jobs < 1 or args.samples < 1 or not 0 < args.scale <= 1e6:
+        parser.error("--jobs, --samples and --scale: expected numbers above 0")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: expected a folder")
     failed = 0
     if not args.show:
         wanted = dict.fromkeys((flags, evaluated, seed) for seed in args.seeds for key in args.tables
@@ -184,7 +169,10 @@ def main() -> None:
         trained = dict.fromkeys((flags, "", seed) for flags, _, seed in wanted)
         for jobs in (trained, [w for w in wanted if w[1]]):        # evaluations need what was trained
             with ThreadPoolExecutor(args.jobs) as pool:
-                failed += sum(map(bool, pool.map(lambda job: run(args.out, *job, args.scale, args.samples), jobs)))
+                try:
+                    failed += sum(map(bool, pool.map(lambda job: run(args.out, *job, args.scale, args.samples), jobs)))
+                except (ValueError, OSError) as error:
+                    parser.error(str(error))
     show(args.out, args.tables, args.seeds)
     if failed:
         sys.exit(f"{failed} runs failed; see log.txt in their folders")

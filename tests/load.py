@@ -2,9 +2,10 @@
 
     python tests/load.py            (CPU, two cores, 15 minutes; 2 GB of disk in TMPDIR, 4 GB of memory)
 
-A small model is trained for two and a half epochs of the pictures while the memory of all its processes is watched: after
-the first epoch, in which latents are kept, it must not grow by 200 MB. Then the default model takes some steps on
-the same data, and the share of its time that went into making batches is told. Last, shards are removed under a run.
+A small model is trained for two and a half epochs of the pictures while the memory of all its processes is
+watched: after the first epoch, in which latents are kept, it must not grow by 200 MB. Then the default model takes
+some steps on the same data, and the share of its time that went into making batches is told. Last, shards are
+removed under a run.
 """
 from __future__ import annotations
 
@@ -107,7 +108,8 @@ def main() -> None:
         def flags(steps: int) -> list[str]:
             return [*TINY, "--image_size", str(SIZE), "--batch_size", str(STEP // 3), "--steps", str(steps)]
         seen = watch(start(folder, folder / "small", flags(epoch * 5 // 2)), folder / "small")
-        halves = [max(memory for step, memory in seen if at < 2 * step / epoch <= at + 1) / 1e6 for at in range(5)]
+        halves = [max((memory for step, memory in seen if at < 2 * step / epoch <= at + 1), default=0) / 1e6
+                  for at in range(5)]
         print(f"{args.pictures} pictures, {args.text_bytes / 1e9:.2f} GB of text, 2 workers: at most "
               f"{', '.join(f'{memory:.0f}' for memory in halves)} MB in the halves of two and a half epochs (expect no "
               "200 more after the second)", flush=True)

@@ -701,3 +701,46 @@ def test_what_data_and_text_ask_for(tmp_path):
 def test_demonstration():
     done = subprocess.run([sys.executable, data.__file__], text=True, capture_output=True, check=True)
     assert all(part in done.stdout for part in ("13 tokens (expect 13", "back: True", "4 are used"))
+
+
+# ---- files that hang or fill memory ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", (b"x", b"g", b"L"))
+def test_headers_that_grow_are_refused_before_they_are_read(tmp_path, kind):
+    """tarfile reads what such a header claims to have, and takes a time of its square."""
+    info = tarfile.TarInfo("././@PaxHeader")
+    info.type, info.size = kind, 1 << 40
+    path = tmp_path / "a.tar"
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(ValueError, match="16 KiB") as error:
+        ImageText(path)
+    one_line(error)
+
+
+def test_a_long_name_is_no_such_header(tmp_path):
+    name = "a" * 300
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+            for ending, raw in ((".png", stored(picture())), (".txt", b"x")):
+                info = tarfile.TarInfo(name + ending)
+                info.size = len(raw)
+                tar.addfile(info, io.BytesIO(raw))
+        assert ImageText(tmp_path / "a.tar", size=8).num_images == 1
+
+
+@pytest.mark.parametrize("name", ("metadata.jsonl", "a.tar"))
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="no captioned image"):
+        ImageText(tmp_path)
+
+
+def test_a_tokenizer_file_is_a_file_of_some_size(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        data.Tokenizer.from_file(path)
+    path.symlink_to("/dev/zero")
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        data.Tokenizer.from_file(path)
+    with pytest.raises(ValueError, match="matches nothing"):
+        data.Tokenizer.from_dict(data.Tokenizer.train(["a b"], 257).to_dict() | {"pattern": "x*"})

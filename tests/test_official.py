@@ -1,5 +1,6 @@
 """pytest tests/test_official.py: the public release as a whole, written by `export` and read by --official."""
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import data
 import sample
+import text_vae
 import train
 from conftest import TINY
 from data import Tokenizer
@@ -110,6 +112,34 @@ def test_a_release_of_two_minds_is_refused(release, tmp_path):
         tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match="both must be of one model"):
         sample.load_official(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+def test_weights_of_another_type_are_converted(release, tmp_path, dtype):
+    model, folder = release
+    shutil.copytree(folder, tmp_path / "r")
+    for part in ("cola_vae", "cola_dit"):
+        path = tmp_path / "r" / part / "model.safetensors"
+        text_vae.write_safetensors(path, {k: v.to(dtype) for k, v in text_vae.read_safetensors(path).items()})
+    read, plain = sample.load_official(tmp_path / "r"), sample.load_official(folder)
+    for a, b in zip((read.text_vae, read.mmdit), (plain.text_vae, plain.mmdit)):
+        assert all(torch.equal(x, y.to(dtype).float()) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+@pytest.mark.parametrize("part, name, value, words", [
+    ("cola_vae", "block_size", 3, "block in view"), ("cola_dit", "block_size", 0, "blocks of 0"),
+    ("cola_dit", "num_layers", 10 ** 6, "tensors"), ("cola_dit", "heads", "x", "heads is 'x'"),
+    ("cola_vae", "scaling_factor", float("nan"), "scaling_factor"), ("cola_vae", "num_heads", 0, "num_heads is 0"),
+])
+def test_a_forged_configuration_is_refused(release, tmp_path, part, name, value, words):
+    shutil.copytree(release[1], tmp_path / "r")
+    path = tmp_path / "r" / part / "config.json"
+    config = json.loads(path.read_text())
+    assert name in config
+    path.write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ValueError, match=words) as error:
+        sample.load_official(tmp_path / "r")
+    assert "\n" not in str(error.value)
 
 
 # ---- tokenizer.json ----------------------------------------------------------------------------------------

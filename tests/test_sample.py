@@ -253,6 +253,21 @@ def test_finished_blocks_join_the_context(model, calls, latents, snap, extra):
     assert snap == ((whole[-BLOCK:] - made).abs().max() > 0.1)
 
 
+@torch.no_grad()
+def test_a_prefix_stays_as_it_was_encoded_alone(model, calls):
+    """Where the text VAE looks ahead in its blocks, too, when what was generated is encoded anew."""
+    ahead = train.new_model(train.parse([*TINY, "--block_len", str(BLOCK), "--vae_block_len", str(BLOCK)]),
+                            data.GeneratedScenes(0, 32, 64))
+    ahead = replace(model, text_vae=ahead.text_vae.eval())
+    for p in ahead.text_vae.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.15)
+    prefix = prefix_of(model, BLOCK + 2)
+    z, _ = ahead.encode_text([model.tokenizer.encode(prefix)])
+    sample.generate_text(ahead, [prefix], s=S, max_tokens=2 * BLOCK)
+    commits = [text for text, _, _, commit in calls if commit]
+    assert len(commits) > 1 and torch.equal(commits[0], z[:BLOCK]) and torch.equal(commits[1][:2], z[BLOCK:])
+
+
 def test_guidance_one_is_no_guidance(model, calls, latents):
     """w = 1 asks for no unconditional velocity; others take it in the same pass, without the caption; z is linear
     in w, and w = 0 what a model without any context makes."""

@@ -73,6 +73,23 @@ def test_a_text_is_the_product_of_its_blocks(block_len, cut):
     assert (whole[1] - sample.log_weights(system(block_len, 0.0), ids, 2, GRID)[1]).abs().max() > 0.1
 
 
+def test_given_latents_are_encoded_alone():
+    """As training has them: where the text VAE looks ahead in its blocks, else they would know the response."""
+    model = system(4, 0.0, "--vae_block_len", "4")
+    for p in model.text_vae.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.1)
+    ids, known = ids_of(model), 6
+    encode = lambda part: model.text_vae.encode(torch.tensor(part), [len(part)])
+    apart = [torch.cat([a, b[known:]]) for a, b in zip(encode(ids[:known]), encode(ids))]
+    assert (apart[0] - encode(ids)[0]).abs().max() > 1e-3
+    px, _, _ = sample.log_weights(model, ids, 1, GRID, known=known, seed=5)
+    noise = torch.from_numpy(data.rng(5, 0, data.POSTERIOR).standard_normal((len(ids), 4), "float32"))
+    z = apart[0] + (apart[1] / 2).exp() * noise
+    expected = F.log_softmax(model.text_vae.decode(z, [len(ids)]), -1)[range(len(ids)), ids]
+    expected[:known] = 0.0
+    torch.testing.assert_close(px[0], expected.view(-1, 4).sum(-1), atol=1e-3, rtol=1e-5)
+
+
 def test_hutchinson_agrees_with_the_exact_divergence_in_the_mean():
     model = system(1, 0.1)
     ids = ids_of(model)[:4]

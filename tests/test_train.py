@@ -944,8 +944,33 @@ def test_torchrun_starts_killed_workers_anew(tmp_path):
     assert faults.kill_a_worker(tmp_path, kills=1, steps=60) == {"kills": 1, "different": 0}
 
 
+def test_a_flag_that_changes_a_resumed_run_is_told(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    assert train.main(["--resume", "auto", "--procs", "1", "--seed", "7", "--steps", "5", "--eval_samples", "0",
+                       "--out_dir", str(out)]) == 0
+    assert "warning: goes on with --seed 7 (was 0), --steps 5 (was 4)" in capsys.readouterr().err
+
+
+def test_a_log_of_another_hand_is_read(tiny, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    with open(out / "log.jsonl", "a") as log:
+        log.write('[1]\n{"stage": "x", "step": 1}\n{"step": 3}\n7\n')
+    assert train.main(["--resume", "auto", "--procs", "1", "--steps", "5", "--eval_samples", "0", "--out_dir", str(out)]) == 0
+    assert [e["step"] for e in log_of(out) if e["stage"] == "mmdit"] == [1, 2, 3, 4, 5]
+
+
+def test_fewer_samples_than_workers(monkeypatch, capsys, tmp_path):
+    """Of the stages that will run; and in which flag."""
+    monkeypatch.setenv("WORLD_SIZE", "16"), monkeypatch.setenv("RANK", "0")
+    assert train.main(["--batch_size", "10", "--text_vae_batch", "8", "--stage", "mmdit", "--out_dir", str(tmp_path / "o")]) == 2
+    assert "--batch_size 10: fewer samples than the 16 workers; say --batch_size 16 or" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["safetensors", "tokenizer.json", "metadata.jsonl", "tar", "checkpoint", "checkpoint's values"])
+@pytest.mark.parametrize("name", ["safetensors", "tokenizer.json", "metadata.jsonl", "tar", "checkpoint", "checkpoint's values",
+                                  "resumed", "cola_vae", "cola_dit"])
 def test_damaged_files_give_clean_errors(name, tmp_path):
     """The short form of tests/fuzz.py."""
     import fuzz
