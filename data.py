@@ -105,8 +105,13 @@ class Tokenizer:
         self.n_vocab = encoding.n_vocab         # with the end; named encodings leave some ids unused
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without an end token."""
-        return self.encoding.encode(text, disallowed_special=())
+        """Ids of `text`, without an end token. ValueError where the pattern of a forged tokenizer fails on it."""
+        try:
+            return self.encoding.encode(text, disallowed_special=())
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:          # tiktoken's panics are no Exceptions
+            raise ValueError(f"the tokenizer's pattern fails on {text[:20]!r} ({type(error).__name__})") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text up to the first end token. Bytes that are not UTF-8, and unused ids, come out as U+FFFD."""
@@ -210,7 +215,7 @@ class Tokenizer:
         """A byte-level BPE tokenizer.json, as tiktoken has it. ValueError, naming the file, for anything else,
         and where ids do not rise in the order of merges, which is how tiktoken ranks them."""
         try:
-            state = read_json(path, 1 << 26)
+            state = read_json(path, 1 << 25)
             model, pre = state["model"], state["pre_tokenizer"]
             added = {token["content"]: token["id"] for token in state["added_tokens"]}
             vocab = {word: i for word, i in model["vocab"].items() if word not in added}
@@ -522,7 +527,7 @@ def find_items(path: str, left_out: list[str]) -> Iterator[Item]:
         yield from jsonl_items(path, os.path.realpath(os.path.dirname(path)))
     elif not os.path.isdir(path):
         raise ValueError(f"{path} is neither a folder nor a .jsonl nor an uncompressed .tar; give one")
-    elif tables := [name for name in ("metadata.jsonl", "captions.jsonl") if os.path.isfile(inside(root, name))]:
+    elif tables := [name for name in ("metadata.jsonl", "captions.jsonl") if name in os.listdir(root)]:
         yield from jsonl_items(inside(root, tables[0]), root)
     elif shards := sorted(name for name in os.listdir(root)
                           if name.endswith(".tar") and os.path.isfile(inside(root, name))):
@@ -534,6 +539,8 @@ def find_items(path: str, left_out: list[str]) -> Iterator[Item]:
 
 def jsonl_items(path: str, root: str) -> Iterator[Item]:
     """Rows {"file_name" or "file": name from root, "text": caption}."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: not a file")
     with open(path, "rb") as file:
         for where, row in json_lines(file, path):
             name = row.get("file_name", row.get("file"))

@@ -78,6 +78,8 @@ class Cola:
     def __post_init__(self) -> None:
         if type(self.block_len) is not int or not 1 <= self.block_len <= MAX_BLOCK:
             raise ValueError(f"blocks of {self.block_len!r:.20} latents, expected 1 to {MAX_BLOCK}")
+        if self.first_block not in FIRST_BLOCK or not {*self.tasks} <= {*masks.TASKS}:
+            raise ValueError("a first block or tasks that are not known here")
         if self.block_len % (inner := self.text_vae.config["block_len"]):
             raise ValueError(f"blocks of {self.block_len} latents, of {inner} in the text VAE: a block's context would "
                              "have been encoded with the block in view")
@@ -431,18 +433,17 @@ def read_checkpoint(path: str | Path) -> dict:
         wrong = ["progress"]
     if wrong:
         raise ValueError(f"{path}: damaged in {', '.join(wrong)}; take an earlier copy")
-    return checkpoint
+    return {name: checkpoint[name] for name in ("format", *CONTENTS)}                # nothing else can pass for ours
 
 
-def check_state(state: dict, module: nn.Module) -> None:
-    """ValueError, naming the first difference, unless a state of a checkpoint is one of this module: names, shapes,
-    types, and no tensor that claims more memory than it has."""
-    want = module.state_dict()
+def check_state(state: dict, want: dict[str, Tensor]) -> None:
+    """ValueError, naming the first difference, unless tensors of a checkpoint are as wanted: names, shapes, types,
+    and none that claims more memory than it has."""
     for name in sorted(want.keys() | state.keys(), key=str):
         x, like = state.get(name), want.get(name)
         if like is None or not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta or \
-                (x.shape, x.dtype) != (like.shape, like.dtype) or x.nbytes > x.untyped_storage().nbytes():
-            raise ValueError(f"{name!r:.80} is not what the model has by that name")
+                (x.shape, x.dtype) != (like.shape, like.dtype) or not x.is_contiguous():
+            raise ValueError(f"{str(name)[:80]} is not what the model has by that name")
 
 
 def build(checkpoint: dict, weights: str = "ema") -> Cola:
@@ -454,7 +455,7 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
             for name, value in c[part].items():
                 for x in value if isinstance(value, list) else [value]:
                     if x is not None and not (isinstance(x, (int, float)) and abs(x) < 1 << 31):
-                        raise ValueError(f"{name} {value!r:.40}")
+                        raise ValueError(f"{str(name)[:80]} is no number of a model")
             for name in counts:
                 if not 0 <= c[part][name] <= len(checkpoint[weights][part]):
                     raise ValueError(f"{name} {c[part][name]} for {len(checkpoint[weights][part])} tensors")
@@ -462,9 +463,9 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
             parts = TextVAE(**c["text_vae"]), ImageVAE(**c["image_vae"]), MMDiT(MMDiTConfig(**c["mmdit"]))
         model = Cola(*parts, data.Tokenizer.from_dict(checkpoint["tokenizer"]), int(c["block_len"]),
                      tuple(map(int, c["image_hw"])), float(checkpoint["args"]["image_loc"]),
-                     str(checkpoint["args"]["first_block"]), tuple(map(str, c["tasks"])))
+                     checkpoint["args"]["first_block"], tuple(c["tasks"]))
         for name, part in zip(COUNTS, parts):
-            check_state(checkpoint[weights][name], part)
+            check_state(checkpoint[weights][name], part.state_dict())
             part.load_state_dict({k: v.clone() for k, v in checkpoint[weights][name].items()}, assign=True)
             part.eval()
     except Exception as error:                                 # whatever a forged configuration can raise
@@ -573,10 +574,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = commands.add_parser("t2t", parents=[common], help="continue a text")
     p.add_argument("prompt", help="the text")
     p.add_argument("--max_tokens", type=int, default=64, help="longest continuation")
-    p.add_argument("--repaint_share", type=float, default=TEXT.repaint_share, help="of a model trained with "
-                   "--first_block repaint: share of the steps in which the prompt leads its block")
-    p.add_argument("--repaint_cycles", type=int, default=TEXT.repaint_cycles,
-                   help="how often each of these steps is taken")
+    p.add_argument("--repaint_share", type=float, default=argparse.SUPPRESS, help="of a model trained with "
+                   "--first_block repaint: share of the steps in which the prompt leads its block (default "
+                   f"{TEXT.repaint_share})")
+    p.add_argument("--repaint_cycles", type=int, default=argparse.SUPPRESS,
+                   help=f"how often each of these steps is taken (default {TEXT.repaint_cycles})")
     p = commands.add_parser("score", parents=[base], help="likelihood of a text and of its end")
     p.add_argument("prefix", help='"" for none')
     p.add_argument("response", help="what follows it, letter for letter")
@@ -660,7 +662,7 @@ def run(args: argparse.Namespace, model: Cola, hw: tuple[int, int], picture: np.
                      exact=exact, seed=args.seed)
         divergence = "exact" if exact else "Hutchinson's"
         if shared := len(model.tokenizer.encode(args.prefix)) - rows[1][2]:
-            print(f"the last {shared} tokens of the prefix share a block with the response and count as response")
+            print(f"of the prefix the end ({shared}) shares a block with the response: in ELBO and IWAE it counts as response")
         print(f"{f'log p in nats ({divergence} divergence), of tokens':52} nats/token perplexity")
         for name, value, tokens in rows:
             rates = flow.nats_per_token(value, tokens), flow.perplexity(value, tokens)

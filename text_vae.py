@@ -259,7 +259,7 @@ def noised_accuracy(vae: TextVAE, ids: Tensor, lengths, noise: Tensor, t: float)
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
                "U8": torch.uint8, "BOOL": torch.bool}
-MAX_HEADER = 100 << 20                     # bytes of a table of tensors, as in the format's own reader
+MAX_HEADER = 16 << 20                      # bytes of a table of tensors: some 100,000 of them
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

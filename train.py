@@ -30,7 +30,6 @@ import copy
 import ctypes
 import dataclasses
 import fcntl
-import io
 import json
 import math
 import os
@@ -82,12 +81,12 @@ STOP = (signal.SIGINT, signal.SIGTERM)
 
 # ---- flags -------------------------------------------------------------------------------------------------
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, not checked yet (`prepare`); `given` holds the names of those in argv."""
-    parser = sample.Parser(prog="train.py", description=__doc__.split("\n\n")[0])
+def parser() -> sample.Parser:
+    """All flags, with their defaults and reasons."""
+    flags = sample.Parser(prog="train.py", description=__doc__.split("\n\n")[0])
 
     def group(title: str):
-        g = parser.add_argument_group(title)
+        g = flags.add_argument_group(title)
 
         def flag(name: str, default, why: str, **more) -> None:
             more = more or {"type": type(default)}
@@ -218,7 +217,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("repaint_share", sample.TEXT.repaint_share, "with --first_block repaint: share of the steps in which "
          "the prefix leads its block")
     flag("repaint_cycles", sample.TEXT.repaint_cycles, "how often each of these steps is taken")
-    args = parser.parse_args(argv)
+    return flags
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags, not checked yet (`prepare`); `given` holds the names of those in argv."""
+    args = parser().parse_args(argv)
     args.given = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
     return args
 
@@ -228,8 +232,9 @@ def check(args: argparse.Namespace) -> None:
     for low, high, expected, names in (
             (1, 1e9, "1 to a thousand million",
              "steps image_vae_steps save_every sample_steps repaint_cycles pool vocab_size"),
+            (1, sample.MAX_BLOCK, f"1 to {sample.MAX_BLOCK}", "block_len vae_block_len"),
             (1, 1 << 16, "1 to 65,536",
-             "batch_size micro_steps text_vae_batch image_vae_batch seq_len block_len vae_block_len width "
+             "batch_size micro_steps text_vae_batch image_vae_batch seq_len width "
              "heads text_vae_width text_vae_heads text_latent_dim text_patch downsample image_latent_dim "
              "image_vae_width image_vae_levels image_vae_patch"),
             (1, 1 << 10, "1 to 1024", "layers text_vae_layers image_vae_blocks repa_layer"),
@@ -442,7 +447,7 @@ def launch(argv: list[str], procs: int) -> int:
             print(f"train.py: worker {r} was ended by {signal.Signals(-code).name}; continue with --resume auto",
                   file=sys.stderr)
     codes = [w.returncode for w in workers]
-    if asked and not {2, 130} & {*codes}:              # before there was anything to save
+    if asked and all(code < 0 for code in codes):      # before there was anything to save
         print("train.py: stopped", file=sys.stderr)
         return 130
     return next((code for code in (2, 130) if code in codes), int(any(codes)))
@@ -905,22 +910,26 @@ def read_log(path: Path) -> list[dict]:
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            entries += [entry] * (isinstance(entry, dict) and entry.get("stage") in STAGES and "step" in entry)
+            entries += [entry] * (isinstance(entry, dict) and entry.get("stage") in STAGES and
+                                  type(entry.get("step")) is int)
     return entries
 
 
-def restore_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
-    """Moments of a checkpoint, each sharded before the next one is; rates and the like are those of the flags.
-    ValueError, and whatever a forged state can raise, where they are not of these parameters."""
-    for o, state in zip(optimizers, states, strict=True):
-        held, groups = [p for g in o.param_groups for p in g["params"]], o.state_dict()["param_groups"]
-        if [len(g["params"]) for g in state["param_groups"]] != [len(g["params"]) for g in groups]:
-            raise ValueError("other numbers of them")
-        for i, moments in state["state"].items():
-            if not all(x.shape in (torch.Size(), held[i].shape) and x.dtype == torch.float32 for x in moments.values()):
-                raise ValueError("other shapes")
-            moments |= {k: like(v, held[i]) for k, v in moments.items() if v.shape == held[i].shape}
-        o.load_state_dict({"state": state["state"], "param_groups": groups})
+def check_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
+    """ValueError unless a checkpoint's states are of these optimizers and their parameters."""
+    if not isinstance(states, list) or len(states) != len(optimizers):
+        raise ValueError("other optimizers")
+    for o, state in zip(optimizers, states):
+        held = [p for g in o.param_groups for p in g["params"]]
+        moments = state.get("state") if isinstance(state, dict) else None
+        if not isinstance(moments, dict) or [*moments] != [*range(len(held))]:
+            raise ValueError("other numbers of parameters")
+        for i, p in enumerate(held):
+            muon = isinstance(o, torch.optim.Muon)
+            want = {"momentum_buffer": p} if muon else {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+            if not isinstance(moments[i], dict):
+                raise ValueError("no moments")
+            sample.check_state(moments[i], want)
 
 
 class Run:
@@ -987,16 +996,14 @@ class Run:
     def restore(self, checkpoint: dict) -> None:
         """Average, optimizers and place of the checkpoint that the model was built of."""
         self.progress, self.seconds = dict(checkpoint["progress"]), checkpoint["seconds"]
-        own = parts(self.model)
         if self.progress["mmdit"]:                             # before, weights and average are one
-            self.ema = {k: v for k, v in checkpoint["ema"].items() if k != "image_vae"}
-        try:
-            for name, module in own.items():
-                sample.check_state(checkpoint["ema"][name], module)
-            if checkpoint["reference"]:
-                sample.check_state(checkpoint["reference"], own["text_vae"])
-        except Exception as error:
-            raise ValueError(f"{self.out}: a checkpoint damaged in its averages ({error!s:.80}); take an earlier copy") from None
+            self.ema = {name: checkpoint["ema"].get(name) for name in ("text_vae", "mmdit")}
+        averages = [(state, parts(self.model)[name]) for name, state in self.ema.items()]
+        averages += [(checkpoint["reference"], self.model.text_vae)] * bool(checkpoint["reference"])
+        for state, module in averages:
+            if not isinstance(state, dict):
+                raise ValueError(f"{self.out}: a checkpoint without its averages; take an earlier copy")
+            sample.check_state(state, module.state_dict())
         self.damaged = "damaged" in checkpoint
         self.optimizer_state, self.reference = checkpoint["optimizers"], checkpoint["reference"]
         self.repa_state = checkpoint["model"].get("repa", {})
@@ -1083,14 +1090,21 @@ class Run:
             self.ema.pop(stage, None)                          # its weights are about to change
         for name in averaged:
             now = parts(self.model)[name].state_dict()
-            self.ema[name] = {k: like(self.ema[name][k], v) if start else v.clone() for k, v in now.items()}
+            begun = start and name in self.ema
+            self.ema[name] = {k: like(self.ema[name][k], v) if begun else v.clone() for k, v in now.items()}
         if start and self.optimizer_state.get("stage") == stage:
+            states = self.optimizer_state.get("states")
             try:
-                restore_optimizers(optimizers, self.optimizer_state["states"])
-            except Exception as error:                         # whatever a forged state can raise
+                check_optimizers(optimizers, states)
+            except ValueError as error:
                 raise Agreed(f"{self.out}: the optimizers of its checkpoint are of other parameters, or damaged ({error}); "
                              "resume with the flags it had (--optimizer, --vae_lr_ratio, --w_repa), or start anew with "
                              "--init_from") from None
+            for o, state in zip(optimizers, states):           # each moment is sharded before the next one is
+                held = [p for g in o.param_groups for p in g["params"]]
+                for i, moments in state["state"].items():
+                    moments |= {k: like(v, held[i]) for k, v in moments.items() if v.shape == held[i].shape}
+                o.load_state_dict({"state": state["state"], "param_groups": o.state_dict()["param_groups"]})
             groups = [g for o in optimizers for g in o.param_groups]
         bf16 = a.bf16 == "on" and stage != "text_vae"
         amp = torch.autocast(worker.device.type, torch.bfloat16, enabled=bf16)
@@ -1199,10 +1213,9 @@ def train_stages(run: Run) -> None:
         stage, M, n = PriorStage(model, a), a.micro_steps, a.batch_size
         if a.w_repa:
             run.repa = stage.repa
-            try:
-                stage.repa.load_state_dict(run.repa_state or stage.repa.state_dict())
-            except (RuntimeError, TypeError, AttributeError):
-                raise Agreed(f"{a.out_dir}: its checkpoint has the head of another L_REPA") from None
+            if run.repa_state:
+                sample.check_state(run.repa_state, stage.repa.state_dict())
+                stage.repa.load_state_dict(run.repa_state)
         if a.compile:                                          # before any wrapper
             model.mmdit.compile_blocks()
         if stage.joint:
@@ -1269,9 +1282,10 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
         checkpoint = sample.read_checkpoint(before)
         checkpoint["damaged"] = f"{error}; going on from {before}"
     kept = args.given | RUN_FLAGS | (set() if goes_on else GOAL_FLAGS)
-    held = vars(stored(checkpoint["args"], source))
+    held = stored(checkpoint["args"], source)
+    same = lambda a, b: a == b or a == "auto" or isinstance(a, list) and {*a} == {*b}         # 32 is 32 x 32
     changed = {name: f"--{name} {getattr(args, name)} (was {held[name]})" for name in sorted(args.given & held.keys())
-               if name not in RUN_FLAGS | GOAL_FLAGS | ARCHITECTURE and getattr(args, name) != held[name]}
+               if name not in RUN_FLAGS | ARCHITECTURE | {"stage", "scale"} and not same(getattr(args, name), held[name])}
     for name in ("block_len", "first_block", "image_loc", "image_size"):
         if args.eval_only and name in changed:
             raise ValueError(f"{changed[name]}: --eval_only judges the model as it was trained; leave the flag out")
@@ -1291,25 +1305,20 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
     return checkpoint, args
 
 
-def stored(flags: dict, source: Path) -> argparse.Namespace:
-    """The flags of a checkpoint, through the same parser as those of a command. ValueError where they do not pass."""
-    words = []
-    try:
-        for name, value in flags.items():
-            if not isinstance(value, (bool, int, float, str, list, type(None))):
-                raise ValueError(f"{name} is a {type(value).__name__}")
-            if isinstance(value, list) and value:
-                words += [f"--{name}", *map(str, value)]
-            elif value is True:
-                words += [f"--{name}"]
-            elif value not in (False, None, []):
-                words += [f"--{name}={value}"]
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            return argparse.Namespace(**plain(parse(words)))
-    except (ValueError, SystemExit) as error:
-        reason = said.getvalue().strip().splitlines()[-1] if isinstance(error, SystemExit) else error
-        raise ValueError(f"{source}: damaged in its flags ({reason}); take an earlier copy") from None
+def stored(flags: dict, source: Path) -> dict:
+    """The flags of a checkpoint, every one of a type that the command line could have given. ValueError if not."""
+    held = {}
+    for action in parser()._actions:
+        if action.dest not in flags:
+            continue
+        value, usual = flags[action.dest], action.default
+        kind = bool if isinstance(usual, bool) else action.type or str
+        items = value if isinstance(value, list) else [value]
+        of_kind = all(type(x) in (kind, int if kind is float else kind) and x in (action.choices or [x]) for x in items)
+        if not (value is usual is None or of_kind and isinstance(value, list) == isinstance(usual, list)):
+            raise ValueError(f"{source}: damaged in its flag --{action.dest}; take an earlier copy")
+        held[action.dest] = value
+    return held
 
 
 def follow_release(args: argparse.Namespace) -> None:

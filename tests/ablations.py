@@ -11,7 +11,7 @@ Where there is no start to hold to, from scratch, beta is what keeps them apart;
 Sampled as in the paper: temperature 1, no snapping, an even time grid; but guidance 1. A row of a table changes
 what its flags say. Rates are t2t.consistent, on scenes of seen and of held-out compositions, pooled over the
 seeds, with Wilson's interval of all samples and the rate of each seed behind it. What training itself scatters is
-larger: it is told below the tables, from all rows with several seeds, and with it what a difference must exceed.
+larger: it is told below the tables, where there are rows with several seeds, and what a difference must exceed.
 """
 from __future__ import annotations
 
@@ -76,30 +76,36 @@ def folder(out: Path, flags: str, evaluated: str, seed: int) -> Path:
     return out / f"{words}_s{seed}"
 
 
+def train(place: Path, words: list[str], how: list[str]) -> int:
+    """Run train.py with these flags in a folder; returns its exit status. ValueError where it holds a run of others."""
+    place.mkdir(parents=True, exist_ok=True)
+    said = place / "flags.txt"
+    if said.exists() and said.read_text() != " ".join(words):
+        raise ValueError(f"{place} is a run of other flags; name another --out")
+    said.write_text(" ".join(words))
+    with open(place / "log.txt", "a") as log:
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words, *how, "--out_dir", str(place)],
+                              stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode and not (place / "ckpt.pt").exists():
+        said.unlink()                                          # nothing came of these flags
+    return done.returncode
+
+
 def run(out: Path, flags: str, evaluated: str, seed: int, scale: float, samples: int) -> int:
     """Train, or evaluate a copy of what was trained; what is finished stays. Returns train.py's exit status.
     ValueError where the folder holds a run of other flags."""
     place, source = folder(out, flags, evaluated, seed), folder(out, flags, "", seed) / "ckpt.pt"
     words = [*BASE.split(), "--seed", str(seed), "--scale", str(scale), "--eval_samples", str(samples),
              *flags.split(), *evaluated.split()]
-    place.mkdir(parents=True, exist_ok=True)
-    said = place / "flags.txt"
-    if said.exists() and said.read_text() != " ".join(words):
-        raise ValueError(f"{place} is a run of other flags; name another --out")
-    said.write_text(" ".join(words))
-    if (place / "metrics.json").exists() or evaluated and not source.exists():
-        return int(not (place / "metrics.json").exists())
+    finished = (place / "metrics.json").exists() and (place / "flags.txt").read_text() == " ".join(words)
+    if finished or evaluated and not source.exists():
+        return int(not finished)
     if evaluated:
+        place.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, place)
-    with open(place / "log.txt", "a") as log:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *words, "--out_dir", str(place),
-             *(["--eval_only"] if evaluated else ["--resume", "auto"])],
-            stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode and not (place / "ckpt.pt").exists():
-        said.unlink()                                          # nothing came of these flags
-    print(f"{place.name}: exit status {done.returncode}", flush=True)
-    return done.returncode
+    status = train(place, words, ["--eval_only"] if evaluated else ["--resume", "auto"])
+    print(f"{place.name}: exit status {status}", flush=True)
+    return status
 
 
 def consistent(metrics: dict) -> float:
@@ -143,7 +149,7 @@ def show(out: Path, tables: list[str], seeds: list[int]) -> None:
     if freedom >= 10:
         squares = sum(statistics.variance(rates) * (len(rates) - 1) for rates in rates_of.values())
         deviation = (squares / freedom) ** 0.5
-        least = 2.2 * deviation * (2 / max(map(len, rates_of.values()))) ** 0.5          # 2.2: Student's t of ten or more
+        least = 2.2 * deviation * (2 / min(map(len, rates_of.values()))) ** 0.5          # 2.2: Student's t of ten or more
         print(f"\nOne recipe's seeds deviate by {deviation:.3f} ({len(rates_of)} recipes, {freedom} degrees of freedom): "
               f"rows that differ by less than {least:.3f} are not told apart.")
 

@@ -113,7 +113,7 @@ def main() -> None:
         print(f"{args.pictures} pictures, {args.text_bytes / 1e9:.2f} GB of text, 2 workers: at most "
               f"{', '.join(f'{memory:.0f}' for memory in halves)} MB in the halves of two and a half epochs (expect no "
               "200 more after the second)", flush=True)
-        failed |= max(halves[2:]) - max(halves[:2]) > 200
+        failed |= min(halves) == 0 or max(halves[2:]) - max(halves[:2]) > 200
 
         out = folder / "default"
         watch(start(folder, out, ["--text_vae_steps", "20", "--image_vae_steps", "20", "--steps", "200"]), out)

@@ -728,10 +728,10 @@ def test_a_long_name_is_no_such_header(tmp_path):
         assert ImageText(tmp_path / "a.tar", size=8).num_images == 1
 
 
-@pytest.mark.parametrize("name", ("metadata.jsonl", "a.tar"))
-def test_a_pipe_is_not_waited_for(tmp_path, name):
+@pytest.mark.parametrize("name, words", (("metadata.jsonl", "not a file"), ("a.tar", "no captioned image")))
+def test_a_pipe_is_not_waited_for(tmp_path, name, words):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ValueError, match="no captioned image"):
+    with pytest.raises(ValueError, match=words):
         ImageText(tmp_path)
 
 
@@ -744,3 +744,6 @@ def test_a_tokenizer_file_is_a_file_of_some_size(tmp_path):
         data.Tokenizer.from_file(path)
     with pytest.raises(ValueError, match="matches nothing"):
         data.Tokenizer.from_dict(data.Tokenizer.train(["a b"], 257).to_dict() | {"pattern": "x*"})
+    looks = data.Tokenizer.from_dict(data.Tokenizer.train(["a b"], 257).to_dict() | {"pattern": "(?=a)"})
+    with pytest.raises(ValueError, match="pattern fails"):
+        looks.encode("a b")

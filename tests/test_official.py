@@ -77,7 +77,7 @@ def test_training_starts_from_the_release(release, tmp_path):
     again = sample.load(tmp_path / "out" / "ckpt.pt")             # an average of few steps has moved a little
     assert again.mmdit.config == model.mmdit.config and again.text_vae.config == released.text_vae.config
     assert train.main([*flags, "--resume", "auto", "--steps", "5"]) == 0
-    assert sample.read_checkpoint(tmp_path / "out" / "ckpt.pt")["progress"]["mmdit"] == 5
+    assert sample.read_checkpoint(tmp_path / "out" / "ckpt.pt")["progress"] == trained["progress"] | {"mmdit": 5}
     assert train.main([*flags, "--eval_only"]) == 0
 
 

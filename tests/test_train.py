@@ -944,6 +944,46 @@ def test_torchrun_starts_killed_workers_anew(tmp_path):
     assert faults.kill_a_worker(tmp_path, kills=1, steps=60) == {"kills": 1, "different": 0}
 
 
+@pytest.mark.parametrize("number", (0, 3))
+def test_every_flag_of_a_checkpoint_comes_back(number):
+    """Also one of 0, of False, or of what begins with a dash."""
+    def other(value):
+        if isinstance(value, bool):
+            return not value
+        if isinstance(value, list):
+            return [other(x) for x in value] or ["-x", "b c"]
+        return value if isinstance(value, str) else type(0.0 if value is None else value)(number)
+    flags = {name: other(value) for name, value in train.plain(train.parse([])).items()} | {"init_from": "--help"}
+    flags["streams"] = 1
+    assert train.stored(flags, Path("ckpt.pt")) == flags and flags["cfg_drop"] == number and flags["fsdp"]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("seed", 0.5), ("seed", "0"), ("bf16", "zz"), ("image_size", 32), ("image_size", [32.5]), ("lr", None), ("data", [["a"]]),
+    ("time_per", []), ("accumulate", 1), ("text_loc", "1"), ("first_block", ["clean"]), ("batch_size", True)])
+def test_a_forged_flag_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"ckpt.pt: damaged in its flag --{name}; take"):
+        train.stored(train.plain(train.parse([])) | {name: value}, Path("ckpt.pt"))
+
+
+@pytest.mark.parametrize("forge", (
+    lambda s: s["exp_avg"].set_(torch.zeros(())), lambda s: s.update(exp_avg=torch.zeros(1).expand(s["exp_avg"].shape)),
+    lambda s: s.pop("exp_avg_sq"), lambda s: s.update(step=torch.zeros(3)), lambda s: s.update(exp_avg=None)))
+def test_forged_moments_are_refused_before_a_step_writes_to_them(forge):
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    make = lambda: torch.optim.AdamW([p], fused=True)
+    p.grad, first = torch.ones(4, 4), make()
+    first.step()
+    state = first.state_dict()
+    train.check_optimizers([make()], [state])
+    forge(state["state"][0])
+    with pytest.raises(ValueError):
+        train.check_optimizers([make()], [state])
+    for states in (None, [], [3], [{"state": {}}], [state, state]):
+        with pytest.raises(ValueError):
+            train.check_optimizers([make()], states)
+
+
 def test_a_flag_that_changes_a_resumed_run_is_told(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(tiny, out)
