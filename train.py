@@ -41,6 +41,7 @@ import sys
 import time
 import timeit
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -869,6 +870,7 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
 def sharded(stage: PriorStage) -> PriorStage:
     """The stage under FSDP2: every block of the prior a group of its own, whose weights are whole only while it
     works, and all the rest one more."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")         # a block's output is a view of what it shares
     stage.mmdit.both_streams = True        # all workers gather the same blocks, whatever their samples are
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if stage.args.bf16 == "on" \
@@ -1031,7 +1033,10 @@ class Run:
         if path.exists() and not self.worker.rank:
             kept = [e for e in read_log(path) if e["step"] <= self.progress[e["stage"]]]
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
+            try:
+                temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
+            except OSError as error:
+                raise OSError(f"{temporary}: cannot be written ({error.strerror}); nothing was changed") from None
             os.replace(temporary, path)
 
     def asked_to_stop(self, number: int, frame: object) -> None:
@@ -1262,7 +1267,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
     args.found, exists = written(path.parent), path.exists() or before.exists()
     goes_on = args.eval_only or args.resume == "auto" and exists
     if exists and not goes_on:
-        raise ValueError(f"{path} exists; continue it with --resume auto, or choose another --out_dir")
+        raise ValueError(f"{path if path.exists() else before} exists; continue it with --resume auto, or choose another "
+                         "--out_dir")
     if not goes_on and args.init_official:
         if args.init_from:
             raise ValueError("--init_from and --init_official: name one of them")
