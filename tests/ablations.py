@@ -125,8 +125,8 @@ def show(out: Path, tables: list[str], seeds: list[int]) -> None:
     rates_of: dict[str, list[float]] = {}                      # of each recipe that was trained, by seed
     for key in tables:
         title, rows = TABLES[key]
-        print(f"\n**{title}**\n\n| | t2t consistent [95 %] (each seed) | logSNR | drift | ceiling | minutes |\n"
-              "|---|---|---|---|---|---|")
+        print(f"\n**{title}**\n\n| | t2t consistent [95 %] (each seed) | logSNR | drift | ceiling |\n"
+              "|---|---|---|---|---|")
         for name, flags, evaluated in rows:
             found = {seed: p for seed in seeds
                      if (p := folder(out, flags, evaluated, seed)).joinpath("metrics.json").exists()}
@@ -142,8 +142,7 @@ def show(out: Path, tables: list[str], seeds: list[int]) -> None:
             trained = [folder(out, flags, "", seed) for seed in found]
             cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}] ({', '.join(f'{r:.3f}' for r in rates)})",
                      *(", ".join(last(p, term) for p in trained) for term in ("logsnr", "drift")),
-                     f"{statistics.fmean(m['ceiling']['text'] for m in metrics):.3f}",
-                     ", ".join(f"{m['seconds'] / 60:.1f}" for m in metrics)]
+                     f"{statistics.fmean(m['ceiling']['text'] for m in metrics):.3f}"]
             print(f"| {name} | {' | '.join(cells)} |")
     freedom = sum(len(rates) - 1 for rates in rates_of.values())
     if freedom >= 10:
