@@ -21,6 +21,8 @@ Left out: attention, adversarial and perceptual losses.
 Shapes: B images, H, W pixels, C latent channels, h, w = H, W / downsample, D width of a level.
 Run: python image_vae.py   (CPU, 4 s)
 """
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from itertools import chain, pairwise

@@ -352,7 +352,8 @@ def load_official(config: dict, tensors: dict[str, Tensor], image_channels: int 
         raise ValueError("cola_dit config: only patch_size 1 and as many channels out as in are built here")
     settings = {ours: config[theirs] for theirs, ours in RELEASE_KEYS.items()}
     model = described(lambda **released: MMDiT(MMDiTConfig(**released, image_channels=image_channels, streams=streams,
-                                                           as_released=True)), settings, ["layers"], tensors, "cola_dit")
+                                                           as_released=True)),
+                      settings, MMDiTConfig, ["layers"], tensors, "cola_dit")
     fresh = {name for name in model.state_dict() if name.startswith(IMAGE_SIDE)}
     check_names(tensors, {k: v for k, v in model.state_dict().items() if k not in fresh}, "cola_dit")
     new = {name: torch.empty(v.shape) for name, v in model.state_dict().items() if name in fresh}

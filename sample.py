@@ -48,7 +48,7 @@ from image_vae import ImageVAE
 from masks import IT2T, T2I, T2T, Layout, Sample, pack
 from mmdit import Cache, MMDiT, MMDiTConfig
 from mmdit import load_official as load_prior, save_official as save_prior
-from text_vae import TextVAE, read_safetensors
+from text_vae import TextVAE, check_settings, read_safetensors
 from text_vae import load_official as load_vae, save_official as save_vae
 
 FIRST_BLOCK = ("clean", "repaint", "left", "right")
@@ -451,11 +451,9 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
     trained). ValueError, one line, where its parts do not fit each other; sizes that it names cost no memory."""
     try:
         c = checkpoint["config"]
+        for part, like in (("text_vae", TextVAE), ("image_vae", ImageVAE), ("mmdit", MMDiTConfig)):
+            check_settings(c[part], like)
         for part, counts in COUNTS.items():
-            for name, value in c[part].items():
-                for x in value if isinstance(value, list) else [value]:
-                    if x is not None and not (isinstance(x, (int, float)) and abs(x) < 1 << 31):
-                        raise ValueError(f"{str(name)[:80]} is no number of a model")
             for name in counts:
                 if not 0 <= c[part][name] <= len(checkpoint[weights][part]):
                     raise ValueError(f"{name} {c[part][name]} for {len(checkpoint[weights][part])} tensors")

@@ -347,15 +347,26 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def described(make: Callable[..., nn.Module], settings: dict, counts: list[str], tensors: dict[str, Tensor],
-              where: str | Path) -> nn.Module:
+def check_settings(settings: dict, like: Callable) -> None:
+    """ValueError unless these are of the types that the parameters of `like` have, and no number is beyond 2^31."""
+    types = {"int": (int,), "float": (int, float), "bool": (bool,), "tuple[int, ...]": (int,)}
+    for name, value in settings.items():
+        kind = inspect.signature(like).parameters[name].annotation
+        items = value if kind.startswith("tuple") and isinstance(value, list) else [value]
+        if not (value is None and kind.endswith(" | None")) and \
+                not all(type(x) in types[kind.removesuffix(" | None")] and abs(x) < 1 << 31 for x in items):
+            raise ValueError(f"{name} is no {kind} of a model")
+
+
+def described(make: Callable[..., nn.Module], settings: dict, like: Callable, counts: list[str],
+              tensors: dict[str, Tensor], where: str | Path) -> nn.Module:
     """What a config.json describes, on the meta device. ValueError, one line, where that is no model, or one of
-    more blocks (`counts`) than there are tensors."""
+    more blocks (`counts`) than there are tensors. like: its parameters say of what type each setting is."""
     try:
+        check_settings(settings, like)
         for name, value in settings.items():
-            low = -math.inf if name == "shifting_factor" else 0
-            if type(value) is not bool and not (type(value) in (int, float) and low < value < 1 << 31):
-                raise ValueError(f"{name} is {value!r:.40}, expected a number above {low}, below 2^31")
+            if type(value) is not bool and name != "shifting_factor" and not value > 0:
+                raise ValueError(f"{name} is {value}, expected more than 0")
             if name in counts and value > len(tensors):
                 raise ValueError(f"{name} is {value!r:.40}, of {len(tensors)} tensors")
         with torch.device("meta"):
@@ -398,7 +409,7 @@ def load_official(folder: str | Path) -> TextVAE:
         raise ValueError(f"{path}: no {', '.join(missing)}; expected the config.json of a cola_vae")
     tensors = read_safetensors(folder)
     settings = {key: raw[key] for key in keys} | {"block_len": raw["block_size"]}
-    vae = described(functools.partial(TextVAE, vae_logsnr=None), settings,
+    vae = described(functools.partial(TextVAE, vae_logsnr=None), settings, TextVAE,
                     ["encoder_num_blocks", "decoder_num_blocks"], tensors, folder)
     check_names(tensors, vae.state_dict(), folder)
     vae.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)

@@ -128,7 +128,7 @@ def test_weights_of_another_type_are_converted(release, tmp_path, dtype):
 
 @pytest.mark.parametrize("part, name, value, words", [
     ("cola_vae", "block_size", 3, "block in view"), ("cola_dit", "block_size", 0, "blocks of 0"),
-    ("cola_dit", "num_layers", 10 ** 6, "tensors"), ("cola_dit", "heads", "x", "heads is 'x'"),
+    ("cola_dit", "num_layers", 10 ** 6, "tensors"), ("cola_dit", "heads", "x", "heads is no int"),
     ("cola_vae", "scaling_factor", float("nan"), "scaling_factor"), ("cola_vae", "num_heads", 0, "num_heads is 0"),
 ])
 def test_a_forged_configuration_is_refused(release, tmp_path, part, name, value, words):
