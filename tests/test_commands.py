@@ -1,4 +1,5 @@
 """pytest tests/test_commands.py: every file runs as its docstring says, every command of README.md is one."""
+import os
 import re
 import shlex
 import subprocess
@@ -14,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(*argv, cwd):
-    return subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow

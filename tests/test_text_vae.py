@@ -309,6 +309,7 @@ def test_robustness_command(tiny, tmp_path, monkeypatch, capsys):
     assert train.main([*TINY, "--stage", "text_vae", "--text_vae_steps", "200", "--text_vae_batch", "32", "--eval_samples",
                        "0", "--out_dir", "stage1"]) == 0
     capsys.readouterr()
+    monkeypatch.setattr(tv.robustness, "__defaults__", (32, 128))           # texts, tokens
     for flags in (["stage1/ckpt.pt"], [str(tiny / "ckpt.pt"), "--text", "a.txt"]):
         assert tv.main(["--checkpoint", *flags]) == 0
         rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:23]]

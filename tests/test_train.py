@@ -409,11 +409,9 @@ def test_sharded_equals_replicated(tmp_path):
     assert sample.read_checkpoint(tmp_path / "alone" / "ckpt.pt")["progress"]["mmdit"] == 2
     resumed = run("sharded", "--fsdp", "--resume", "auto"), run("alone", "--resume", "auto", procs="1")
     assert [len(r) for r in resumed] == [2, 2]
-    few = "--tasks t2t:1,t2i:1 --micro_steps 1 --batch_size 2 --cfg_drop 0.5 --streams 2 --steps 8".split()
+    few = "--tasks t2t:1,t2i:1 --micro_steps 1 --batch_size 2 --cfg_drop 0.5 --streams 2 --steps 8 --bf16 on".split()
     for a, b in zip(run("few", *few), run("few_sharded", "--fsdp", *few), strict=True):    # often without an image
-        assert a.get("image", 0) == pytest.approx(b.get("image", 0), rel=1e-3)
-        assert a["norm"] == pytest.approx(b["norm"], rel=1e-3), (a["stage"], a["step"])
-    for a, b in zip(run("half", "--bf16", "on"), run("half_sharded", "--bf16", "on", "--fsdp"), strict=True):
+        assert a.get("image", 0) == pytest.approx(b.get("image", 0), rel=1e-2)
         assert a["norm"] == pytest.approx(b["norm"], rel=1e-2), (a["stage"], a["step"])
     for logs in (fsdp, accumulated, *resumed):
         for a, b in zip(ddp[-len(logs):], logs, strict=True):
@@ -1014,4 +1012,4 @@ def test_fewer_samples_than_workers(monkeypatch, capsys, tmp_path):
 def test_damaged_files_give_clean_errors(name, tmp_path):
     """The short form of tests/fuzz.py."""
     import fuzz
-    assert fuzz.fuzz(name, *fuzz.readers(tmp_path)[name], inputs=60, seed=1) == []
+    assert fuzz.fuzz(name, *fuzz.readers(tmp_path)[name], inputs=15 if name == "resumed" else 60, seed=1) == []
