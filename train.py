@@ -924,7 +924,7 @@ def check_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]
     for o, state in zip(optimizers, states):
         held = [p for g in o.param_groups for p in g["params"]]
         moments = state.get("state") if isinstance(state, dict) else None
-        if not isinstance(moments, dict) or [*moments] != [*range(len(held))]:
+        if not isinstance(moments, dict) or {*moments} != {*range(len(held))}:
             raise ValueError("other numbers of parameters")
         for i, p in enumerate(held):
             muon = isinstance(o, torch.optim.Muon)
@@ -1219,7 +1219,10 @@ def train_stages(run: Run) -> None:
         if a.w_repa:
             run.repa = stage.repa
             if run.repa_state:
-                sample.check_state(run.repa_state, stage.repa.state_dict())
+                try:
+                    sample.check_state(run.repa_state, stage.repa.state_dict())
+                except ValueError as error:
+                    raise Agreed(f"{a.out_dir}: the head of L_REPA in its checkpoint is another ({error})") from None
                 stage.repa.load_state_dict(run.repa_state)
         if a.compile:                                          # before any wrapper
             model.mmdit.compile_blocks()
@@ -1289,9 +1292,10 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
         checkpoint["damaged"] = f"{error}; going on from {before}"
     kept = args.given | RUN_FLAGS | (set() if goes_on else GOAL_FLAGS)
     held = stored(checkpoint["args"], source)
-    same = lambda a, b: a == b or a == "auto" or isinstance(a, list) and {*a} == {*b}         # 32 is 32 x 32
     changed = {name: f"--{name} {getattr(args, name)} (was {held[name]})" for name in sorted(args.given & held.keys())
-               if name not in RUN_FLAGS | ARCHITECTURE | {"stage", "scale"} and not same(getattr(args, name), held[name])}
+               if name not in RUN_FLAGS | ARCHITECTURE | {"stage", "scale"} and getattr(args, name) not in (held[name], "auto")}
+    if {*args.image_size} == {*held.get("image_size", [])} and len({*args.image_size}) == 1:
+        changed.pop("image_size", None)                        # 32 is 32 x 32
     for name in ("block_len", "first_block", "image_loc", "image_size"):
         if args.eval_only and name in changed:
             raise ValueError(f"{changed[name]}: --eval_only judges the model as it was trained; leave the flag out")
