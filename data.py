@@ -198,14 +198,18 @@ class Tokenizer:
         if isinstance(name, str) and name != "bpe":
             return cls.named(name)
         try:
+            special = state["special"]          # a forged tensor may claim to have as many values as it likes
+            if not isinstance(state["tokens"], list) or not isinstance(state["pattern"], str) or \
+                    not isinstance(special, dict) or {*map(type, special.values())} != {int}:
+                raise ValueError("other types")
             tokens = [token.encode("latin-1") for token in state["tokens"]]
             if not {bytes([i]) for i in range(256)} <= {*tokens} or len({b"", *tokens}) != len(tokens) + 1:
                 raise ValueError("not all bytes, or a token twice")
-            if END_TEXT.decode() not in state["special"] or min(state["special"].values()) < len(tokens):
+            if END_TEXT.decode() not in special or min(special.values()) < len(tokens):
                 raise ValueError("no end token behind the others")
             if regex.search(state["pattern"], "", timeout=1):
                 raise ValueError("a pattern that matches nothing at all")
-            return cls._of_tokens(tokens, state["pattern"], state["special"])
+            return cls._of_tokens(tokens, state["pattern"], special)
         except Exception as error:             # a pattern that tiktoken refuses is a plain exception
             raise ValueError(f"the tokenizer is not one that Tokenizer.to_dict wrote ({error!r:.80}); use another "
                              "checkpoint") from None

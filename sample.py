@@ -453,6 +453,8 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
         c = checkpoint["config"]
         for part, like in (("text_vae", TextVAE), ("image_vae", ImageVAE), ("mmdit", MMDiTConfig)):
             check_settings(c[part], like)
+        if not isinstance(c["image_hw"], list) or not isinstance(c["tasks"], list):
+            raise ValueError("image_hw or tasks is no list")
         for part, counts in COUNTS.items():
             for name in counts:
                 if not 0 <= c[part][name] <= len(checkpoint[weights][part]):

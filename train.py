@@ -1000,15 +1000,15 @@ class Run:
         self.progress, self.seconds = dict(checkpoint["progress"]), checkpoint["seconds"]
         if self.progress["mmdit"]:                             # before, weights and average are one
             self.ema = {name: checkpoint["ema"].get(name) for name in ("text_vae", "mmdit")}
+        self.repa_state = checkpoint["model"].get("repa", {})
         averages = [(state, parts(self.model)[name]) for name, state in self.ema.items()]
         averages += [(checkpoint["reference"], self.model.text_vae)] * bool(checkpoint["reference"])
+        if not all(isinstance(state, dict) for state in (self.repa_state, *(state for state, _ in averages))):
+            raise ValueError(f"{self.out}: a checkpoint without its averages; take an earlier copy")
         for state, module in averages:
-            if not isinstance(state, dict):
-                raise ValueError(f"{self.out}: a checkpoint without its averages; take an earlier copy")
             sample.check_state(state, module.state_dict())
         self.damaged = "damaged" in checkpoint
         self.optimizer_state, self.reference = checkpoint["optimizers"], checkpoint["reference"]
-        self.repa_state = checkpoint["model"].get("repa", {})
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 import math
 import pickle
 import re
+import resource
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -482,6 +484,25 @@ def test_bad_checkpoints(here, tiny, capsys):
     checkpoint["config"]["mmdit"]["layers"] = 3
     torch.save(checkpoint, bad)
     fails(flags, capsys, "another architecture")
+
+
+@pytest.mark.parametrize("path", (["config", "image_hw"], ["config", "tasks"], ["tokenizer", "tokens"], ["tokenizer", "special", 0],
+                                  ["model", "mmdit"], ["ema", "mmdit", 0], ["args", "image_loc"], ["format"], ["progress", "mmdit"]))
+def test_a_tensor_that_claims_to_be_large_costs_nothing(tiny, tmp_path, path):
+    """A number that says it is two thousand million of them, wherever it stands."""
+    state = torch.load(tiny / "ckpt.pt", weights_only=True)
+    at = state
+    for name in path[:-1]:
+        at = at[name]
+    at[path[-1] if path[-1] else next(iter(at))] = torch.zeros(1).expand(2 * 10 ** 9)
+    torch.save(state, tmp_path / "ckpt.pt")
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError) as error:
+        sample.load(tmp_path / "ckpt.pt")
+        train.prepare(train.parse(["--resume", "auto", "--out_dir", str(tmp_path)]))
+        sample.build(sample.read_checkpoint(tmp_path / "ckpt.pt"), "model")
+    assert "\n" not in str(error.value) and time.monotonic() - began < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000                       # KiB
 
 
 def test_help(capsys):
