@@ -200,7 +200,7 @@ class Tokenizer:
         try:
             special = state["special"]          # a forged tensor may claim to have as many values as it likes
             if not isinstance(state["tokens"], list) or not isinstance(state["pattern"], str) or \
-                    not isinstance(special, dict) or {*map(type, special.values())} != {int}:
+                    not isinstance(special, dict) or not all(type(i) is int for i in special.values()):
                 raise ValueError("other types")
             tokens = [token.encode("latin-1") for token in state["tokens"]]
             if not {bytes([i]) for i in range(256)} <= {*tokens} or len({b"", *tokens}) != len(tokens) + 1:
