@@ -76,13 +76,15 @@ def judge_answers(model: Cola, world: list, seed: int, numbers: list[int], s: sa
         yield "it2t.vqa", scenes.check_answer(scene, question, reply)
 
 
+def begun_story(scene: scenes.Scene, words: np.random.Generator) -> tuple[str, str]:
+    """A story, and its first sentence or its first two."""
+    story = scenes.story(scene, words)
+    return story, ". ".join(story.split(". ")[:int(words.integers(1, 3))]) + "."
+
+
 def judge_stories(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
     """T2T: continuations of stories after the first or the second sentence; none ends before the third."""
-    prefixes = []
-    for scene, k in zip(world, numbers):
-        words = data.rng(seed, k, data.WINDOW)
-        sentences = scenes.story(scene, words).split(". ")
-        prefixes.append(". ".join(sentences[:int(words.integers(1, 3))]) + ".")
+    prefixes = [begun_story(scene, data.rng(seed, k, data.WINDOW))[1] for scene, k in zip(world, numbers)]
     for prefix, rest in zip(prefixes, sample.generate_text(model, prefixes, s=s, first=numbers[0])):
         yield "t2t.consistent", scenes.consistent(prefix, rest)
 

@@ -350,8 +350,9 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 def check_settings(settings: dict, like: Callable) -> None:
     """ValueError unless these are of the types that the parameters of `like` have, and no number is beyond 2^31."""
     types = {"int": (int,), "float": (int, float), "bool": (bool,), "tuple[int, ...]": (int,)}
+    parameters = inspect.signature(like).parameters
     for name, value in settings.items():
-        kind = inspect.signature(like).parameters[name].annotation
+        kind = parameters[name].annotation
         items = value if kind.startswith("tuple") and isinstance(value, list) else [value]
         if not (value is None and kind.endswith(" | None")) and \
                 not all(type(x) in types[kind.removesuffix(" | None")] and abs(x) < 1 << 31 for x in items):

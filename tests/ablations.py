@@ -77,17 +77,21 @@ def folder(out: Path, flags: str, evaluated: str, seed: int) -> Path:
 
 
 def train(place: Path, words: list[str], how: list[str]) -> int:
-    """Run train.py with these flags in a folder; returns its exit status. ValueError where it holds a run of others."""
+    """Run train.py with these flags in a folder, if it has not finished there; returns its exit status. ValueError
+    where the folder holds a run of other flags."""
     place.mkdir(parents=True, exist_ok=True)
     said = place / "flags.txt"
     if said.exists() and said.read_text() != " ".join(words):
         raise ValueError(f"{place} is a run of other flags; name another --out")
+    if said.exists() and (place / "metrics.json").exists():
+        return 0
     said.write_text(" ".join(words))
     with open(place / "log.txt", "a") as log:
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words, *how, "--out_dir", str(place)],
                               stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode and not (place / "ckpt.pt").exists():
         said.unlink()                                          # nothing came of these flags
+    print(f"{place.name}: exit status {done.returncode}", flush=True)
     return done.returncode
 
 
@@ -97,15 +101,12 @@ def run(out: Path, flags: str, evaluated: str, seed: int, scale: float, samples:
     place, source = folder(out, flags, evaluated, seed), folder(out, flags, "", seed) / "ckpt.pt"
     words = [*BASE.split(), "--seed", str(seed), "--scale", str(scale), "--eval_samples", str(samples),
              *flags.split(), *evaluated.split()]
-    finished = (place / "metrics.json").exists() and (place / "flags.txt").read_text() == " ".join(words)
-    if finished or evaluated and not source.exists():
-        return int(not finished)
-    if evaluated:
+    if evaluated and not source.exists():
+        return 1
+    if evaluated and not (place / "ckpt.pt").exists():
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, place)
-    status = train(place, words, ["--eval_only"] if evaluated else ["--resume", "auto"])
-    print(f"{place.name}: exit status {status}", flush=True)
-    return status
+    return train(place, words, ["--eval_only"] if evaluated else ["--resume", "auto"])
 
 
 def consistent(metrics: dict) -> float:

@@ -37,18 +37,16 @@ def trained(out: Path, patch: int, seed: int) -> Path:
     place = out / f"patch_{patch}_s{seed}"
     words = [*RUN.split(), "--text_patch", str(patch), "--text_latent_dim", str(16 * patch), "--text_vae_steps",
              str(200 * patch), "--seed", str(seed)]
-    if not (place / "metrics.json").exists():
-        if train(place, words, ["--resume", "auto"]):
-            raise RuntimeError(f"{place}: training failed; see its log.txt")
+    if train(place, words, ["--resume", "auto"]):
+        raise RuntimeError(f"{place}: training failed; see its log.txt")
     return place / "ckpt.pt"
 
 
 def prompts_of(model: Cola, seed: int, k: int) -> tuple[str, list[str]]:
     """Of story k the sentences given, and prompts of them and 0 to 7 tokens more; none if the story is too short, or
     one of these is not what the tokenizer makes of it."""
-    words = data.rng(seed, k, data.WINDOW)
-    story = scenes.story(scenes.sample_scene(data.rng(seed, k, data.EVAL), k % 2 > 0, 1 + k % 3), words)
-    given = ". ".join(story.split(". ")[:int(words.integers(1, 3))]) + "."
+    scene = scenes.sample_scene(data.rng(seed, k, data.EVAL), k % 2 > 0, 1 + k % 3)
+    story, given = evaluate.begun_story(scene, data.rng(seed, k, data.WINDOW))
     encode, n = model.tokenizer.encode, len(model.tokenizer.encode(given))
     ids = [encode(story)[:n + more] for more in range(CUTS)]
     prompts = [model.tokenizer.decode(i) for i in ids]
