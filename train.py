@@ -36,6 +36,7 @@ import os
 import shlex
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -114,7 +115,7 @@ def parser() -> sample.Parser:
          action="store_true")
     flag("attention", "auto", "backend of the masked attention; auto says what it takes",
          choices=cuda_attention.BACKENDS)
-    flag("bf16", "auto", "matrix products in bfloat16; auto times one of each kind and takes the faster",
+    flag("bf16", "auto", "matrix products in bfloat16; auto times both on a layer and takes the faster",
          choices=("auto", "on", "off"))
     flag("save_every", 500, "steps between checkpoints")
 
@@ -460,10 +461,18 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)             # PR_SET_PDEATHSIG
 
 
-def bf16_is_faster() -> bool:
-    """Whether this CPU multiplies matrices in bfloat16 at least 1.5 times faster than in float32."""
-    x = torch.ones(512, 512)
-    fp32, bf16 = (min(timeit.repeat(lambda: m @ m, number=1, repeat=9)) for m in (x, x.bfloat16()))
+def bf16_is_faster(width: int) -> bool:
+    """Whether this CPU takes a batch through a linear map of the model and back at least 1.5 times faster in bfloat16
+    than in float32. Every packed batch has another number of rows, for which some CPUs (AMX) build code anew: with
+    them bfloat16 can win on a matrix three times over and lose a step of a narrow model."""
+    layer = nn.Linear(width, 4 * width)
+
+    def seconds(rows: int, on: bool) -> float:
+        x = torch.randn(rows, width, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            return timeit.timeit(lambda: layer(x).sum().backward(), number=1)
+
+    fp32, bf16 = (statistics.median(seconds(640 + 24 * i, on) for i in range(12)) for on in (False, True))
     return fp32 > 1.5 * bf16
 
 
@@ -1517,7 +1526,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.device == "cpu":
             torch.set_num_threads(1)
         if args.bf16 == "auto":
-            faster = args.device != "cpu" or bf16_is_faster()
+            faster = args.device != "cpu" or bf16_is_faster(args.width)
             args.bf16 = "on" if worker.sum([float(faster)]) == [worker.world] else "off"      # all agree
         work(args, checkpoint, worker)
     except (ValueError, OSError) as error:             # the same on every worker until training starts

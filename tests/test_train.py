@@ -49,6 +49,15 @@ def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def trained(out, *flags, procs):
+    """The folder, in which one worker trained, this one, or several that were started."""
+    argv = [*flags, "--procs", str(procs), "--out_dir", str(out)]
+    status = train.main(argv) if procs == 1 else \
+        subprocess.run([sys.executable, ROOT / "train.py", *argv], timeout=120).returncode
+    assert status == 0
+    return out
+
+
 # ---- the run and what it leaves ----------------------------------------------------------------------------
 
 def test_files_of_a_run(tiny):
@@ -309,24 +318,18 @@ def test_learning_rate_rises_stays_and_falls(tiny, tmp_path):
 
 def test_two_workers_equal_one(tmp_path):
     """In 20 steps of all three tasks and of the stages before, of samples that two cannot share evenly."""
-    def run(name, procs):
-        flags = [*TINY, "--steps", "20", "--batch_size", "5", "--eval_samples", "0", "--out_dir", str(tmp_path / name)]
-        flags[flags.index("--procs") + 1] = procs
-        assert subprocess.run([sys.executable, ROOT / "train.py", *flags], timeout=120).returncode == 0
-        return log_of(tmp_path / name)
-    for a, b in zip(run("one", "1"), run("two", "2"), strict=True):
+    flags = [*TINY, "--steps", "20", "--batch_size", "5", "--eval_samples", "0"]
+    one, two = (log_of(trained(tmp_path / str(procs), *flags, procs=procs)) for procs in (1, 2))
+    for a, b in zip(one, two, strict=True):
         for name in set(a) - {"seconds", "data_seconds"}:
             assert a[name] == b[name] or abs(a[name] - b[name]) < 1e-5 * max(1, abs(a[name])), (a, b, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saved, resumed", [("1", "2"), ("2", "1")])
+@pytest.mark.parametrize("saved, resumed", [(1, 2), (2, 1)])
 def test_another_number_of_workers_goes_on(saved, resumed, tiny, tmp_path):
-    flags = [*TINY, "--eval_samples", "0", "--out_dir", str(tmp_path / "out")]
-    procs = flags.index("--procs") + 1
-    for number, more in ((saved, ["--save_every", "2"]), (resumed, ["--resume", "auto"])):
-        flags[procs] = number
-        assert subprocess.run([sys.executable, ROOT / "train.py", *flags, *more], timeout=120).returncode == 0
+    for procs, more in ((saved, ["--save_every", "2"]), (resumed, ["--resume", "auto"])):
+        trained(tmp_path / "out", *TINY, "--eval_samples", "0", *more, procs=procs)
         (tmp_path / "out" / "ckpt.pt").unlink()                # go on from the one before, of step 2
     assert [e["step"] for e in log_of(tmp_path / "out")[-2:]] == [3, 4]
     for a, b in zip(log_of(tiny), log_of(tmp_path / "out"), strict=True):
@@ -392,33 +395,30 @@ def test_an_error_of_one_worker_ends_all(tmp_path):
 
 @pytest.mark.slow
 def test_sharded_equals_replicated(tmp_path):
-    """FSDP2 on two workers: the losses of DDP; accumulated, compiled and through the kernels' operators too; what it
-    saved half way, two such workers or one alone carry on."""
-    def run(name, *more, procs="2"):
+    """FSDP2 on two workers: the losses of one that has everything; accumulated, compiled and through the kernels'
+    operators too; what it saved half way, two such workers or one alone carry on."""
+    def run(name, *more):
         flags = [*TINY, "--optimizer", "adamw", "--vae_lr_ratio", "0.5", "--eval_samples", "0", *more]
-        flags += ["--out_dir", str(tmp_path / name)]
-        flags[flags.index("--procs") + 1] = procs
-        assert subprocess.run([sys.executable, ROOT / "train.py", *flags], timeout=120).returncode == 0
-        return log_of(tmp_path / name)
-    ddp, fsdp = run("ddp"), run("fsdp", "--fsdp", "--save_every", "2")
+        return log_of(trained(tmp_path / name, *flags, procs=1 + ("--fsdp" in more)))
+    replicated, fsdp = run("replicated"), run("fsdp", "--fsdp", "--save_every", "2")
     accumulated = run("accumulated", "--fsdp", "--accumulate", "--attention", "cuda",
                       *["--compile"] * bool(shutil.which("g++")))
     for name in ("sharded", "alone"):
         (tmp_path / name).mkdir()
         shutil.copy(tmp_path / "fsdp" / "ckpt.prev.pt", tmp_path / name / "ckpt.pt")
     assert sample.read_checkpoint(tmp_path / "alone" / "ckpt.pt")["progress"]["mmdit"] == 2
-    resumed = run("sharded", "--fsdp", "--resume", "auto"), run("alone", "--resume", "auto", procs="1")
+    resumed = run("sharded", "--fsdp", "--resume", "auto"), run("alone", "--resume", "auto")
     assert [len(r) for r in resumed] == [2, 2]
     few = "--tasks t2t:1,t2i:1 --micro_steps 1 --batch_size 2 --cfg_drop 0.5 --streams 2 --steps 8 --bf16 on".split()
     for a, b in zip(run("few", *few), run("few_sharded", "--fsdp", *few), strict=True):    # often without an image
         assert a.get("image", 0) == pytest.approx(b.get("image", 0), rel=1e-2)
         assert a["norm"] == pytest.approx(b["norm"], rel=1e-2), (a["stage"], a["step"])
     for logs in (fsdp, accumulated, *resumed):
-        for a, b in zip(ddp[-len(logs):], logs, strict=True):
+        for a, b in zip(replicated[-len(logs):], logs, strict=True):
             for name in set(a) - {"seconds", "data_seconds", "stage"}:
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), (a["stage"], a["step"], name)
     want, *others = (sample.read_checkpoint(tmp_path / name / "ckpt.pt") for name in
-                     ("ddp", "fsdp", "sharded", "alone"))
+                     ("replicated", "fsdp", "sharded", "alone"))
     for got in others:
         for weights in ("model", "ema"):
             for part, state in want[weights].items():
