@@ -65,11 +65,16 @@ class MMDiTConfig:
             raise ValueError(f"streams {self.streams}: 1 (shared weights) or 2 (weights per modality)")
 
 
+Modulation = tuple[Tensor, ...]            # shift, 1 + scale and gate of the attention, then of the MLP; each (U, D)
+
+
 @dataclass
 class Cache:
-    """Keys and values of clean context, per layer, and the layout they belong to."""
+    """Keys and values of clean context, per layer, and the layout they belong to; and what adaLN makes of times
+    that were there before, as every block is integrated over the same."""
     layout: Layout | None = None
     kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)       # per layer, each (Lc, nh, hd)
+    times: dict[tuple, list] = field(default_factory=dict)      # of each: embeddings, then per layer modulations
 
 
 def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
@@ -148,26 +153,29 @@ class Block(nn.Module):
         self.msa = Attention(c)
         self.mlp = MLP(c)
 
-    def gate(self, name: str, emb: Tensor, t_index: Tensor) -> Tensor:
-        """emb (U, E), silu(time embedding) here and below -> the gate of each position. (L, D)"""
-        return self.ada[name](emb).float().index_select(0, t_index)
+    def modulation(self, emb: Tensor) -> Modulation:
+        """emb (U, E), silu(time embedding) -> what adaLN does at these times, fp32."""
+        made = {name: ada(emb).float() for name, ada in self.ada.items()}
+        (shift, scale), (shift_mlp, scale_mlp) = (made[name].chunk(2, -1) for name in ("msa_in", "mlp_in"))
+        return shift, 1 + scale, made["msa_out"], shift_mlp, 1 + scale_mlp, made["mlp_out"]
 
-    def modulate(self, x: Tensor, name: str, emb: Tensor, t_index: Tensor) -> Tensor:
-        """(1 + scale) LN(x) + shift. (L, D)"""
-        shift, scale = self.ada[name](emb).float().chunk(2, -1)                      # (U, D)
-        shift, scale = shift.index_select(0, t_index), (1 + scale).index_select(0, t_index)
-        return torch.addcmul(shift, F.layer_norm(x, (self.width,), eps=self.eps), scale)
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, t_index: Tensor) -> Tensor:
+        """scale LN(x) + shift, each of the position's time. (L, D)"""
+        return torch.addcmul(shift.index_select(0, t_index), F.layer_norm(x, (self.width,), eps=self.eps),
+                             scale.index_select(0, t_index))
 
-    def before(self, x: Tensor, emb: Tensor, t_index: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (L, D), emb (U, E) -> q, k, v (L, nh, hd)"""
-        return self.msa.qkv(self.modulate(x, "msa_in", emb, t_index), rope)
+    def before(self, x: Tensor, times: Tensor | Modulation, t_index: Tensor,
+               rope: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Modulation]:
+        """x (L, D), times as emb (U, E) or what it made -> q, k, v (L, nh, hd) and the modulation"""
+        mod = self.modulation(times) if isinstance(times, Tensor) else times
+        return self.msa.qkv(self.modulate(x, mod[0], mod[1], t_index), rope), mod
 
-    def after(self, x: Tensor, o: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:
+    def after(self, x: Tensor, o: Tensor, mod: Modulation, t_index: Tensor) -> Tensor:
         """x (L, D), o (L, nh, hd) what attention returned -> (L, D)"""
         h = self.msa.proj_out(o.flatten(1))
-        x = torch.addcmul(x, h.to(x.dtype), self.gate("msa_out", emb, t_index))
-        h = self.mlp(self.modulate(x, "mlp_in", emb, t_index))
-        return torch.addcmul(x, h.to(x.dtype), self.gate("mlp_out", emb, t_index))
+        x = torch.addcmul(x, h.to(x.dtype), mod[2].index_select(0, t_index))
+        h = self.mlp(self.modulate(x, mod[3], mod[4], t_index))
+        return torch.addcmul(x, h.to(x.dtype), mod[5].index_select(0, t_index))
 
 
 class In(nn.Module):
@@ -268,6 +276,11 @@ class MMDiT(nn.Module):
         for block in (*self.blocks, *self.image_blocks):
             block.before, block.after = (torch.compile(f, dynamic=True) for f in (block.before, block.after))
 
+    def embed(self, t: Tensor) -> Tensor:
+        """t (U,) in [0, 1] -> silu(time embedding), what every adaLN projects. (U, E)"""
+        emb = self.emb_in(t)
+        return F.silu(emb if self.config.as_released else F.rms_norm(emb, emb.shape[-1:]))
+
     def forward(self, text: Tensor, image: Tensor | None, t: Tensor, t_index: Tensor, layout: Layout,
                 plan: Plan, cache: Cache | None = None, commit: bool = False,
                 targets: tuple[Tensor, Plan] | None = None, tap: int = -1) -> tuple[Tensor | None, ...]:
@@ -284,20 +297,22 @@ class MMDiT(nn.Module):
         after layer `tap`, from 0 and with targets before the last, or None.
         """
         where = Streams(layout.segment, self.config.streams == 2, self.both_streams)
-        emb = self.emb_in(t)                                                         # (U, E)
-        if not self.config.as_released:
-            emb = F.rms_norm(emb, emb.shape[-1:])
-        emb = F.silu(emb)
         x = self.txt_in.proj(text)                                                   # (Lt, D)
         x = where.join((x, self.img_in.proj(image))) if len(where.image) else x      # (L, D)
         x = where.split((x + self.place(layout) if self.place else x).float())
         rope = where.split(rope_angles(layout, self.blocks[0].msa.rope.rope.freqs))
         used, t_part = zip(*(i.unique(return_inverse=True) for i in where.split(t_index)))
-        embs, hidden = [emb.index_select(0, u) for u in used], None    # each stream projects the times it has
+        key = () if cache is None else (tuple(t.tolist()), *(tuple(u.tolist()) for u in used))
+        made = [] if cache is None else cache.times.setdefault(key, [])
+        if fresh := not made:
+            emb = self.embed(t)                                                      # (U, E)
+            made.append([emb.index_select(0, u) for u in used])        # each stream projects the times it has
+        hidden = None
         for layer in range(self.config.layers):
             blocks = [stream[layer] for stream in (self.blocks, self.image_blocks) if len(stream)]
-            qkv = [b.before(*part) for b, *part in zip(blocks, x, embs, t_part, rope)]
+            qkv, mods = zip(*(b.before(*part) for b, *part in zip(blocks, x, made[0 if fresh else layer + 1], t_part, rope)))
             q, k, v = map(where.join, zip(*qkv))                                     # (L, nh, hd) each
+            made += [mods] * fresh
             if cache is not None and layer < len(cache.kv):
                 k, v = torch.cat([cache.kv[layer][0], k]), torch.cat([cache.kv[layer][1], v])
             if commit:
@@ -312,11 +327,11 @@ class MMDiT(nn.Module):
                     where = Streams(layout.segment[index], where.apart, self.both_streams)
                     x, t_part = map(where.split, rest)
             o = where.split(attention(q, k, v, plan))                                # (L, nh, hd)
-            x = tuple(b.after(*part) for b, *part in zip(blocks, x, o, embs, t_part))
+            x = tuple(b.after(*part) for b, *part in zip(blocks, x, o, mods, t_part))
             hidden = where.join(x) if layer == tap else hidden
         x, t_index = where.join(x), where.join(t_part)
-        v_text = self.head("txt", where.text, x, embs[0], t_index)
-        v_image = self.head("img", where.image, x, embs[-1], t_index) if len(where.image) else None
+        v_text = self.head("txt", where.text, x, made[0][0], t_index)
+        v_image = self.head("img", where.image, x, made[0][-1], t_index) if len(where.image) else None
         return v_text, v_image, hidden
 
     def head(self, side: str, index: Tensor, x: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:
