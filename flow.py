@@ -171,14 +171,14 @@ def repaint(velocity_fn: Velocity, z: Tensor, grid: Tensor, known: Tensor, noise
     """Partial repaint of a block (paper, Sec. 5.2, 17.1; 2201.09865), by Euler steps.
 
     z: (..., Dz), noise where unknown, clean latents where known (...) says so. In the first `fraction` of the
-    steps the known positions are set to their clean latents under the noise of the time, and each step is
-    taken `cycles` times, with noise put back in between; after them they drift with the others.
+    steps, and at least the very first, the known positions are set to their clean latents under the noise of the
+    time, and each step is taken `cycles` times, with noise put back in between; after them they drift with the others.
     noise: gives fresh noise of z's shape at every call.
     """
     clean, known = z.float(), _over_channels(known, z)
     z, steps = clean, len(grid) - 1
     for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
-        led = i < fraction * steps
+        led = i < max(1, fraction * steps)
         for cycle in range(cycles if led else 1):
             if cycle:                                       # back from t_next to t, on the same path
                 kept = (1 - t) / (1 - t_next)

@@ -74,7 +74,7 @@ class Cache:
     that were there before, as every block is integrated over the same."""
     layout: Layout | None = None
     kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)       # per layer, each (Lc, nh, hd)
-    times: dict[tuple, list] = field(default_factory=dict)      # of each: embeddings, then per layer modulations
+    times: dict[tuple, dict] = field(default_factory=dict)       # of each "emb", and by layer the Modulations
 
 
 def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
@@ -101,7 +101,7 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def Ada(emb_dim: int, out: int) -> nn.Sequential:
-    """An adaLN projection of silu(time embedding); all share the one SiLU in MMDiT.forward. Index 1 of the
+    """An adaLN projection of silu(time embedding); all share the one SiLU in MMDiT.embed. Index 1 of the
     sequence is the release's name for the map."""
     return nn.Sequential(nn.Identity(), nn.Linear(emb_dim, out))
 
@@ -302,17 +302,19 @@ class MMDiT(nn.Module):
         x = where.split((x + self.place(layout) if self.place else x).float())
         rope = where.split(rope_angles(layout, self.blocks[0].msa.rope.rope.freqs))
         used, t_part = zip(*(i.unique(return_inverse=True) for i in where.split(t_index)))
-        key = () if cache is None else (tuple(t.tolist()), *(tuple(u.tolist()) for u in used))
-        made = [] if cache is None else cache.times.setdefault(key, [])
-        if fresh := not made:
+        stored, hidden = {}, None                              # what earlier calls made of these times
+        if cache is not None:
+            stored = cache.times.setdefault((tuple(t.tolist()), *(tuple(u.tolist()) for u in used)), stored)
+        if "emb" not in stored:
             emb = self.embed(t)                                                      # (U, E)
-            made.append([emb.index_select(0, u) for u in used])        # each stream projects the times it has
-        hidden = None
+            stored["emb"] = [emb.index_select(0, u) for u in used]     # each stream projects the times it has
         for layer in range(self.config.layers):
             blocks = [stream[layer] for stream in (self.blocks, self.image_blocks) if len(stream)]
-            qkv, mods = zip(*(b.before(*part) for b, *part in zip(blocks, x, made[0 if fresh else layer + 1], t_part, rope)))
+            times = stored.get(layer, stored["emb"])
+            qkv, mod = zip(*(b.before(*part) for b, *part in zip(blocks, x, times, t_part, rope)))
             q, k, v = map(where.join, zip(*qkv))                                     # (L, nh, hd) each
-            made += [mods] * fresh
+            if cache is not None:
+                stored[layer] = mod
             if cache is not None and layer < len(cache.kv):
                 k, v = torch.cat([cache.kv[layer][0], k]), torch.cat([cache.kv[layer][1], v])
             if commit:
@@ -327,11 +329,11 @@ class MMDiT(nn.Module):
                     where = Streams(layout.segment[index], where.apart, self.both_streams)
                     x, t_part = map(where.split, rest)
             o = where.split(attention(q, k, v, plan))                                # (L, nh, hd)
-            x = tuple(b.after(*part) for b, *part in zip(blocks, x, o, mods, t_part))
+            x = tuple(b.after(*part) for b, *part in zip(blocks, x, o, mod, t_part))
             hidden = where.join(x) if layer == tap else hidden
         x, t_index = where.join(x), where.join(t_part)
-        v_text = self.head("txt", where.text, x, made[0][0], t_index)
-        v_image = self.head("img", where.image, x, made[0][-1], t_index) if len(where.image) else None
+        v_text = self.head("txt", where.text, x, stored["emb"][0], t_index)
+        v_image = self.head("img", where.image, x, stored["emb"][-1], t_index) if len(where.image) else None
         return v_text, v_image, hidden
 
     def head(self, side: str, index: Tensor, x: Tensor, emb: Tensor, t_index: Tensor) -> Tensor:

@@ -501,7 +501,9 @@ def load_official(folder: str | Path, image_channels: int = 0, streams: int = 1)
 
 
 def save_official(model: Cola, folder: str | Path) -> None:
-    """Write the text stream as a folder that `load_official` reads back."""
+    """Write the text stream as a folder that `load_official` reads back. ValueError for what it has no place for."""
+    if model.first_block != "clean":
+        raise ValueError(f"this model has --first_block {model.first_block}; a release says nothing of it and is taken as clean")
     save_prior(model.mmdit, model.block_len, Path(folder, "cola_dit"))
     save_vae(model.text_vae, Path(folder, "cola_vae"))
     model.tokenizer.save(Path(folder, "tokenizer.json"))
@@ -534,7 +536,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     trained.add_argument("--checkpoint", default="out/ckpt.pt", help="what train.py wrote")
     base = Parser(add_help=False, parents=[trained])
     base.add_argument("--official", default="", help="the folder of a public Cola DLM release (cola_vae/, "
-                      "cola_dit/, tokenizer.json) in place of a checkpoint; it knows text alone")
+                      "cola_dit/, tokenizer.json) in place of a checkpoint; it knows text alone, and is sampled as the "
+                      f"paper does: guidance {RELEASED.guidance}, temperature {RELEASED.temperature}, no snapping, an even grid")
     base.add_argument("--steps", type=int, default=16, help="solver steps; fewer is faster and coarser")
     base.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -115,7 +115,7 @@ def parser() -> sample.Parser:
          action="store_true")
     flag("attention", "auto", "backend of the masked attention; auto says what it takes",
          choices=cuda_attention.BACKENDS)
-    flag("bf16", "auto", "matrix products in bfloat16; auto times both on a layer and takes the faster",
+    flag("bf16", "auto", "matrix products in bfloat16; auto: if it takes a layer 1.5 times faster, which differs by machine",
          choices=("auto", "on", "off"))
     flag("save_every", 500, "steps between checkpoints")
 
@@ -294,6 +294,8 @@ def check(args: argparse.Namespace) -> None:
             finite = False
         if not finite:
             raise ValueError(f"--vae_logsnr {args.vae_logsnr}: expected 'learned' or a number from -30 to 30")
+    if args.time_law == "uniform":
+        args.image_loc = 0.0                           # that law has no mean, by which sampling would be shifted
     task_ratios(args.tasks)
 
 
@@ -952,7 +954,7 @@ class Run:
         self.seconds = 0.0                                     # of training
         self.ema: dict[str, dict[str, Tensor]] = {}            # averaged weights, by part
         self.optimizer_state: dict = {}                        # of the stage that is under way: its name, the states
-        self.reference: dict[str, Tensor] = {}                 # the text VAE when a joint stage 2 began
+        self.reference: dict[str, Tensor] | nn.Module = {}     # the text VAE when a joint stage 2 began
         self.repa: nn.Module | None = None                     # the head of L_REPA, trained beside the model
         self.repa_state: dict[str, Tensor] = {}
         self.damaged = False                                   # ckpt.pt is, and the one before was taken
@@ -970,7 +972,7 @@ class Run:
         return whole({"format": sample.FORMAT, "config": config, "args": plain(self.args),
                       "tokenizer": m.tokenizer.to_dict(), "model": weights | {"repa": repa}, "ema": weights | self.ema,
                       "progress": self.progress, "optimizers": self.optimizer_state, "seconds": self.seconds,
-                      "reference": self.reference}, keep)
+                      "reference": self.reference if isinstance(self.reference, dict) else self.reference.state_dict()}, keep)
 
     def save(self) -> None:
         """Write out/ckpt.pt whole or not at all; the one before becomes ckpt.prev.pt. Agreed if it cannot be written."""
@@ -1237,7 +1239,7 @@ def train_stages(run: Run) -> None:
             model.mmdit.compile_blocks()
         if stage.joint:
             stage.ref.load_state_dict(run.reference or model.text_vae.state_dict())
-            run.reference = stage.ref.state_dict()
+            run.reference = stage.ref
 
         def make(step: int) -> list[Batch]:
             micro = [[(task, k) for k in w.share((step * M + m) * n, n)]
@@ -1436,6 +1438,7 @@ def describe(run: Run) -> None:
     print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in sizes.items()))
     stage = PriorStage(m, a)
     trained = [p for p in stage.parameters() if p.requires_grad]
+    everything = {p: p.numel() for module in (stage, *parts(m).values()) for p in module.parameters()}
     optimizers = optimizers_for(a, stage, a.lr, a.optimizer == "muon")
     muon = {id(p) for o in optimizers if isinstance(o, torch.optim.Muon) for g in o.param_groups
             for p in g["params"]}
@@ -1452,7 +1455,7 @@ def describe(run: Run) -> None:
     print("shares of the samples: " + ", ".join(
         f"{name} {share:.2f}" for name, share in task_ratios(a.tasks).items() if share))
     print(f"memory of a worker in stage 2, estimated: {held / 1e9:.2f} GB for what is trained, "
-          f"{4 * (sum(sizes.values()) - sum(p.numel() for p in trained)) / 1e9:.2f} GB for other weights, "
+          f"{4 * (sum(everything.values()) - sum(p.numel() for p in trained)) / 1e9:.2f} GB for other weights, "
           f"{kept / 1e9:.2f} GB for the backward pass")
     print("the first batch of this worker, a line a sample:")
     layout = batch.layout

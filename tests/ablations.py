@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from evaluate import wilson
 
-BASE = ("--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 1000 --procs 1 --block_len 16 --text_loc 1 "
+BASE = ("--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 1000 --procs 1 --bf16 off --block_len 16 --text_loc 1 "
         "--vae_lr_ratio 1 --lambda_ref 0.01 --vae_logsnr learned "
         "--text_temperature 1 --no-text_snap --text_shift 1 --text_guidance 1")
 SCRATCH = "--text_vae_steps 0 --lambda_ref 0 --beta"

@@ -220,6 +220,13 @@ def test_repaint_nears_the_conditional_with_its_cycles_and_drifts_without_its_le
     assert drifted < 1.2 and half < once - 0.2
 
 
+@pytest.mark.parametrize("fraction", (0.0, 1.0))
+def test_repaint_starts_from_noise(fraction):
+    z1, known, seen = draw(3, 4, 2).float(), torch.tensor([True, True, False, False]).expand(3, 4), []
+    flow.repaint(lambda z, t: seen.append(z) or z, z1, flow.time_grid(6), known, lambda: torch.full_like(z1, 9.0), fraction)
+    assert (seen[0][known] == 9).all() and torch.equal(seen[0][~known], z1[~known])
+
+
 def test_repaint_of_nothing_known_is_euler():
     z1, v = draw(3, 4, 2).float(), lambda z, t: z.cos() + t
     nothing = torch.zeros(3, 4, dtype=torch.bool)

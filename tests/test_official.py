@@ -48,6 +48,25 @@ def test_the_release_writes_what_the_checkpoint_wrote(release):
         assert again == pytest.approx(value, rel=1e-4, abs=1e-2) and tokens == same, name
 
 
+def test_commands_run_the_release(release, run, tmp_path, capsys):
+    """As the paper samples, unless a flag says otherwise; and `export` writes what was trained."""
+    ours, folder = release
+    def told(*argv):
+        assert sample.main([*argv, "--official", str(folder), "--steps", "2"]) == 0
+        return capsys.readouterr().out
+    for flags, changed in ((), {}), (("--guidance", "1.5", "--snap", "--no-kv_cache"), {"guidance": 1.5, "snap": True, "cached": False}):
+        want = sample.generate_text(ours, ["there is"], s=replace(sample.RELEASED, steps=2, **changed), max_tokens=8)[0]
+        assert want and want in told("t2t", "there is", "--max_tokens", "8", *flags)
+    rows = sample.score(ours, "there is", " a circle", samples=2, steps=2)
+    assert all(name in (lines := told("score", "there is", " a circle", "--samples", "2")) for name, *_ in rows), lines
+    assert sample.main(["export", str(tmp_path / "new"), "--checkpoint", str(run / "ckpt.pt")]) == 0
+    trained, again = sample.load(run / "ckpt.pt"), sample.load_official(tmp_path / "new")
+    text = {k: v for k, v in trained.mmdit.state_dict().items() if not k.startswith(("img_", "image_blocks."))}
+    assert all(torch.equal(v, text[k]) for k, v in again.mmdit.state_dict().items())
+    with pytest.raises(ValueError, match="--first_block left"):
+        sample.save_official(replace(ours, first_block="left"), tmp_path / "other")
+
+
 def test_training_starts_from_the_release(release, tmp_path):
     """The text stream as released, and what it says of text; the image side of two streams fresh."""
     ours, folder = release

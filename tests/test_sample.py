@@ -16,6 +16,7 @@ from PIL import Image
 import data
 import flow
 import masks
+import mmdit
 import sample
 import train
 from conftest import TINY
@@ -108,6 +109,20 @@ def test_cached_t2i_equals_uncached(model, latents):
     assert not torch.equal(*latents)
     for a, b in zip(*images):
         assert a.shape == (32, 48, 3) and np.abs(a.astype(int) - b).max() <= 1
+
+
+def test_a_time_is_projected_once_whatever_the_number_of_blocks(model, monkeypatch):
+    made, modulation = [], mmdit.Block.modulation
+    monkeypatch.setattr(mmdit.Block, "modulation", lambda block, emb: made.append(len(emb)) or modulation(block, emb))
+    counts = []
+    for blocks in (2, 5):
+        made.clear()
+        monkeypatch.setattr(model.tokenizer, "end", -1)
+        sample.generate_text(model, ["a"], s=replace(S, guidance=3.0), max_tokens=blocks * BLOCK)
+        counts.append(sum(made))
+    layers = len(model.mmdit.blocks)
+    # The first block has a clean and 4 noisy times at once, the others 4 and the clean one alone.
+    assert counts == [layers * (4 * 2 + 1 + 4)] * 2
 
 
 def test_the_context_matters(model, latents):

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -317,8 +318,9 @@ def test_learning_rate_rises_stays_and_falls(tiny, tmp_path):
 
 
 def test_two_workers_equal_one(tmp_path):
-    """In 20 steps of all three tasks and of the stages before, of samples that two cannot share evenly."""
-    flags = [*TINY, "--steps", "20", "--batch_size", "5", "--eval_samples", "0"]
+    """In 20 steps of all three tasks and of the stages before, of samples that two cannot share evenly, the text VAE
+    learning on, every task a pass of its own."""
+    flags = [*TINY, "--steps", "20", "--batch_size", "5", "--eval_samples", "0", "--vae_lr_ratio", "0.5", "--accumulate"]
     one, two = (log_of(trained(tmp_path / str(procs), *flags, procs=procs)) for procs in (1, 2))
     for a, b in zip(one, two, strict=True):
         for name in set(a) - {"seconds", "data_seconds"}:
@@ -594,6 +596,20 @@ def test_times_shift_with_the_size_of_each_image(system, monkeypatch):
     t, moved = (b.t[b.t_index] for b in (plain, shifted))
     torch.testing.assert_close(moved[large], flow.shift_time(t[large], 2.0))
     assert torch.equal(moved[~large], t[~large]) and int(large.sum()) == 16
+
+
+def test_a_text_has_a_time_for_each_block_or_one(system):
+    def times(*flags):
+        b = train.Batches(args_for("--cfg_drop", "0", *flags), *system[1:]).make([(IT2T, k) for k in range(4)])
+        noisy = b.layout.segment == masks.N
+        return [b.t[b.t_index][noisy & (b.layout.sample == s)].unique() for s in range(4)]
+    assert all(len(t) > 1 for t in times()) and all(len(t) == 1 for t in times("--time_per", "sample"))
+    normal = torch.cat(times("--text_loc", "0.5", "--time_scale", "2")).logit().sub(0.5).div(2)
+    even = torch.tensor([statistics.NormalDist().cdf(x) for x in normal.tolist()])
+    torch.testing.assert_close(torch.cat(times("--time_law", "uniform")), even, atol=1e-4, rtol=0)
+    args = args_for("--time_law", "uniform")
+    train.check(args)
+    assert args.image_loc == 0                                 # sampling is shifted as training is
 
 
 def test_tasks_of_a_step_follow_the_ratios():
