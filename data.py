@@ -86,6 +86,7 @@ PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\
 
 
 ALL_KINDS = (["ByteLevel"], ["Split", "ByteLevel"])      # how a tokenizer.json that is read here splits
+SPLITS = (("Isolated", False), ("Removed", True))        # behavior and invert: each match is a piece
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -232,6 +233,9 @@ class Tokenizer:
             if model["type"] != "BPE" or state.get("normalizer") or kinds not in ALL_KINDS:
                 raise ValueError(f"{model['type']} with normalizer {state.get('normalizer')} behind {kinds}; only "
                                  "a byte-level BPE that splits by one pattern, or by GPT-2's, is read here")
+            if len(steps) == 2 and (steps[0]["behavior"], steps[0].get("invert", False)) not in SPLITS or \
+                    model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+                raise ValueError("text between matches is dropped, or tokens have affixes")
             if last["add_prefix_space"] or last.get("use_regex", True) != (len(steps) == 1):
                 raise ValueError("a space before the text, or two patterns")
             if [vocab[word] for word in words] != list(range(len(words))):
