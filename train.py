@@ -141,7 +141,7 @@ def parser() -> sample.Parser:
     flag("text_vae_heads", 3, "attention heads; the paper has 12")
     flag("vae_block_len", 1, "1 is strictly causal, as in the paper; the release has 16")
     flag("vae_logsnr", "2.5", "'learned', or a fixed log(mu^2 / sigma^2): lower is noisier and more robust")
-    flag("beta", 1e-3, "weight of KL(q || N(0, I)), and of E log q in stage 2")
+    flag("beta", 1e-3, "weight of KL(q || N(0, I)), and of E log q in stage 2; both are constant at a fixed logSNR")
     flag("lambda_mask", 0.1, "weight of the masking loss; 0 saves a pass")
     flag("text_vae_steps", 200, "steps of stage 1; 0 begins stage 2 from scratch, with a --vae_lr_ratio")
     flag("text_vae_batch", 48, "texts a step")
@@ -185,7 +185,7 @@ def parser() -> sample.Parser:
     flag("vae_lr_ratio", 0.0, "text VAE's learning rate / --lr: 0 frozen, 1 joint (the paper's best)")
     flag("vae_interval", [1, 0], "steps that the text VAE trains and then rests, in turn; the paper compares "
          "22000 33000", nargs=2, type=int, metavar=("TRAIN", "REST"))
-    flag("lambda_vae", 1.0, "weight of the text VAE's own loss in stage 2")
+    flag("lambda_vae", 1.0, "weight of the text VAE's own loss in stage 2; this and lambda_ref where it learns on")
     flag("lambda_fm", 1.0, "weight of the flow-matching losses")
     flag("lambda_ref", 0.0, "weight of KL(q || q_ref) to the encoder of stage 1")
     flag("w_text", 1.0, "weight of L_text against L_image")
@@ -200,7 +200,7 @@ def parser() -> sample.Parser:
          "more at block_len 1)", type=float)
     flag("image_loc", 1.0, "mean of the image's logit time, before the shift by size")
     flag("time_scale", 1.0, "deviation of the logit time")
-    flag("time_law", "logit_normal", "law of the times", choices=("logit_normal", "uniform"))
+    flag("time_law", "logit_normal", "law of the times; uniform has no loc and no scale", choices=("logit_normal", "uniform"))
     flag("first_block", "clean", "a prefix that ends inside a block: its latents stay clean there, are "
          "repainted, or padding on its left or right fills the block; clean is the paper's best",
          choices=sample.FIRST_BLOCK)
@@ -216,8 +216,8 @@ def parser() -> sample.Parser:
     flag("text_snap", sample.TEXT.snap, "text goes on from the tokens that its latents so far decode to; off, as in "
          "the paper, from these latents", action=argparse.BooleanOptionalAction)
     flag("sample_steps", 16, "solver steps")
-    flag("repaint_share", sample.TEXT.repaint_share, "with --first_block repaint: share of the steps in which "
-         "the prefix leads its block")
+    flag("repaint_share", sample.TEXT.repaint_share, "with --first_block repaint, by Euler steps: share of them in "
+         "which the prefix leads its block")
     flag("repaint_cycles", sample.TEXT.repaint_cycles, "how often each of these steps is taken")
     return flags
 
