@@ -6,8 +6,8 @@ Trains on stories alone with 1, 2 and 4 tokens a latent, 16 channels for each to
 by what their length leaves over. Prompts of different lengths are of different words, so some are harder, whatever
 the patch. Hence a Latin square: every scene is begun in four ways, whose lengths leave 0, 1, 2 and 3, each cut in four
 places of one and the same next sentence. Of each residue these are four prompts, one of every beginning and one of
-every cut, so that what a beginning or a cut makes easier falls on all alike. A model of patch 1, to which lengths
-mean nothing, is the control.
+every cut, so that what a beginning or a cut makes easier falls on all alike. What only both together make easier
+does not: it is the same for a model of patch 1, to which lengths mean nothing and whose rates are taken off.
 """
 from __future__ import annotations
 
@@ -64,26 +64,29 @@ def prompts_of(model: Cola, scene: scenes.Scene) -> list[tuple[str, str]]:
 def judge(model: Cola, stories: int, seed: int) -> list[list[bool]]:
     """(stories, 16): was the prompt continued consistently."""
     found: list[list[bool]] = []
-    for k in range(0, stories, 4):                                     # 64 prompts at a time
-        world = [scenes.sample_scene(data.rng(seed, i, data.EVAL), i % 2 > 0, 1 + i % 3) for i in range(k, k + 4)]
+    for k in range(0, stories, 16):                                    # 256 prompts at a time
+        world = [scenes.sample_scene(data.rng(seed, i, data.EVAL), i % 2 > 0, 1 + i % 3) for i in range(k, k + 16)]
         prompts = [prompts_of(model, scene) for scene in world]
         told = iter(sample.generate_text(model, [given + begun for p in prompts for given, begun in p], first=16 * k))
         found += [[scenes.consistent(given, begun + next(told)) for given, begun in p] for p in prompts]
     return found[:stories]
 
 
-def table(found: list[list[bool]], modulus: int) -> str:
-    """Rates by what a length leaves of a modulus of 2 or 4, and the best minus the worst, each with the 95 % interval
-    of so many scenes; that of the difference is Tukey's, as of four residues the two are chosen by what is seen."""
-    right = torch.tensor(found, dtype=torch.float64).view(-1, 4, 4)                    # (n, residue, 4)
-    of = [right[:, r::modulus].flatten(1).mean(1) for r in range(modulus)]             # of residues, (n,) each
+def by_residue(found: list[list[bool]], modulus: int) -> list[torch.Tensor]:
+    """Of each residue of a modulus of 2 or 4 the share of a scene's prompts that went right, (scenes,) each."""
+    right = torch.tensor(found, dtype=torch.float64).view(-1, 4, 4)                    # (scenes, residue, 4)
+    return [right[:, r::modulus].flatten(1).mean(1) for r in range(modulus)]
 
+
+def table(of: list[torch.Tensor]) -> str:
+    """Means by residue, and the best minus the worst, each with the 95 % interval of so many scenes; that of the
+    difference is Tukey's, as of four residues the two are chosen by what is seen."""
     def told(x: torch.Tensor, z: float = 1.96) -> str:
         mean, spread = x.mean().item(), z * x.std().item() / len(x) ** 0.5
         return f"{mean:.3f} [{mean - spread:.3f}, {mean + spread:.3f}]"
     best, worst = (choose(of, key=lambda x: x.mean().item()) for choose in (max, min))
     return ", ".join(f"{r}: {told(x)}" for r, x in enumerate(of)) + \
-        f"; best - worst {told(best - worst, {2: 1.96, 4: 2.57}[modulus])}"
+        f"; best - worst {told(best - worst, {2: 1.96, 4: 2.57}[len(of)])}"
 
 
 def main() -> None:
@@ -94,15 +97,19 @@ def main() -> None:
     parser.add_argument("--stories", type=int, default=2048, help="scenes, of 16 prompts each")
     args = parser.parse_args()
     for seed in args.seeds:
-        for patch in args.patches:
+        judged = {}
+        for patch in sorted(args.patches):
             path = trained(args.out, patch, seed)
             told = path.with_name(f"residues_{args.stories}.json")
             if not told.exists():
                 told.write_text(json.dumps(judge(sample.load(path), args.stories, data.SEEDS)))
-            found = json.loads(told.read_text())
-            for modulus in sorted({patch, 4} - {1}):
-                print(f"patch {patch}, seed {seed}, {args.stories} scenes, length mod {modulus}: {table(found, modulus)}",
-                      flush=True)
+            judged[patch] = json.loads(told.read_text())
+            for modulus in sorted({max(patch, 2), 4}):
+                of = by_residue(judged[patch], modulus)
+                print(f"patch {patch}, seed {seed}, {args.stories} scenes, length mod {modulus}: {table(of)}", flush=True)
+                if patch > 1 and 1 in judged:
+                    less = [a - b for a, b in zip(of, by_residue(judged[1], modulus))]
+                    print(f"    less the rates of patch 1: {table(less)}", flush=True)
 
 
 if __name__ == "__main__":
