@@ -10,8 +10,8 @@ sampler, snap=False, goes without). Guidance mixes in the velocity of a shorter 
 without its context: v = v_u + w (v_c - v_u). The temperature T is by default 1 for images and 0.3 for text;
 at 0 nothing is left to chance. A block that begins inside the prompt keeps the known latents at every step
 ("clean repaint", Sec. 5.2); the paper's other ways are there to compare (`align`, flow.repaint). Where a
-latent is a patch of tokens, end tokens before the prefix move its end to that of a patch. Of p(x | z_0) the
-mode is taken.
+latent is a patch of tokens, one that the prompt leaves unfinished is filled up with end tokens and then told
+anew. Of p(x | z_0) the mode is taken.
 
     python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
     python sample.py it2t a.png "describe the image."
@@ -103,14 +103,17 @@ class Cola:
         return data.pad_to_multiple(self.tokenizer.encode(text), multiple, self.tokenizer.end, ended=end)
 
     def align(self, ids: list[int], cut: int) -> tuple[list[int], int, range]:
-        """Tokens of a text whose first `cut` are given, moved by end tokens until the cut is the end of a
-        latent (paper, Sec. 5.3), or with padding of a block (Sec. 5.2): the tokens, the cut among them, and
-        which latents are filling alone. The filling comes first, but with padding on the right at the cut."""
-        p, right = self.text_vae.patch_size, self.first_block == "right"
-        fill = -cut % (p * (self.block_len if self.first_block in ("left", "right") else 1))
-        at = cut if right else 0
-        ids = [*ids[:at], *[self.tokenizer.end] * fill, *ids[at:]]
-        return ids, cut + fill, range(-(-at // p), (at + fill) // p)
+        """Tokens of a text whose first `cut` are given, the cut among them, at the end of a latent, and which latents
+        are padding of a block (paper, Sec. 5.2).
+
+        A patch that the cut leaves unfinished (Sec. 5.3) is filled up with end tokens and then told anew from its
+        beginning, so that every token of a text has one place in a patch, wherever the cut is."""
+        p, end = self.text_vae.patch_size, [self.tokenizer.end]
+        given, again = ids[:cut] + end * (-cut % p), ids[cut - cut % p:]
+        padding = end * (-len(given) % (p * self.block_len if self.first_block in ("left", "right") else 1))
+        at = len(given) if self.first_block == "right" else 0
+        stream = [*given[:at], *padding, *given[at:], *again]
+        return stream, len(given) + len(padding), range(at // p, (at + len(padding)) // p)
 
     def encode_text(self, ids: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Posterior means of texts, packed (L, Dz), and the number of latents of each."""
@@ -280,8 +283,9 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
         layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in starts], bl, device)
         context.add(z_prompt, z_image, layout)
-    ids = [model.align(i, len(i))[0] for i in map(model.tokenizer.encode, prefixes)]     # whole latents
-    z_known, known = model.encode_text(ids)
+    begun = [model.align(i, len(i)) for i in map(model.tokenizer.encode, prefixes)]
+    ids = [i for i, *_ in begun]                           # whole latents, and what the next is known to begin with
+    z_known, known = model.encode_text([i[:cut] for i, cut, _ in begun])
     z = list(z_known.split(known))                                                   # B of (n, Dz)
     block = [n // bl for n in known]                                                 # which each fills next
     empty = z_known.new_zeros(0, model.mmdit.config.image_channels)

@@ -522,8 +522,10 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch):
         told = model.tokenizer.encode(dataset.t2t(k))
         at = int(draw.integers(len(told)))
         prefix, length, _ = model.align(told[:at], at)
-        assert ids[:cut * patch] == prefix and length == cut * patch
-        assert ids[cut * patch:][:len(told) - at] == told[at:] and set(ids[cut * patch + len(told) - at:]) == {end}
+        again = at - at % patch                            # a patch that the cut leaves unfinished comes once more
+        assert ids[:len(prefix)] == prefix and length == cut * patch and prefix[length:] == told[again:at]
+        assert ids[cut * patch:][:len(told) - again] == told[again:]
+        assert set(ids[cut * patch + len(told) - again:]) == {end}
         assert all(ids[i] == end for f in filling for i in range(f * patch, (f + 1) * patch))
         if mode in ("left", "right"):
             assert cut % args.block_len == 0 and len(filling) < args.block_len
