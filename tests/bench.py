@@ -10,7 +10,7 @@
 Default sizes, one process of one thread, fp32, fresh weights. Times are medians of processor time, which
 other programs disturb less than time on the wall; an idle machine is still better.
 
-Run: python tests/bench.py   (CPU, 2.5 minutes)
+Run: python tests/bench.py   (CPU, 3 minutes)
 """
 from __future__ import annotations
 
@@ -177,13 +177,13 @@ def plain_loop(model: sample.Cola, blocks: int, s: sample.Settings) -> torch.Ten
 
 
 def released() -> None:
-    """(e) 256 latents in 16 blocks of 4 steps, guided as released, by 8 layers of width 1024 and random weights."""
+    """(e) 256 latents in 16 blocks of 8 steps, guided as released, by 8 layers of width 1024 and random weights."""
     model = train.new_model(train.parse("--as_released --width 1024 --heads 8 --layers 8 --block_len 16".split()),
                             data.GeneratedScenes(0, 32, 64))
     model.tokenizer.end = -1
     for p in model.mmdit.parameters():
         p.data.add_(torch.randn_like(p), alpha=0.005)
-    settings, told = dataclasses.replace(sample.RELEASED, steps=4), {}
+    settings, told = dataclasses.replace(sample.RELEASED, steps=8), {}
 
     def plain() -> None:
         tokens = model.text_vae.decode(plain_loop(model, 16, settings), [256]).argmax(-1)
