@@ -315,8 +315,8 @@ class MMDiT(nn.Module):
             q, k, v = map(where.join, zip(*qkv))                                     # (L, nh, hd) each
             if cache is not None:
                 stored[layer] = mod
-            if cache is not None and layer < len(cache.kv):
-                k, v = torch.cat([cache.kv[layer][0], k]), torch.cat([cache.kv[layer][1], v])
+                if layer < len(cache.kv):
+                    k, v = torch.cat([cache.kv[layer][0], k]), torch.cat([cache.kv[layer][1], v])
             if commit:
                 cache.kv[layer:layer + 1] = [(k, v)]
             if layer == self.config.layers - 1:

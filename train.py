@@ -230,7 +230,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse impossible values before any work; None stands for a default. ValueError, one line."""
+    """Refuse impossible values before any work, and settle what another flag leaves without meaning; None stands for
+    a default. ValueError, one line."""
     for low, high, expected, names in (
             (1, 1e9, "1 to a thousand million",
              "steps image_vae_steps save_every sample_steps repaint_cycles pool vocab_size"),
@@ -1438,7 +1439,7 @@ def describe(run: Run) -> None:
     print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in sizes.items()))
     stage = PriorStage(m, a)
     trained = [p for p in stage.parameters() if p.requires_grad]
-    everything = {p: p.numel() for module in (stage, *parts(m).values()) for p in module.parameters()}
+    everything = {p for module in (stage, *parts(m).values()) for p in module.parameters()}
     optimizers = optimizers_for(a, stage, a.lr, a.optimizer == "muon")
     muon = {id(p) for o in optimizers if isinstance(o, torch.optim.Muon) for g in o.param_groups
             for p in g["params"]}
@@ -1455,7 +1456,7 @@ def describe(run: Run) -> None:
     print("shares of the samples: " + ", ".join(
         f"{name} {share:.2f}" for name, share in task_ratios(a.tasks).items() if share))
     print(f"memory of a worker in stage 2, estimated: {held / 1e9:.2f} GB for what is trained, "
-          f"{4 * (sum(everything.values()) - sum(p.numel() for p in trained)) / 1e9:.2f} GB for other weights, "
+          f"{4 * sum(p.numel() for p in everything - {*trained}) / 1e9:.2f} GB for other weights, "
           f"{kept / 1e9:.2f} GB for the backward pass")
     print("the first batch of this worker, a line a sample:")
     layout = batch.layout
