@@ -30,11 +30,11 @@ from sample import Cola
 RUN = "--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 6000 --procs 1 --bf16 off --eval_samples 512"
 
 
-def trained(out: Path, patch: int, seed: int) -> Path:
+def trained(out: Path, patch: int, seed: int, scale: float) -> Path:
     """The checkpoint of a run, which is made or finished where it is not there. RuntimeError if that fails."""
     place = out / f"patch_{patch}_s{seed}"
     words = [*RUN.split(), "--text_patch", str(patch), "--text_latent_dim", str(16 * patch), "--text_vae_steps",
-             str(200 * patch), "--seed", str(seed)]
+             str(200 * patch), "--seed", str(seed), "--scale", str(scale)]
     if train(place, words, ["--resume", "auto"]):
         raise RuntimeError(f"{place}: training failed; see its log.txt")
     return place / "ckpt.pt"
@@ -95,11 +95,12 @@ def main() -> None:
     parser.add_argument("--patches", nargs="+", type=int, default=[1, 2, 4], choices=(1, 2, 4), help="tokens a latent")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="a run of each")
     parser.add_argument("--stories", type=int, default=2048, help="scenes, of 16 prompts each")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the steps")
     args = parser.parse_args()
     for seed in args.seeds:
         judged = {}
         for patch in sorted(args.patches):
-            path = trained(args.out, patch, seed)
+            path = trained(args.out, patch, seed, args.scale)
             told = path.with_name(f"residues_{args.stories}.json")
             if not told.exists():
                 told.write_text(json.dumps(judge(sample.load(path), args.stories, data.SEEDS)))
