@@ -26,7 +26,9 @@ def test_demonstrations(name, tmp_path):
     done = python(ROOT / f"{name}.py", cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) >= 3 and "expect" in done.stdout, done.stdout
+    assert len(lines) >= 3 and "expect" in done.stdout and "nan" not in done.stdout.split(), done.stdout
+    if name == "image_vae":
+        assert "64 x 64 by the same weights: (8, 8)" in done.stdout and "refused: image size 30 x 44" in done.stdout
     assert {p.name for p in tmp_path.iterdir()} == ({"masks.png"} if name == "masks" else set())
 
 

@@ -1,7 +1,6 @@
 """Tests of flow.py against closed forms.    Run: python -m pytest tests/test_flow.py"""
 import math
 import pathlib
-import subprocess
 import sys
 from itertools import pairwise
 
@@ -434,7 +433,7 @@ def test_perplexity():
     assert flow.perplexity([-1e6], [1]).item() == math.inf
 
 
-# Mistakes and the demonstration
+# Mistakes
 
 @pytest.mark.parametrize("mistake, names", [
     (lambda: flow.sample_time(draw(3), "cosine"), "cosine.*logit_normal"),
@@ -446,10 +445,3 @@ def test_mistakes_are_one_line(mistake, names):
     with pytest.raises(ValueError, match=names) as error:
         mistake()
     assert "\n" not in str(error.value)
-
-
-def test_demonstration():
-    run = subprocess.run([sys.executable, "flow.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
-    assert 3 <= len(lines) <= 10 and "expect" in run.stdout and "nan" not in run.stdout

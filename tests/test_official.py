@@ -57,8 +57,8 @@ def test_commands_run_the_release(release, run, tmp_path, capsys):
     for flags, changed in ((), {}), (("--guidance", "1.5", "--snap", "--no-kv_cache"), {"guidance": 1.5, "snap": True, "cached": False}):
         want = sample.generate_text(ours, ["there is"], s=replace(sample.RELEASED, steps=2, **changed), max_tokens=8)[0]
         assert want and want in told("t2t", "there is", "--max_tokens", "8", *flags)
-    rows = sample.score(ours, "there is", " a circle", samples=2, steps=2)
-    assert all(name in (lines := told("score", "there is", " a circle", "--samples", "2")) for name, *_ in rows), lines
+    lines = told("score", "there is", " a circle", "--samples", "2")
+    assert all(name in lines for name, *_ in sample.score(ours, "there is", " a circle", samples=2, steps=2)), lines
     assert sample.main(["export", str(tmp_path / "new"), "--checkpoint", str(run / "ckpt.pt")]) == 0
     trained, again = sample.load(run / "ckpt.pt"), sample.load_official(tmp_path / "new")
     text = {k: v for k, v in trained.mmdit.state_dict().items() if not k.startswith(("img_", "image_blocks."))}
