@@ -136,7 +136,7 @@ def solve(velocity_fn: Velocity, z: Tensor, grid: Tensor, solver: str = "euler",
     z: (..., Dz) at time grid[0]; kept in float32 whatever the network's precision, or float64 if it comes so.
     grid: monotone times. time_grid(n) generates, noise -> data; time_grid(n).flip(0) encodes, data -> noise.
     solver: order 1 euler; order 2 heun and ab2 (Adams-Bashforth for uneven steps, begun with one Euler step,
-    so one call a step); order 4 rk4. v is finite at t = 0, so the last step needs no special case.
+    so one call a step); order 4 rk4. heun and rk4 ask for v at t = 0 itself: finite, but seldom trained.
     known: (...) bool, positions that keep their z: the clean repaint of the first block (paper, Sec. 5.2).
     velocity_fn gets t as a Python float, and must itself tell the network t = 0 at known positions.
     Raises ValueError for an unknown solver.
@@ -216,7 +216,7 @@ def log_prob(velocity_fn: Velocity, z0: Tensor, grid: Tensor, eps: Tensor | None
     """log p(z_0) under the flow in nats, (B,): the augmented ODE from t = 0 to 1 (paper, Eq. 10.23, 10.24).
 
     z0: (B, ..., Dz); all behind B is summed. Samples must not see each other inside velocity_fn.
-    grid: as for sampling, from 1 to 0; it is run backwards.
+    grid: as for sampling, from 1 to 0, or to the time that z0 is of, whose density it then is; run backwards.
     eps: None for the exact divergence, D = z0[0].numel() backward passes a call, so small sizes only. A probe
     of z0's shape for Hutchinson's estimate (Eq. 10.25): one backward pass a call, one probe the whole solve.
     Any law with E[eps eps^T] = I is unbiased; signs +-1 vary least, and not at all where dv/dz is diagonal.

@@ -336,10 +336,15 @@ def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, know
     z ~ q(z | x): each (K, blocks) in nats (paper, Algorithm A.1, Eq. 10.8, 10.16). Sums over blocks are what
     flow.elbo and flow.iwae take.
 
+    grid: from 1 to the time t_min at which the flow stops; 0 in the paper, but a prior trained at logit-normal times
+    has met next to none near 0, where its velocity is far off. What flows to t_min > 0 and is then divided by
+    1 - t_min, as noise is not decoded, is a model of its own, of latents that bear noise of variance
+    (t_min / (1 - t_min))^2 more; q has it, too, so that the bounds are bounds.
     ids: tokens in whole blocks. known: latents at the front that are given and bear no term; a block that they
     share with others counts for the others alone. exact: the divergence by one backward pass for each of the
     bl Dz numbers of a block, else Hutchinson's estimate with one probe."""
     vae, bl, K, n = model.text_vae, model.block_len, samples, len(ids) // model.text_vae.patch_size
+    t_min, given = grid[-1].item(), torch.arange(n, device=model.device).repeat(K) < known         # (K n,)
     tokens, lengths = torch.tensor(ids * K, device=model.device), [n] * K
     generators = [data.rng(seed, k, data.POSTERIOR) for k in range(K)]
     eps = np.concatenate([g.standard_normal((n, vae.latent_dim), np.float32) for g in generators])
@@ -348,14 +353,16 @@ def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, know
         alone = vae.encode(tokens[:known * vae.patch_size], [known])
         posterior = [torch.cat([x.expand(K, -1, -1), y[:, known:]], 1) for x, y in zip(alone, posterior)]
     mean, logvar = (x.flatten(0, 1) for x in posterior)                              # (K n, Dz) each
-    z = vae.latents(mean, logvar, torch.from_numpy(eps).to(model.device))
-    log_q = flow.log_normal(z, vae.latents(mean), logvar + 2 * math.log(vae.config["scaling_factor"]))
+    more = torch.where(given, 0.0, (t_min / (1 - t_min)) ** 2)[:, None]              # (K n, 1)
+    mean, logvar = vae.latents(mean), (logvar.exp() * vae.config["scaling_factor"] ** 2 + more).log()
+    z = mean + (logvar / 2).exp() * torch.from_numpy(eps).to(model.device)
+    log_q = flow.log_normal(z, mean, logvar)
     log_px = -F.cross_entropy(vae.decode(z, lengths), tokens, reduction="none")      # (K n patch,)
 
     context, image = Context(model), z.new_zeros(0, model.mmdit.config.image_channels)
     context.add(z, image, pack([Sample(T2T, clean=n)] * K, bl, model.device))
     noisy = pack([Sample(T2T, noisy=n)] * K, bl, model.device)      # its blocks do not see each other
-    plan, given = context.plan(noisy), torch.arange(n, device=model.device).repeat(K) < known      # (K n,)
+    plan = context.plan(noisy)
 
     def velocity(z: Tensor, t: float) -> Tensor:
         flat = z.flatten(0, 1).float()
@@ -365,26 +372,30 @@ def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, know
     if not exact:
         signs = np.concatenate([g.choice([-1.0, 1.0], (n, vae.latent_dim)) for g in generators])
         signs = torch.from_numpy(signs).to(z).view(blocks)
-    log_pz = flow.log_prob(velocity, z.view(blocks), grid, signs, given.view(-1, bl), solver)    # (K blocks,)
+    kept = torch.where(given, 1.0, 1 - t_min)[:, None]                               # (K n, 1)
+    log_pz = flow.log_prob(velocity, (kept * z).view(blocks), grid, signs, given.view(-1, bl), solver)   # (K blocks,)
+    log_pz = log_pz + vae.latent_dim * kept.log().view(-1, bl).sum(1)
     per_block = (K, n // bl, -1)
     log_px = torch.where(given.repeat_interleave(vae.patch_size), 0.0, log_px)
     return (log_px.view(per_block).sum(-1), log_pz.view(K, -1),
             torch.where(given[:, None], 0.0, log_q).view(per_block).sum(-1))
 
 
-def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int = 16, **options) -> list[tuple]:
+def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int = 16, t_min: float = 0.1,
+          **options) -> list[tuple]:
     """Likelihoods of a text in rows (name, log p in nats, tokens; 0 of them for a term): ELBO and IWAE of the
     whole, of the prefix and, as their difference, of the response (Eq. 10.8, 10.9, 10.13, 10.14); and the
     response's own score given latent draws of the prefix (Eq. 10.21, summed over its blocks), with its three
     terms. The text ends with an end token and is filled up with more to whole blocks, whose nats are in the sums but
     which are not counted as tokens. It is laid out from its first token on, whatever the model does with prefixes.
+    t_min: where the flow stops (log_weights).
 
     Only whole blocks have a likelihood: in the differences, what of the prefix shares a block (or patch) with
     the response counts as response, as the tokens beside them say; in the own score only what shares a patch, but
     for models whose first block is not clean, which know no given latents beside noise.
     """
     head, tail = model.tokenizer.encode(prefix), model.tokenizer.encode(response)
-    p, grid, rows = model.text_vae.patch_size, flow.time_grid(steps), []
+    p, grid, rows = model.text_vae.patch_size, t_min + (1 - t_min) * flow.time_grid(steps), []
     ids = data.pad_to_multiple(head + tail, p * model.block_len, model.tokenizer.end)
     cut = len(head) // (p * model.block_len)
     known = len(head) // p if model.first_block == "clean" else cut * model.block_len
@@ -450,6 +461,11 @@ def check_state(state: dict, want: dict[str, Tensor]) -> None:
             raise ValueError(f"{str(name)[:80]} is not what the model has by that name")
 
 
+def image_loc(args: dict) -> float:
+    """Mean of the logit time that these flags train images at, by which sampling is shifted; uniform times are not."""
+    return 0.0 if args["time_law"] == "uniform" else float(args["image_loc"])
+
+
 def build(checkpoint: dict, weights: str = "ema") -> Cola:
     """The system of a checkpoint, its weights copied. weights: "ema" (what is sampled) or "model" (what is
     trained). ValueError, one line, where its parts do not fit each other; sizes that it names cost no memory."""
@@ -466,7 +482,7 @@ def build(checkpoint: dict, weights: str = "ema") -> Cola:
         with torch.device("meta"):
             parts = TextVAE(**c["text_vae"]), ImageVAE(**c["image_vae"]), MMDiT(MMDiTConfig(**c["mmdit"]))
         model = Cola(*parts, data.Tokenizer.from_dict(checkpoint["tokenizer"]), int(c["block_len"]),
-                     tuple(map(int, c["image_hw"])), float(checkpoint["args"]["image_loc"]),
+                     tuple(map(int, c["image_hw"])), image_loc(checkpoint["args"]),
                      checkpoint["args"]["first_block"], tuple(c["tasks"]))
         for name, part in zip(COUNTS, parts):
             check_state(checkpoint[weights][name], part.state_dict())
@@ -590,6 +606,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("prefix", help='"" for none')
     p.add_argument("response", help="what follows it, letter for letter")
     p.add_argument("--solver", choices=flow.SOLVERS, default="rk4", help="rk4 costs most and errs least")
+    p.add_argument("--t_min", type=float, default=0.1, help="flow time at which the latents are scored, with its noise; "
+                   "0 is the paper's, but next to no times below 0.1 are ever trained")
     p.add_argument("--samples", type=int, default=8, help="draws K of the latents; IWAE is tighter with more")
     p.add_argument("--divergence", choices=("exact", "hutchinson"), default=None,
                    help="exact takes a backward pass for every number of a block; hutchinson one in all, but its noise "
@@ -641,6 +659,8 @@ def check(args: argparse.Namespace) -> None:
     if int(args.device.partition(":")[2] or 0) >= max(1, torch.cuda.device_count()):
         raise ValueError(f"--device {args.device}: torch finds {torch.cuda.device_count()} CUDA devices here, "
                          "counted from 0")
+    if not 0 <= getattr(args, "t_min", 0) < 1:
+        raise ValueError(f"--t_min {args.t_min}: expected a time from 0 to below 1")
     for name in ("prompt", "prefix", "response"):
         text = getattr(args, name, None)
         if text is not None and not text.strip() and (name == "response" or args.task in ("t2i", "it2t")):
@@ -665,8 +685,8 @@ def run(args: argparse.Namespace, model: Cola, hw: tuple[int, int], picture: np.
     if args.task == "score":
         numbers = model.block_len * model.text_vae.latent_dim
         exact = args.divergence == "exact" or args.divergence is None and numbers <= EXACT
-        rows = score(model, args.prefix, args.response, args.samples, args.steps, solver=args.solver,
-                     exact=exact, seed=args.seed)
+        rows = score(model, args.prefix, args.response, args.samples, args.steps, args.t_min,
+                     solver=args.solver, exact=exact, seed=args.seed)
         divergence = "exact" if exact else "Hutchinson's"
         if shared := len(model.tokenizer.encode(args.prefix)) - rows[1][2]:
             print(f"of the prefix the end ({shared}) shares a block with the response: in ELBO and IWAE it counts as response")

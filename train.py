@@ -282,9 +282,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--attention flex: PyTorch's FlexAttention has no backward pass on a CPU; use padded")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.seq_len < args.block_len * args.text_patch:
-        raise ValueError(f"--seq_len {args.seq_len} is less than a block: --block_len {args.block_len} x "
-                         f"--text_patch {args.text_patch} tokens")
+    blocks = 1 + (args.first_block in ("left", "right"))       # what pads a block has the text in the next
+    if args.seq_len < blocks * args.block_len * args.text_patch:
+        raise ValueError(f"--seq_len {args.seq_len} is less than {('a block', 'two blocks')[blocks - 1]}: --block_len "
+                         f"{args.block_len} x --text_patch {args.text_patch} tokens")
     if args.block_len % args.vae_block_len:
         raise ValueError(f"--vae_block_len {args.vae_block_len} does not divide --block_len {args.block_len}: "
                          "a block's context would have been encoded with the block in view")
@@ -295,8 +296,6 @@ def check(args: argparse.Namespace) -> None:
             finite = False
         if not finite:
             raise ValueError(f"--vae_logsnr {args.vae_logsnr}: expected 'learned' or a number from -30 to 30")
-    if args.time_law == "uniform":
-        args.image_loc = 0.0                           # that law has no mean, by which sampling would be shifted
     task_ratios(args.tasks)
 
 
@@ -593,10 +592,10 @@ class Batches:
         return self.whole(self.model.tokenizer.encode(text))
 
     def cut_text(self, text: str, draw: np.random.Generator) -> tuple[list[int], int, range]:
-        """A text of which all before a cut, any of its tokens, is given, as sampling has it: tokens, latents
+        """A text of which all before a cut is given, nothing to all of it, as sampling has it: tokens, latents
         before the cut, latents that are filling (Cola.align)."""
         ids = self.model.tokenizer.encode(text)
-        ids, cut, filling = self.model.align(ids, int(draw.integers(min(len(ids), len(self.whole(ids))))))
+        ids, cut, filling = self.model.align(ids, int(draw.integers(min(len(ids) + 1, len(self.whole(ids))))))
         ids = self.whole(ids)
         return ids, min(cut, len(ids)) // self.model.text_vae.patch_size, filling
 
@@ -714,7 +713,7 @@ class Batches:
         eps[is_noisy] = np.concatenate(eps_text)
         z = torch.from_numpy(np.concatenate(normals)).float()                                # (U - 1,)
         loc, shift = torch.full_like(z, self.loc), torch.ones_like(z)
-        loc[slot - 1], shift[slot - 1] = a.image_loc, torch.tensor(shifts)
+        loc[slot - 1], shift[slot - 1] = m.image_loc, torch.tensor(shifts)
         t = flow.sample_time(z, a.time_law, loc, a.time_scale, shift)                        # (U - 1,)
         tensor, is_text = torch.from_numpy, ~is_image
         targets, (posterior, hidden) = tensor(moving.nonzero()[0]), map(np.concatenate, zip(*vae_noise))
@@ -876,7 +875,7 @@ def new_model(args: argparse.Namespace, dataset) -> Cola:
         mmdit = MMDiT(MMDiTConfig(args.text_latent_dim, args.image_latent_dim, args.width, args.heads,
                                   head_dim, args.layers, emb_dim=args.width, rope_dim=head_dim,
                                   streams=args.streams, as_released=args.as_released))
-    return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, args.image_loc, args.first_block)
+    return Cola(text_vae, image_vae, mmdit, tokenizer, args.block_len, hw, sample.image_loc(vars(args)), args.first_block)
 
 
 def sharded(stage: PriorStage) -> PriorStage:
@@ -1390,7 +1389,7 @@ def work(args: argparse.Namespace, checkpoint: dict | None, worker: Worker) -> N
     else:
         model = sample.build(checkpoint, "model")
         model.image_hw, model.block_len = hw, args.block_len
-        model.image_loc, model.first_block = args.image_loc, args.first_block
+        model.image_loc, model.first_block = sample.image_loc(vars(args)), args.first_block
         model.image_vae.check_size(*hw)
     block = model.block_len * model.text_vae.patch_size
     pictures = getattr(dataset, "pictures", dataset)

@@ -279,6 +279,13 @@ def test_gaussian_flow_density_exact(solver, steps, dtype):
     assert ((got - want).abs() / 3).max() < 1e-3                         # nats per dimension
 
 
+def test_density_of_what_flows_to_a_time_above_0():
+    t, z = 0.3, draw(40, 3)
+    got = flow.log_prob(rotated_flow(COV), z, t + (1 - t) * flow.time_grid(16))
+    want = gaussian_log_density(z, torch.zeros(3, dtype=F64), (1 - t) ** 2 * COV + t ** 2 * torch.eye(3, dtype=F64))
+    assert ((got - want).abs() / 3).max() < 1e-4
+
+
 def test_isotropic_flow_needs_one_sign_probe():
     m, s = draw(2, 4), torch.full((2, 4), 0.6, dtype=F64)
     velocity_fn, _ = gaussian_flow(m, s)

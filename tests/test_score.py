@@ -32,24 +32,28 @@ def ids_of(model, text=TEXT):
     return model.ids(text, end=True)
 
 
+@pytest.mark.parametrize("t_min", (0.0, 0.2))
 @pytest.mark.parametrize("block_len, known, patch, scale",
                          ((1, 0, 1, 1.0), (4, 0, 1, 1.0), (4, 6, 1, 1.0), (2, 3, 2, 3.0)))
-def test_terms_where_the_prior_is_standard_normal(block_len, known, patch, scale):
-    """By hand: the decoder's log softmax, N(z; 0, I) and N(z; mean, var) of every latent that is not given."""
+def test_terms_where_the_prior_is_standard_normal(block_len, known, patch, scale, t_min):
+    """By hand: the decoder's log softmax, N(z; 0, I) and N(z; mean, var) of every latent that is not given. Stopped
+    at t_min, what is N(0, I) there is divided by 1 - t_min, and the posterior has the noise of the time."""
     model, K = system(block_len, 0.0, "--text_patch", str(patch)), 3
     model.text_vae.config["scaling_factor"] = scale
     ids = ids_of(model)
     n = len(ids) // patch
-    px, pz, q = sample.log_weights(model, ids, K, GRID, known=known, seed=5)
+    grid = t_min + (1 - t_min) * GRID
+    px, pz, q = sample.log_weights(model, ids, K, grid, known=known, seed=5)
     assert px.shape == pz.shape == q.shape == (K, n // block_len)
     mean, logvar = model.text_vae.encode(torch.tensor(ids), [n])
     for k in range(K):
         noise = torch.from_numpy(data.rng(5, k, data.POSTERIOR).standard_normal((n, 4), "float32"))
         std = (logvar / 2).exp() * scale
+        std[known:] = (std[known:] ** 2 + (t_min / (1 - t_min)) ** 2).sqrt()
         z = mean * scale + std * noise
         normal = torch.distributions.Normal
         of_tokens = F.log_softmax(model.text_vae.decode(z, [n]), -1)[range(n * patch), ids]
-        expected = (of_tokens.view(n, patch).sum(1), normal(0.0, 1.0).log_prob(z).sum(-1),
+        expected = (of_tokens.view(n, patch).sum(1), normal(0.0, 1 / (1 - t_min)).log_prob(z).sum(-1),
                     normal(mean * scale, std).log_prob(z).sum(-1))
         for got, want in zip((px, pz, q), expected):
             want[:known] = 0.0
@@ -128,5 +132,6 @@ def test_command(tiny, capsys):
     assert sample.main(["score", "a red", " circle.", *flags]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 11 and "response | prefix, IWAE" in out and "perplexity" in out
-    for argv, words in ((["a", ""], "response"), (["a", "b", "--samples", "0"], "--samples 0")):
+    for argv, words in ((["a", ""], "response"), (["a", "b", "--samples", "0"], "--samples 0"),
+                        (["a", "b", "--t_min", "1"], "--t_min 1")):
         assert sample.main(["score", *argv, *flags[:2]]) == 2 and words in capsys.readouterr().err

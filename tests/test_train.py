@@ -466,7 +466,7 @@ def test_batch_against_its_samples(system, task):
         n, i, bl = len(text), 16, args.block_len
         told = task == T2I and draw.random() < args.aux_caption
         seen_told |= told and not drop
-        cut = int(draw.integers(text.index(model.tokenizer.end))) if task == T2T else 0
+        cut = int(draw.integers(text.index(model.tokenizer.end) + 1)) if task == T2T else 0
         skip = cut // bl * bl if task == T2T and draw.random() < 0.5 else 0
         whole = {T2T: "C" * (n - bl) + "N" * (n - skip), T2I: "C" * n + "I" * i + "N" * n * told,
                  IT2T: "P" * len(prompt) + "I" * i + "C" * (n - bl) + "N" * n}
@@ -519,7 +519,7 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch):
         draw = data.rng(0, k, data.DROP)
         draw.random()
         told = model.tokenizer.encode(dataset.t2t(k))
-        at = int(draw.integers(len(told)))
+        at = int(draw.integers(len(told) + 1))
         prefix, length, _ = model.align(told[:at], at)
         again = at - at % patch                            # a patch that the cut leaves unfinished comes once more
         assert ids[:len(prefix)] == prefix and length == cut * patch and prefix[length:] == told[again:at]
@@ -538,6 +538,10 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch):
         assert torch.equal(t == 0, clean)
         seen |= {word for word, there in (("filling", filling), ("inside", inside.any())) if there}
     assert "filling" in seen if mode in ("left", "right") else "inside" in seen
+    told = model.tokenizer.encode(dataset.t2t(0))              # all of it may be given: then it ends
+    ids, cut, _ = batches.cut_text(dataset.t2t(0), argparse.Namespace(integers=lambda n: n - 1))
+    prefix, length, _ = model.align(told, len(told))
+    assert cut * patch == length and ids[:len(prefix)] == prefix and {*ids[len(prefix):]} == {end}
 
 
 def test_sample_k_does_not_depend_on_its_batch(system):
@@ -608,9 +612,8 @@ def test_a_text_has_a_time_for_each_block_or_one(system):
     normal = torch.cat(times("--text_loc", "0.5", "--time_scale", "2")).logit().sub(0.5).div(2)
     even = torch.tensor([statistics.NormalDist().cdf(x) for x in normal.tolist()])
     torch.testing.assert_close(torch.cat(times("--time_law", "uniform")), even, atol=1e-4, rtol=0)
-    args = args_for("--time_law", "uniform")
-    train.check(args)
-    assert args.image_loc == 0                                 # sampling is shifted as training is
+    uniform = train.new_model(args_for("--time_law", "uniform", "--image_loc", "2"), system[1])
+    assert uniform.image_loc == 0 and train.new_model(args_for("--image_loc", "2"), system[1]).image_loc == 2
 
 
 def test_tasks_of_a_step_follow_the_ratios():
@@ -702,6 +705,25 @@ def test_repa_and_reference_terms(system):
     assert "repa" not in stage(b, b.counts())[1]
 
 
+def test_the_loss_of_stage_2_is_its_equation(system):
+    """Eq. 3.18, of a text VAE that has left its reference; and the rates of its groups."""
+    weights = dict(beta=0.2, lambda_mask=0.3, lambda_vae=0.4, lambda_fm=2.0, w_text=0.6, lambda_ref=0.7, w_repa=0.8)
+    stage, b = stage_and_batch(system, T2I, "--aux_caption", "1", "--vae_lr_ratio", "0.25", "--cfg_drop", "0", "--repa_layer", "1",
+                               *(word for name, w in weights.items() for word in (f"--{name}", str(w))))
+    for p in stage.text_vae.parameters():
+        p.data.add_(0.01)
+    loss, t = stage(b, b.counts())
+    w = argparse.Namespace(**weights)
+    assert min(t[name] for name in ("recon", "mask", "image", "text", "repa", "ref", "drift")) > 0 and t["log_q"]
+    torch.testing.assert_close(loss.detach(), w.lambda_vae * (t["recon"] + w.beta * t["log_q"] + w.lambda_mask * t["mask"])
+                               + w.lambda_fm * (t["image"] + w.w_text * t["text"] + w.w_repa * t["repa"]) + w.lambda_ref * t["ref"])
+    adam, muon = train.optimizers_for(stage.args, stage, 0.1, True)
+    vae = {id(p) for p in stage.text_vae.parameters()}
+    for group in adam.param_groups + muon.param_groups:
+        of_vae = {id(p) in vae for p in group["params"]}
+        assert len(of_vae) == 1 and group["lr"] == (0.025 if of_vae == {True} else 0.002 if group in muon.param_groups else 0.1)
+
+
 @pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
 def test_a_batch_whose_conditions_are_all_dropped(system, task):
     stage, b = stage_and_batch(system, task, "--cfg_drop", "1", "--vae_lr_ratio", "0")
@@ -776,6 +798,7 @@ def fails(argv, capsys, *words):
     (["--fsdp"], ["--fsdp", "adamw"]),
     (["--attention", "flex"], ["--attention flex", "padded"]),
     (["--seq_len", "8"], ["--seq_len 8", "raise it to"]),
+    (["--first_block", "right", "--block_len", "128"], ["--seq_len 128", "two blocks", "--block_len 128"]),
     (["--text_vae_steps", "0"], ["--vae_lr_ratio 1"]),
     (["--vae_interval", "0", "5"], ["--vae_interval 0"]),
     (["--repaint_share", "2"], ["--repaint_share 2"]),
