@@ -47,12 +47,8 @@ class Rows:
     k_index: Tensor         # (all n Wk,) the key in each slot
     inverse: Tensor         # (Nq,) the slot of each query
     mask: list[Tensor]      # of each group, bool (n, 1, Wq, Wk); a query that may see nothing sees all
+    bias: list[Tensor]      # the same as fp32 to add, 0 or -inf, on a CPU where rows are short; else none
     blind: Tensor | None    # bool (Nq,), queries that may see nothing: their output is 0; None if none
-
-    @functools.cached_property
-    def bias(self) -> list[Tensor]:
-        """The masks as fp32 to add: 0 where True, else -inf."""
-        return [torch.zeros(m.shape, device=m.device).masked_fill_(~m, float("-inf")) for m in self.mask]
 
 
 @dataclass
@@ -64,7 +60,7 @@ class Plan:
 
     def build(self) -> None:
         """Build what the chosen backend will ask for, ahead of its first call."""
-        getattr(self, {"cuda": "tiles", "flex": "block_mask"}.get(chosen, "rows"))
+        getattr(self, {"cuda": "tiles", "flex": "block_mask"}.get(chosen, "rows") if len(self.q) and len(self.k) else "rows")
 
     @functools.cached_property
     def rows(self) -> Rows:
@@ -89,11 +85,18 @@ class Plan:
 def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = masks.RULES) -> Plan:
     """The plan for queries laid out as q and keys as k (default: the same positions).
 
-    ValueError for layouts of different numbers of samples: both must name the same ones."""
+    ValueError for layouts that do not name the same samples, and for rules that are no tables of every task."""
     k = q if k is None else k
-    if q.task.numel() != k.task.numel():
-        raise ValueError(f"q has {q.task.numel()} samples and k {k.task.numel()}: "
+    if q.task.device != k.task.device:
+        raise ValueError(f"q is laid out on {q.task.device}, k on {k.task.device}")
+    if q.task is not k.task and not torch.equal(q.task, k.task):
+        raise ValueError(f"q has {q.task.numel()} samples and k {k.task.numel()}, or of other tasks: "
                          "layouts of one plan share their samples")
+    if rules.is_floating_point() or rules.shape[1:] != masks.RULES.shape[1:]:
+        raise ValueError(f"rules {tuple(rules.shape)} of {rules.dtype}: expected a table {tuple(masks.RULES.shape[1:])} of "
+                         "integers for every task")
+    if q.task.numel() and int(q.task.max()) >= len(rules):
+        raise ValueError(f"q has samples of task {int(q.task.max())}; rules are of {len(rules)} tasks, counted from 0")
     return Plan(q, k, rules)
 
 
@@ -116,7 +119,9 @@ def make_rows(q: Layout, k: Layout, rules: Tensor) -> Rows:
     inverse = torch.empty_like(slot)
     inverse[q_index[slot]] = slot
     blind = flat(empty)[inverse]
-    return Rows(q_index, k_index, inverse, mask, blind if bool(blind.any()) else None)
+    short = slot.device.type == "cpu" and all(m.shape[3] <= SHORT for m in mask)
+    bias = [torch.zeros(m.shape).masked_fill_(~m, float("-inf")) for m in mask] if short else []
+    return Rows(q_index, k_index, inverse, mask, bias, blind if bool(blind.any()) else None)
 
 
 def choose(name: str, device: torch.device) -> str:
@@ -141,13 +146,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None =
 
     q (Nq, nh, hd), k and v (Nk, nh, hd) -> (Nq, nh, hd). A query that may see nothing gives 0.
     backend: one of BACKENDS; by default the one chosen, or padded where the kernels do not take such heads.
-    ValueError for shapes that do not fit the plan, for an unknown backend, and for what the kernels cannot take.
+    ValueError for shapes, types and devices that do not fit each other or the plan, for an unknown backend, and for what
+    the kernels cannot take.
     """
-    if backend is None:
-        backend = chosen if chosen != "cuda" or ops.takes(q) else "padded"
-    if q.dim() != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+    if q.dim() != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:] or not q.shape[1] * q.shape[2]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
                          "expected (N, heads, head width)")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != q.dtype or not x.is_floating_point():
+            raise ValueError(f"{name} is {x.dtype}, q {q.dtype}: expected one floating type")
+        if x.device != plan.q.segment.device:
+            raise ValueError(f"{name} is on {x.device}, the plan on {plan.q.segment.device}")
+    if backend is None:
+        backend = chosen if ops.takes(q, k) or chosen != "cuda" else "padded"
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if q.shape[0] != len(plan.q) or k.shape[0] != len(plan.k):
         raise ValueError(f"q has {q.shape[0]} and k {k.shape[0]} positions, "
                          f"the plan {len(plan.q)} and {len(plan.k)}")
@@ -159,9 +172,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None =
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                       # (1, nh, N, hd)
         run = flex_attention if q.device.type == "cpu" else _compiled()
         return run(q, k, v, block_mask=plan.block_mask)[0].transpose(0, 1)
-    if backend == "cuda":
-        return ops.forward(*(x.contiguous() for x in (q, k, v)), *plan.tiles)[0]
-    raise ValueError(f"attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    return ops.forward(*(x.contiguous() for x in (q, k, v)), *plan.tiles)[0]
 
 
 @functools.cache
@@ -183,11 +194,10 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
         return [g.unflatten(0, shape).transpose(1, 2) for g, shape in zip(groups, shapes)]   # (n, nh, W, hd)
 
     at_q, at_k = ([(m.shape[0], m.shape[side]) for m in rows.mask] for side in (2, 3))
-    short = q.device.type == "cpu" and all(w <= SHORT for _, w in at_k)
     out = []
     for g, (q, k, v) in enumerate(zip(split(q, rows.q_index, at_q), split(k, rows.k_index, at_k),
                                       split(v, rows.k_index, at_k))):
-        if short:
+        if rows.bias:
             s = (q * q.shape[-1] ** -0.5) @ k.mT + rows.bias[g]                     # (n, nh, Wq, Wk), >= fp32
             o = s.softmax(-1).to(v.dtype) @ v
         else:

@@ -59,20 +59,23 @@ def library(capability: tuple[int, int]) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=cache) as folder:         # moved into place whole
             done = subprocess.run([*command, str(source), "-o", f"{folder}/out.so"], capture_output=True, text=True)
             if done.returncode:
-                errors = [line for line in done.stderr.splitlines() if "error" in line]
-                raise RuntimeError(f"nvcc: {errors[0] if errors else f'exit status {done.returncode}'}")
+                said = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+                raise RuntimeError(f"nvcc: {next((x for x in said if 'error' in x or 'fatal' in x), said[-1])}")
             os.replace(f"{folder}/out.so", path)
     return ctypes.CDLL(str(path))
 
 
-def takes(q: Tensor) -> bool:
-    """Whether the kernels are built for such heads; on a CPU any will do."""
-    return q.device.type == "cpu" or q.dtype == torch.bfloat16 and q.shape[2] in WIDTHS
+def takes(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernels are built for such heads, and there is something to do; on a CPU any heads will do."""
+    return min(len(q), len(k)) > 0 and (q.device.type == "cpu" or q.dtype == torch.bfloat16 and q.shape[2] in WIDTHS)
 
 
-def check(**tensors: Tensor) -> None:
+def check(tiles: tuple[Tensor, ...], **tensors: Tensor) -> None:
     """ValueError, naming the argument, for what the kernels cannot take. The first is q."""
     q = next(iter(tensors.values()))
+    for x in tiles:
+        if x.device != q.device or x.dtype != torch.int32:
+            raise ValueError(f"the plan is of {x.dtype} on {x.device}; expected torch.int32, and on {q.device} as q")
     for name, x in tensors.items():
         if x.dtype != torch.bfloat16:
             raise ValueError(f"{name} is {x.dtype}; the kernels take bfloat16")
@@ -80,8 +83,8 @@ def check(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
         if x.ndim != 3 or x.shape[2] not in WIDTHS or x.shape[1:] != q.shape[1:]:
             raise ValueError(f"{name} is {tuple(x.shape)}; expected (positions, heads, 64 or 128)")
-        if not x.is_contiguous():
-            raise ValueError(f"{name} is not contiguous")
+        if not x.is_contiguous() or x.data_ptr() % 16:             # as copies in boxes want it
+            raise ValueError(f"{name} is not contiguous, or does not begin at a multiple of 16 bytes")
         if not 0 < x.shape[1] <= HEADS or not len(x):
             raise ValueError(f"{name} is {tuple(x.shape)}; expected positions, and 1 to {HEADS} heads")
 
@@ -109,18 +112,32 @@ def call(name: str, q: Tensor, k: Tensor, arguments: list) -> None:
         raise RuntimeError(f"{name}: CUDA error {code} for q {tuple(q.shape)}, k {tuple(k.shape)}")
 
 
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """o and lse by the kernels. ValueError as `check` says, RuntimeError for an error of CUDA."""
+    check(tiles, q=q, k=k, v=v)
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+    call("attention_forward", q, k, [q, k, v, o, lse, tiles[:4], tiles[8]])
+    return o, lse
+
+
+def launch_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor,
+                    tiles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv by the kernels. Errors as in launch_forward."""
+    do = do.contiguous()
+    check(tiles, q=q, k=k, v=v, do=do)
+    delta = (do.float() * o.float()).sum(-1).T.contiguous()            # (nh, Nq)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    call("attention_backward", q, k, [q, k, v, do, lse, delta, dq, dk, dv, tiles[:4], tiles[4:8], *tiles[8:]])
+    return dq, dk, dv
+
+
 @torch.library.custom_op("cola_attention::forward", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, q_start: Tensor, q_other: Tensor, q_bits: Tensor, q_order: Tensor,
             k_start: Tensor, k_other: Tensor, k_bits: Tensor, k_order: Tensor, bits: Tensor,
             bits_t: Tensor) -> tuple[Tensor, Tensor]:
-    """o (Nq, nh, hd) and lse (nh, Nq) fp32."""
-    if q.device.type == "cpu":
-        return blockwise.forward(q, k, v, unflat((q_start, q_other, q_bits, q_order, k_start, k_other, k_bits,
-                                                  k_order, bits, bits_t)))
-    check(q=q, k=k, v=v)
-    o, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
-    call("attention_forward", q, k, [q, k, v, o, lse, (q_start, q_other, q_bits, q_order), bits])
-    return o, lse
+    """o (Nq, nh, hd) and lse (nh, Nq) fp32, which has no gradient."""
+    tiles = q_start, q_other, q_bits, q_order, k_start, k_other, k_bits, k_order, bits, bits_t
+    return blockwise.forward(q, k, v, unflat(tiles)) if q.device.type == "cpu" else launch_forward(q, k, v, tiles)
 
 
 @forward.register_fake
@@ -134,16 +151,9 @@ def backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
              q_other: Tensor, q_bits: Tensor, q_order: Tensor, k_start: Tensor, k_other: Tensor, k_bits: Tensor,
              k_order: Tensor, bits: Tensor, bits_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
-    if q.device.type == "cpu":
-        return blockwise.backward(q, k, v, o, lse, do, unflat((q_start, q_other, q_bits, q_order, k_start, k_other,
-                                                               k_bits, k_order, bits, bits_t)))
-    do = do.contiguous()
-    check(q=q, k=k, v=v, do=do)
-    delta = (do.float() * o.float()).sum(-1).T.contiguous()            # (nh, Nq)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    call("attention_backward", q, k, [q, k, v, do, lse, delta, dq, dk, dv, (q_start, q_other, q_bits, q_order),
-                                      (k_start, k_other, k_bits, k_order), bits, bits_t])
-    return dq, dk, dv
+    tiles = q_start, q_other, q_bits, q_order, k_start, k_other, k_bits, k_order, bits, bits_t
+    return blockwise.backward(q, k, v, o, lse, do, unflat(tiles)) if q.device.type == "cpu" else \
+        launch_backward(q, k, v, o, lse, do, tiles)
 
 
 @backward.register_fake
@@ -154,6 +164,7 @@ def _(q, k, v, *rest):
 def _keep(ctx, inputs, output):
     q, k, v, *tiles = inputs
     ctx.save_for_backward(q, k, v, *output, *tiles)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, do, _):

@@ -109,7 +109,7 @@ def test_attention_against_fp64(backend, seed, monkeypatch):
     layout = pack(random_samples(seed), 2)
     assert len(make_plan(layout).rows.mask) > 1
     chosen = torch.arange(len(layout)) % 3 != 0
-    for q_layout, k_layout in ((layout, None), (layout.select(chosen), layout)):
+    for q_layout, k_layout in ((layout, None), (layout.select(chosen), layout), (layout, layout.select(layout.sample != 1))):
         plan = make_plan(q_layout, k_layout)
         g = torch.Generator().manual_seed(seed)
         q, k, v = (torch.randn(n, 2, 8, generator=g, dtype=torch.float64, requires_grad=True)
@@ -179,8 +179,18 @@ def test_bad_input_is_named():
         attention(x[:3], x, x, plan)
     with pytest.raises(ValueError, match="expected"):
         attention(x, x[:, :1], x, plan)
-    with pytest.raises(ValueError, match="share their samples"):
-        make_plan(layout, pack([Sample(T2T, clean=4)] * 2, 2))
+    for other in ([Sample(T2T, clean=4)] * 2, [Sample(T2I, clean=4)]):
+        with pytest.raises(ValueError, match="share their samples"):
+            make_plan(layout, pack(other, 2))
+    with pytest.raises(ValueError, match=r"rules \(3, 4, 4\) of torch.float32"):
+        make_plan(layout, rules=masks.RULES.float())
+    with pytest.raises(ValueError, match="samples of task 3; rules are of 3 tasks"):
+        make_plan(pack([Sample(3, clean=4)], 2))
+    for backend in cuda_attention.BACKENDS:
+        for word, args in {"k is torch.float64": (x, x.double(), x), "q is torch.int64": [x.long()] * 3, "v is on meta": (x, x, x.to("meta")),
+                           "head width": [x[..., :0]] * 3, "2, 8": (x[0], x, x)}.items():
+            with pytest.raises(ValueError, match=word):
+                attention(*args, plan, backend)
 
 
 def test_picture():
