@@ -40,6 +40,8 @@ SCRATCH = "--text_vae_steps 0 --lambda_ref 0 --beta"
 TABLES: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
     "5": ("Table 5: first block", [
         ("clean", "", ""), ("left padding", "--first_block left", ""), ("right padding", "--first_block right", ""),
+        *((f"{way}, frozen", f"{flags}--vae_lr_ratio 0", "") for way, flags in
+          (("clean", ""), ("left padding", "--first_block left "), ("right padding", "--first_block right "))),
         *((f"repaint, {cycles} cycle{'s' * (cycles > 1)}, m = {share}", "--first_block repaint",
            f"--repaint_share {share} --repaint_cycles {cycles}") for cycles in (1, 3) for share in (1.0, 0.7, 0.3))]),
     "3": ("Fig. 3, 16: fixed and evolving latents", [
@@ -115,7 +117,7 @@ def consistent(metrics: dict) -> float:
 
 
 def last(place: Path, name: str) -> str:
-    """The last value of a term in the log of a run."""
+    """A term at the end of a run: the mean of its last 50 values in the log."""
     log = place / "log.jsonl"
     values = [e[name] for e in map(json.loads, log.read_text().splitlines()) if name in e] if log.exists() else []
     return f"{statistics.fmean(values[-50:]):.2f}" if values else "-"

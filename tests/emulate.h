@@ -1,7 +1,12 @@
-// CUDA on a CPU, for tests: the threads of a block are fibers that run in turn, each until it waits for others. Of
-// Hopper's instructions it has the meaning, by the PTX ISA: where copies and products put and find every element in
-// shared memory, how threads hold accumulators and operands, and what barriers count. Not whether hopper.cuh spells
-// them right (ptxas says that, and a GPU), nor what a race between threads would do.
+// CUDA on a CPU, for tests: the threads of a block are fibers, each runs until it waits for others. Of Hopper's
+// instructions it has the meaning, by the PTX ISA: where copies and products put and find every element in shared
+// memory, how threads hold accumulators and operands, and what barriers count. Not whether hopper.cuh spells them right
+// (ptxas says that, and a GPU).
+//
+// It is as late and as disordered as the device may be, by chance but the same in every run: threads take turns in a new
+// order every round, some warps sleep for a while, a copy turns what it will overwrite into NaNs at once and lands some
+// rounds later, a product is carried out when it is waited for, and its operands must not have changed since its issue.
+// What breaks a rule that can be seen ends the launch: a line on stderr, and an error from cudaGetLastError.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -12,6 +17,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <random>
 #include <vector>
 
 #define __global__
@@ -23,7 +29,6 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 typedef void* cudaStream_t;
-inline int cudaGetLastError() { return 0; }
 
 struct __nv_bfloat16 { uint16_t bits; };
 inline float __bfloat162float(__nv_bfloat16 x) {
@@ -47,14 +52,22 @@ static dim3 threadIdx, blockIdx, gridDim;
 namespace emulated {
 constexpr int MOST = 1024, STACK = 1 << 16;
 static ucontext_t scheduler, fiber[MOST];
-static bool done[MOST];
+static bool done[MOST], running, failed;
 static float exchanged[MOST];
 static unsigned threads;
-static long changes;                                     // of anything that somebody may wait for
+static long changes, rounds;                             // changes: of anything that somebody may wait for
+static std::mt19937 chance;
 static std::function<void()> body;
-alignas(1024) static uint8_t shared[232448];             // all that a block can have
+constexpr unsigned START = 16;                           // dynamic memory begins where no box may
+static unsigned end;                                     // and ends here
+alignas(1024) static uint8_t shared[232448 + START];     // all that a block can have
 
 inline void yield() { swapcontext(&fiber[threadIdx.x], &scheduler); }
+inline void fail(const char* what) {                     // does not return to a thread
+  if (!failed) fprintf(stderr, "emulated kernel: %s: thread %u of block %u, %u\n", what, threadIdx.x, blockIdx.x, blockIdx.y);
+  failed = true;
+  if (running) yield();
+}
 
 // All of `size` threads meet here before any goes on.
 struct Meeting {
@@ -67,6 +80,16 @@ struct Meeting {
   }
 };
 static Meeting block, warp[MOST / 32], warpgroup[MOST / 128];
+
+struct Box { long due; const __nv_bfloat16* x; int n, heads, d, rows, column, head, row; uint32_t to; uint64_t* barrier; };
+static std::vector<Box> boxes;                           // on their way to shared memory
+inline void land(const Box& box);
+
+// A product waits, as on the device, until it is waited for: who reads its result before that reads what was before.
+struct Product { float* d; int n; bool b_mn, add; const uint32_t* registers; uint64_t a, b; uint32_t held[4], sum; };
+static std::vector<Product> open[MOST];
+static std::vector<std::vector<Product>> groups[MOST];
+static bool fenced[MOST], barriers_fenced;
 
 inline void enter() {
   body();
@@ -85,84 +108,117 @@ inline float __shfl_xor_sync(unsigned, float value, int lane) {
   return other;
 }
 
-inline void emulate(dim3 grid, unsigned threads, std::function<void()> body) {
+inline int cudaGetLastError() {
+  bool code = emulated::failed;
+  emulated::failed = false;
+  return code;
+}
+
+// One block of threads from its first to its last.
+inline void emulate_block() {
   using namespace emulated;
   static std::vector<char> stacks((size_t)MOST * STACK);
+  memset(shared, 0xff, sizeof shared);                   // what nobody wrote is no number
+  block = Meeting();
+  std::fill(warp, std::end(warp), Meeting());
+  std::fill(warpgroup, std::end(warpgroup), Meeting());
+  boxes.clear();
+  std::vector<unsigned> order;
+  for (unsigned t = 0; t < threads; t++) {
+    order.push_back(t);
+    done[t] = fenced[t] = false;
+    open[t].clear();
+    groups[t].clear();
+    getcontext(&fiber[t]);
+    fiber[t].uc_stack.ss_sp = &stacks[(size_t)t * STACK];
+    fiber[t].uc_stack.ss_size = STACK;
+    fiber[t].uc_link = &scheduler;
+    makecontext(&fiber[t], enter, 0);
+  }
+  uint32_t asleep = 0;                                   // a bit per warp
+  for (long idle = 0; !order.empty(); rounds++) {
+    long before = changes;
+    for (size_t i = 0; i < boxes.size();)
+      if (boxes[i].due <= rounds) land(boxes[i]), boxes.erase(boxes.begin() + i);
+      else i++;
+    std::shuffle(order.begin(), order.end(), chance);
+    if (chance() % 8 == 0) asleep = chance() & chance();
+    for (unsigned t : order)
+      if (!(asleep >> t / 32 & 1)) {
+        threadIdx.x = t;
+        running = true;
+        swapcontext(&scheduler, &fiber[t]);
+        running = false;
+        changes += done[t];
+        if (failed) return;
+      }
+    order.erase(std::remove_if(order.begin(), order.end(), [](unsigned t) { return done[t]; }), order.end());
+    idle = changes == before && boxes.empty() ? idle + 1 : 0;
+    if (idle == 256) return fail("deadlock");            // all wait, for nothing
+  }
+  if (!boxes.empty()) fail("a copy that nobody waited for");
+  for (unsigned t = 0; t < threads; t++)
+    if (!open[t].empty() || !groups[t].empty()) fail("a product that nobody waited for");
+}
+
+inline void emulate(dim3 grid, unsigned threads, unsigned bytes, std::function<void()> body) {
   emulated::body = body;
   emulated::threads = threads;
+  emulated::end = emulated::START + bytes;
+  emulated::chance.seed(0);
   gridDim = grid;
   for (unsigned y = 0; y < grid.y; y++)
-    for (unsigned x = 0; x < grid.x; x++) {
+    for (unsigned x = 0; x < grid.x && !emulated::failed; x++) {
       blockIdx = dim3(x, y);
-      memset(shared, 0xff, sizeof shared);               // what nobody wrote is no number
-      for (unsigned t = 0; t < threads; t++) {
-        done[t] = false;
-        getcontext(&fiber[t]);
-        fiber[t].uc_stack.ss_sp = &stacks[(size_t)t * STACK];
-        fiber[t].uc_stack.ss_size = STACK;
-        fiber[t].uc_link = &scheduler;
-        makecontext(&fiber[t], enter, 0);
-      }
-      for (unsigned left = threads; left;) {
-        left = 0;
-        long before = changes++;
-        for (unsigned t = 0; t < threads; t++)
-          if (!done[t]) {
-            threadIdx.x = t;
-            swapcontext(&scheduler, &fiber[t]);
-            left += !done[t];
-            changes += done[t];
-          }
-        if (left && changes == before + 1) {             // all wait, for nothing
-          fprintf(stderr, "emulated kernel: deadlock of %u threads in block %u, %u\n", left, x, y);
-          abort();
-        }
-      }
+      emulate_block();
     }
 }
 
-#define LAUNCH(kernel, grid, bytes, ...) emulate(grid, THREADS, [=] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, grid, bytes, ...) emulate(grid, THREADS, bytes, [=] { kernel(__VA_ARGS__); })
 
 // ---- Hopper: what hopper.cuh has, by the meaning of the instructions ---------------------------------------------------
 
 typedef __nv_bfloat16 bf16;
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define SHARED_MEMORY(name) uint8_t* name = emulated::shared
+#define SHARED_MEMORY(name) uint8_t* name = emulated::shared + emulated::START
 
 namespace emulated {
 
 inline uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
-inline float element(uint32_t at) {                      // the bf16 at an address that the swizzle has yet to permute
-  if (at + 2 > sizeof shared) abort();
+inline bf16 element(uint32_t at) {                       // at an address that the swizzle has yet to permute
+  if (at + 2 > end) fail("an operand outside of shared memory");
   bf16 x;
   memcpy(&x, shared + swizzled(at), 2);
-  return __bfloat162float(x);
+  return x;
 }
 
 struct Barrier { uint16_t phase, left, arrivals; int16_t kilobytes; };    // in the 8 bytes of an mbarrier
-inline Barrier& of(uint64_t* b) { return *reinterpret_cast<Barrier*>(b); }
+inline Barrier& of(uint64_t* b) {
+  Barrier& barrier = *reinterpret_cast<Barrier*>(b);
+  if ((uint8_t*)(b + 1) > shared + end) fail("a barrier outside of shared memory");
+  if (barrier.arrivals == 0xffff) fail("a barrier that nobody initialised");
+  return barrier;
+}
 inline void turn(Barrier& b) {
   changes++;
   if (!b.left && !b.kilobytes) b.phase ^= 1, b.left = b.arrivals;
 }
-
-// A product waits, as on the device, until it is waited for: who reads its result before that reads nonsense.
-struct Product { float* d; int n; bool b_mn, add, in_registers; uint64_t a, b; uint32_t registers[4]; };
-static std::vector<Product> open[MOST];
-static std::vector<std::vector<Product>> groups[MOST];
 }  // namespace emulated
 
 inline uint32_t address(const void* p) { return (uint32_t)((const uint8_t*)p - emulated::shared); }
 
-inline void barrier_init(uint64_t* b, int arrivals) { emulated::of(b) = {0, (uint16_t)arrivals, (uint16_t)arrivals, 0}; }
-inline void barrier_fence() {}
+inline void barrier_init(uint64_t* b, int arrivals) {
+  *reinterpret_cast<emulated::Barrier*>(b) = {0, (uint16_t)arrivals, (uint16_t)arrivals, 0};
+  emulated::barriers_fenced = false;
+}
+inline void barrier_fence() { emulated::barriers_fenced = true; }
 inline void barrier_arrive(uint64_t* b) {
-  if (!emulated::of(b).left--) abort();                  // one arrival too many
+  if (!emulated::of(b).left--) emulated::fail("one arrival too many");
   emulated::turn(emulated::of(b));
 }
 inline void barrier_expect(uint64_t* b, int bytes) {
-  if (bytes % 1024) abort();
+  if (bytes % 1024) emulated::fail("a barrier that counts kilobytes is told others");
   emulated::of(b).kilobytes += bytes / 1024;
   barrier_arrive(b);
 }
@@ -176,51 +232,76 @@ inline int make_map(CUtensorMap* map, const bf16* x, int n, int heads, int d, in
   return 0;
 }
 inline void copy_box(void* to, const CUtensorMap* map, int column, int head, int row, uint64_t* b) {
+  using namespace emulated;
   uint32_t start = address(to);
-  if (start % 1024) abort();
-  for (int r = 0; r < map->rows; r++)
+  if (start % 1024 || start + map->rows * 128 > end) fail("a box where none may lie");
+  if (!barriers_fenced) fail("a copy whose barrier it may not see");
+  memset(shared + start, 0xff, map->rows * 128);
+  boxes.push_back({rounds + 1 + chance() % 16, map->x, map->n, map->heads, map->d, map->rows, column, head, row, start, b});
+}
+inline void emulated::land(const Box& box) {
+  for (int r = 0; r < box.rows; r++)
     for (int c = 0; c < 64; c++) {
-      bf16 zero = {0};
-      const bf16* from = row + r < map->n ? map->x + ((long)(row + r) * map->heads + head) * map->d + column + c : &zero;
-      memcpy(emulated::shared + emulated::swizzled(start + r * 128 + c * 2), from, 2);
+      bf16 x = {0};
+      if (box.row + r < box.n) x = box.x[((long)(box.row + r) * box.heads + box.head) * box.d + box.column + c];
+      memcpy(shared + swizzled(box.to + r * 128 + c * 2), &x, 2);
     }
-  emulated::of(b).kilobytes -= map->rows * 128 / 1024;
-  emulated::turn(emulated::of(b));
+  of(box.barrier).kilobytes -= box.rows * 128 / 1024;
+  turn(of(box.barrier));
 }
 
 inline uint64_t descriptor(const void* start, int stride) {
-  if (address(start) % 16) abort();
+  if (address(start) % 16) emulated::fail("a descriptor between two pieces of 16 bytes");
   return address(start) | (uint64_t)stride << 32;
 }
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() { emulated::fenced[threadIdx.x] = true; }
 inline void wgmma_commit() {
   emulated::groups[threadIdx.x].push_back(emulated::open[threadIdx.x]);
   emulated::open[threadIdx.x].clear();
 }
 
 namespace emulated {
+inline uint32_t k_major(uint64_t x, unsigned row, unsigned k) { return (uint32_t)x + row / 8 * 1024 + row % 8 * 128 + k * 2; }
+inline uint32_t mn_major(uint64_t x, unsigned k, unsigned column) {
+  return (uint32_t)x + column / 64 * (uint32_t)(x >> 32) + k / 8 * 1024 + k % 8 * 128 + column % 64 * 2;
+}
+inline uint32_t sum(const Product& p) {                  // of all that it reads in shared memory
+  uint32_t sum = 0;
+  for (unsigned k = 0; k < 16; k++) {
+    for (unsigned row = 0; row < 64 && !p.registers; row++) sum = sum * 31 + element(k_major(p.a, row, k)).bits;
+    for (int c = 0; c < p.n; c++) sum = sum * 31 + element(p.b_mn ? mn_major(p.b, k, c) : k_major(p.b, c, k)).bits;
+  }
+  return sum;
+}
+inline void issue(Product p) {
+  if (!fenced[threadIdx.x]) fail("a product without a fence behind the last wait");
+  if (p.registers) memcpy(p.held, p.registers, sizeof p.held);
+  if (threadIdx.x % 128 == 0) p.sum = sum(p);            // one looks for all
+  open[threadIdx.x].push_back(p);
+}
+
 inline void carry_out(const Product& p) {
   unsigned me = threadIdx.x % 128, lane = me % 32, first = threadIdx.x / 4 * 4;
+  if (me == 0 && p.sum != sum(p)) fail("shared memory changed under a product");
+  if (p.registers && memcmp(p.held, p.registers, sizeof p.held)) fail("registers changed under a product");
   for (int r = 0; r < 2; r++) {
     unsigned row = me / 32 * 16 + lane / 4 + 8 * r;
     float a[16];
     for (int k = 0; k < 16; k++)
-      if (p.in_registers) {                              // of the lane that holds this column, at the same product
+      if (p.registers) {                              // of the lane that holds this column, at the same product
         const Product& theirs = groups[first + k % 8 / 2].front()[&p - groups[threadIdx.x].front().data()];
-        uint32_t word = theirs.registers[k / 8 * 2 + r];
+        uint32_t word = theirs.held[k / 8 * 2 + r];
         a[k] = __bfloat162float({(uint16_t)(k % 2 ? word >> 16 : word)});
       } else {
-        a[k] = element((uint32_t)p.a + row / 8 * 1024 + row % 8 * 128 + k * 2);
+        a[k] = __bfloat162float(element(k_major(p.a, row, k)));
       }
     for (int i = 0; i < p.n / 8; i++)
       for (int c = 0; c < 2; c++) {
         unsigned column = 8 * i + lane % 4 * 2 + c;
         float sum = p.add ? p.d[4 * i + 2 * r + c] : 0.f;
         for (int k = 0; k < 16; k++)
-          sum += a[k] * element(p.b_mn ? (uint32_t)p.b + column / 64 * (uint32_t)(p.b >> 32) + k / 8 * 1024 +
-                                             k % 8 * 128 + column % 64 * 2
-                                       : (uint32_t)p.b + column / 8 * 1024 + column % 8 * 128 + k * 2);
+          sum += a[k] * __bfloat162float(element(p.b_mn ? mn_major(p.b, k, column) : k_major(p.b, column, k)));
         p.d[4 * i + 2 * r + c] = sum;
       }
   }
@@ -230,6 +311,7 @@ inline void carry_out(const Product& p) {
 template <int LEFT> inline void wgmma_wait() {
   using namespace emulated;
   unsigned me = threadIdx.x;
+  fenced[me] = false;
   while (groups[me].size() > LEFT) {
     warpgroup[me / 128].meet(128);                       // all have issued it
     for (const Product& p : groups[me].front()) carry_out(p);
@@ -242,10 +324,10 @@ template <int N> inline void more_registers() {}
 template <int N> inline void less_registers() {}
 
 template <int N, bool B_MN> inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
-  emulated::open[threadIdx.x].push_back({d, N, B_MN, add != 0, false, a, b, {}});
+  emulated::issue({d, N, B_MN, add != 0, nullptr, a, b});
 }
 template <int N, bool B_MN> inline void wgmma(float (&d)[N / 2], const uint32_t* a, uint64_t b, int add) {
-  emulated::open[threadIdx.x].push_back({d, N, B_MN, add != 0, true, 0, b, {a[0], a[1], a[2], a[3]}});
+  emulated::issue({d, N, B_MN, add != 0, a, 0, b});
 }
 
 inline uint32_t pack(float low, float high) {
@@ -253,4 +335,4 @@ inline uint32_t pack(float low, float high) {
 }
 inline float exp2_fast(float x) { return exp2f(x); }
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
-template <class F> int cudaFuncSetAttribute(F, int, int bytes) { return bytes > (int)sizeof emulated::shared; }
+template <class F> int cudaFuncSetAttribute(F, int, int bytes) { return bytes > 232448; }
