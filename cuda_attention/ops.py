@@ -38,22 +38,22 @@ class VisitsPointer(ctypes.Structure):
 
 
 @functools.cache
-def library(capability: tuple[int, int]) -> ctypes.CDLL:
-    """The kernels for a GPU of this compute capability, 8.0 at least: hopper.cu for 9.0, else v0.cu.
+def library(capability: tuple[int, int], name: str = "") -> ctypes.CDLL:
+    """The kernels for a GPU of this compute capability, 8.0 at least: hopper.cu for 9.0, else v0.cu, or what is named.
     RuntimeError, one line, where they cannot be built; OSError where they cannot be stored or loaded."""
     if capability < (8, 0):
         raise RuntimeError(f"the attention kernels need compute capability 8.0, this GPU has {capability}")
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if not nvcc:
         raise RuntimeError("no nvcc on the path to build the attention kernels with")
-    source = FOLDER / ("hopper.cu" if capability == (9, 0) else "v0.cu")
+    source = FOLDER / f"{name or ('hopper' if capability == (9, 0) else 'v0')}.cu"
     arch = "".join(map(str, capability)) + "a" * (capability == (9, 0))
     command = [nvcc, *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     texts = [f.read_text() for f in (source, FOLDER / "hopper.cuh", FOLDER / "entry.cuh")]
-    name = hashlib.sha256("\0".join([*texts, version, *command]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*texts, version, *command]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cola_attention"
-    path = cache / f"{source.stem}_{name}.so"
+    path = cache / f"{source.stem}_{key}.so"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:         # moved into place whole

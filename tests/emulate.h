@@ -1,17 +1,18 @@
 // CUDA on a CPU, for tests: the threads of a block are fibers, each runs until it waits for others. Of Hopper's
 // instructions it has the meaning, by the PTX ISA: where copies and products put and find every element in shared
 // memory, how threads hold accumulators and operands, and what barriers count. Not whether hopper.cuh spells them right
-// (ptxas says that, and a GPU).
+// (ptxas says that, and descriptors.cu on a GPU).
 //
 // It is as late and as disordered as the device may be, by chance but the same in every run: threads take turns in a new
-// order every round, some warps sleep for a while, a copy turns what it will overwrite into NaNs at once and lands some
-// rounds later, a product is carried out when it is waited for, and its operands must not have changed since its issue.
-// What breaks a rule that can be seen ends the launch: a line on stderr, and an error from cudaGetLastError.
+// order every round, some warps sleep for a while, a copy turns what it will overwrite into NaNs at once and lands rounds
+// later or when nothing else goes on, a product is carried out when it is waited for, and its operands must not have
+// changed since its issue. What breaks a rule that can be seen ends the launch: a line on stderr, and an error from
+// cudaGetLastError.
 #pragma once
+#include <limits.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
 
@@ -64,7 +65,8 @@ alignas(1024) static uint8_t shared[232448 + START];     // all that a block can
 
 inline void yield() { swapcontext(&fiber[threadIdx.x], &scheduler); }
 inline void fail(const char* what) {                     // does not return to a thread
-  if (!failed) fprintf(stderr, "emulated kernel: %s: thread %u of block %u, %u\n", what, threadIdx.x, blockIdx.x, blockIdx.y);
+  if (!failed)
+    fprintf(stderr, "emulated kernel: %s: thread %u of block %u, %u\n", what, threadIdx.x, blockIdx.x, blockIdx.y);
   failed = true;
   if (running) yield();
 }
@@ -90,6 +92,9 @@ struct Product { float* d; int n; bool b_mn, add; const uint32_t* registers; uin
 static std::vector<Product> open[MOST];
 static std::vector<std::vector<Product>> groups[MOST];
 static bool fenced[MOST], barriers_fenced;
+
+struct Barrier { uint16_t phase, left, arrivals; int16_t kilobytes; };    // in the 8 bytes of an mbarrier
+static std::vector<Barrier*> barriers;
 
 inline void enter() {
   body();
@@ -123,6 +128,7 @@ inline void emulate_block() {
   std::fill(warp, std::end(warp), Meeting());
   std::fill(warpgroup, std::end(warpgroup), Meeting());
   boxes.clear();
+  barriers.clear();
   std::vector<unsigned> order;
   for (unsigned t = 0; t < threads; t++) {
     order.push_back(t);
@@ -138,9 +144,15 @@ inline void emulate_block() {
   uint32_t asleep = 0;                                   // a bit per warp
   for (long idle = 0; !order.empty(); rounds++) {
     long before = changes;
+    std::shuffle(boxes.begin(), boxes.end(), chance);
     for (size_t i = 0; i < boxes.size();)
-      if (boxes[i].due <= rounds) land(boxes[i]), boxes.erase(boxes.begin() + i);
-      else i++;
+      if (boxes[i].due <= rounds || idle > 2) {
+        land(boxes[i]);
+        boxes.erase(boxes.begin() + i);
+        idle = 0;
+      } else {
+        i++;
+      }
     std::shuffle(order.begin(), order.end(), chance);
     if (chance() % 8 == 0) asleep = chance() & chance();
     for (unsigned t : order)
@@ -153,10 +165,12 @@ inline void emulate_block() {
         if (failed) return;
       }
     order.erase(std::remove_if(order.begin(), order.end(), [](unsigned t) { return done[t]; }), order.end());
-    idle = changes == before && boxes.empty() ? idle + 1 : 0;
-    if (idle == 256) return fail("deadlock");            // all wait, for nothing
+    idle = changes == before ? idle + 1 : 0;
+    if (idle > 255) return fail("deadlock");             // all wait, for nothing
   }
   if (!boxes.empty()) fail("a copy that nobody waited for");
+  for (Barrier* b : barriers)
+    if (b->left != b->arrivals || b->kilobytes) fail("a barrier left in the middle of a phase");
   for (unsigned t = 0; t < threads; t++)
     if (!open[t].empty() || !groups[t].empty()) fail("a product that nobody waited for");
 }
@@ -193,7 +207,6 @@ inline bf16 element(uint32_t at) {                       // at an address that t
   return x;
 }
 
-struct Barrier { uint16_t phase, left, arrivals; int16_t kilobytes; };    // in the 8 bytes of an mbarrier
 inline Barrier& of(uint64_t* b) {
   Barrier& barrier = *reinterpret_cast<Barrier*>(b);
   if ((uint8_t*)(b + 1) > shared + end) fail("a barrier outside of shared memory");
@@ -210,6 +223,7 @@ inline uint32_t address(const void* p) { return (uint32_t)((const uint8_t*)p - e
 
 inline void barrier_init(uint64_t* b, int arrivals) {
   *reinterpret_cast<emulated::Barrier*>(b) = {0, (uint16_t)arrivals, (uint16_t)arrivals, 0};
+  emulated::barriers.push_back(reinterpret_cast<emulated::Barrier*>(b));
   emulated::barriers_fenced = false;
 }
 inline void barrier_fence() { emulated::barriers_fenced = true; }
@@ -237,7 +251,8 @@ inline void copy_box(void* to, const CUtensorMap* map, int column, int head, int
   if (start % 1024 || start + map->rows * 128 > end) fail("a box where none may lie");
   if (!barriers_fenced) fail("a copy whose barrier it may not see");
   memset(shared + start, 0xff, map->rows * 128);
-  boxes.push_back({rounds + 1 + chance() % 16, map->x, map->n, map->heads, map->d, map->rows, column, head, row, start, b});
+  long due = chance() % 2 ? rounds + 1 + (long)(chance() % 16) : LONG_MAX;
+  boxes.push_back({due, map->x, map->n, map->heads, map->d, map->rows, column, head, row, start, b});
 }
 inline void emulated::land(const Box& box) {
   for (int r = 0; r < box.rows; r++)
@@ -262,7 +277,9 @@ inline void wgmma_commit() {
 }
 
 namespace emulated {
-inline uint32_t k_major(uint64_t x, unsigned row, unsigned k) { return (uint32_t)x + row / 8 * 1024 + row % 8 * 128 + k * 2; }
+inline uint32_t k_major(uint64_t x, unsigned row, unsigned k) {
+  return (uint32_t)x + row / 8 * 1024 + row % 8 * 128 + k * 2;
+}
 inline uint32_t mn_major(uint64_t x, unsigned k, unsigned column) {
   return (uint32_t)x + column / 64 * (uint32_t)(x >> 32) + k / 8 * 1024 + k % 8 * 128 + column % 64 * 2;
 }
@@ -289,7 +306,7 @@ inline void carry_out(const Product& p) {
     unsigned row = me / 32 * 16 + lane / 4 + 8 * r;
     float a[16];
     for (int k = 0; k < 16; k++)
-      if (p.registers) {                              // of the lane that holds this column, at the same product
+      if (p.registers) {                                 // of the lane that holds this column, at the same product
         const Product& theirs = groups[first + k % 8 / 2].front()[&p - groups[threadIdx.x].front().data()];
         uint32_t word = theirs.held[k / 8 * 2 + r];
         a[k] = __bfloat162float({(uint16_t)(k % 2 ? word >> 16 : word)});
