@@ -104,16 +104,17 @@ class Cola:
 
     def align(self, ids: list[int], cut: int) -> tuple[list[int], int, range]:
         """Tokens of a text whose first `cut` are given, the cut among them, at the end of a latent, and which latents
-        are padding of a block (paper, Sec. 5.2).
+        hold end tokens that no text has there: they are given, and never to be told.
 
-        A patch that the cut leaves unfinished (Sec. 5.3) is filled up with end tokens and then told anew from its
-        beginning, so that every token of a text has one place in a patch, wherever the cut is."""
+        A patch that the cut leaves unfinished (paper, Sec. 5.3) is filled up with end tokens and then told anew from its
+        beginning, so that every token of a text has one place in a patch, wherever the cut is; padding of a block on
+        the right (Sec. 5.2) comes behind it. Padding on the left fills patches, too, and nothing is told anew."""
         p, end = self.text_vae.patch_size, [self.tokenizer.end]
-        given, again = ids[:cut] + end * (-cut % p), ids[cut - cut % p:]
-        padding = end * (-len(given) % (p * self.block_len if self.first_block in ("left", "right") else 1))
-        at = len(given) if self.first_block == "right" else 0
-        stream = [*given[:at], *padding, *given[at:], *again]
-        return stream, len(given) + len(padding), range(at // p, (at + len(padding)) // p)
+        whole = p * self.block_len if self.first_block in ("left", "right") else p
+        padding = end * (-cut % whole)
+        if self.first_block == "left":
+            return [*padding, *ids], len(padding) + cut, range(len(padding) // p)
+        return [*ids[:cut], *padding, *ids[cut - cut % p:]], cut + len(padding), range(cut // p, (cut + len(padding)) // p)
 
     def encode_text(self, ids: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Posterior means of texts, packed (L, Dz), and the number of latents of each."""

@@ -593,7 +593,7 @@ class Batches:
 
     def cut_text(self, text: str, draw: np.random.Generator) -> tuple[list[int], int, range]:
         """A text of which all before a cut is given, nothing to all of it, as sampling has it: tokens, latents
-        before the cut, latents that are filling (Cola.align)."""
+        before the cut, latents that are filled up (Cola.align)."""
         ids = self.model.tokenizer.encode(text)
         ids, cut, filling = self.model.align(ids, int(draw.integers(min(len(ids) + 1, len(self.whole(ids))))))
         ids = self.whole(ids)

@@ -503,8 +503,8 @@ def test_batch_against_its_samples(system, task):
 @pytest.mark.parametrize("patch", (1, 2, 4))
 @pytest.mark.parametrize("mode", sample.FIRST_BLOCK)
 def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch):
-    """Tokens before the cut of a training text: those that generate_text encodes; filling is end tokens alone,
-    stays clean and bears no loss, and behind the cut comes the text."""
+    """Tokens before the cut of a training text: those that generate_text encodes; what end tokens fill up stays clean
+    and bears no loss, and behind the cut comes the text, from the beginning of a patch that was cut."""
     args = args_for("--text_patch", str(patch), "--first_block", mode, "--cfg_drop", "0")
     dataset = data.GeneratedScenes(0, 32, 64)
     model = train.new_model(args, dataset)
@@ -521,15 +521,16 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch):
         told = model.tokenizer.encode(dataset.t2t(k))
         at = int(draw.integers(len(told) + 1))
         prefix, length, _ = model.align(told[:at], at)
-        again = at - at % patch                            # a patch that the cut leaves unfinished comes once more
+        again = at if mode == "left" else at - at % patch
         assert ids[:len(prefix)] == prefix and length == cut * patch and prefix[length:] == told[again:at]
         assert ids[cut * patch:][:len(told) - again] == told[again:]
         assert set(ids[cut * patch + len(told) - again:]) == {end}
-        assert all(ids[i] == end for f in filling for i in range(f * patch, (f + 1) * patch))
-        if mode in ("left", "right"):
-            assert cut % args.block_len == 0 and len(filling) < args.block_len
+        whole = patch * (args.block_len if mode in ("left", "right") else 1)
+        assert length % whole == 0 and 0 <= length - at < whole
+        if mode == "left":
+            assert prefix[:length] == [end] * (length - at) + told[:at] and filling == range((length - at) // patch)
         else:
-            assert not filling and length - at < patch
+            assert prefix[:length] == told[:at] + [end] * (length - at) and filling == range(at // patch, cut)
         mine = b.layout.sample == s
         noise = mine & (b.layout.segment == masks.N)
         index, t = b.layout.row[noise], b.t[b.t_index[noise]]
@@ -537,7 +538,7 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch):
         clean = torch.isin(index, torch.tensor(filling)) | (inside & (mode != "repaint"))
         assert torch.equal(t == 0, clean)
         seen |= {word for word, there in (("filling", filling), ("inside", inside.any())) if there}
-    assert "filling" in seen if mode in ("left", "right") else "inside" in seen
+    assert "filling" in seen if mode in ("left", "right") else "inside" in seen and ("filling" in seen) == (patch > 1)
     told = model.tokenizer.encode(dataset.t2t(0))              # all of it may be given: then it ends
     ids, cut, _ = batches.cut_text(dataset.t2t(0), argparse.Namespace(integers=lambda n: n - 1))
     prefix, length, _ = model.align(told, len(told))
