@@ -1,6 +1,6 @@
 """The paper's ablations on generated stories: trains what is missing, then prints every table.
 
-    python tests/ablations.py --out DIR --jobs 2            all of them: 27 runs of two to five minutes a seed
+    python tests/ablations.py --out DIR --jobs 2            all of them: 29 runs of two to five minutes a seed
     python tests/ablations.py --out DIR --tables 5 6 --seeds 0 1 2
     python tests/ablations.py --out DIR --show              only print what is there
 
