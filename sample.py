@@ -10,8 +10,8 @@ sampler, snap=False, goes without). Guidance mixes in the velocity of a shorter 
 without its context: v = v_u + w (v_c - v_u). The temperature T is by default 1 for images and 0.3 for text;
 at 0 nothing is left to chance. A block that begins inside the prompt keeps the known latents at every step
 ("clean repaint", Sec. 5.2); the paper's other ways are there to compare (`align`, flow.repaint). Where a
-latent is a patch of tokens, one that the prompt leaves unfinished is filled up with end tokens and then told
-anew. Of p(x | z_0) the mode is taken.
+latent is a patch of tokens, end tokens before the prompt move its end to that of a patch. Of p(x | z_0) the
+mode is taken.
 
     python sample.py t2i  "a large red circle above a small blue square on a gray background" --out a.png
     python sample.py it2t a.png "describe the image."
@@ -103,18 +103,14 @@ class Cola:
         return data.pad_to_multiple(self.tokenizer.encode(text), multiple, self.tokenizer.end, ended=end)
 
     def align(self, ids: list[int], cut: int) -> tuple[list[int], int, range]:
-        """Tokens of a text whose first `cut` are given, the cut among them, at the end of a latent, and which latents
-        hold end tokens that no text has there: they are given, and never to be told.
-
-        A patch that the cut leaves unfinished (paper, Sec. 5.3) is filled up with end tokens and then told anew from its
-        beginning, so that every token of a text has one place in a patch, wherever the cut is; padding of a block on
-        the right (Sec. 5.2) comes behind it. Padding on the left fills patches, too, and nothing is told anew."""
-        p, end = self.text_vae.patch_size, [self.tokenizer.end]
-        whole = p * self.block_len if self.first_block in ("left", "right") else p
-        padding = end * (-cut % whole)
-        if self.first_block == "left":
-            return [*padding, *ids], len(padding) + cut, range(len(padding) // p)
-        return [*ids[:cut], *padding, *ids[cut - cut % p:]], cut + len(padding), range(cut // p, (cut + len(padding)) // p)
+        """Tokens of a text whose first `cut` are given, moved by end tokens until the cut is the end of a latent (paper,
+        Sec. 5.3), or of a block where one is padded (Sec. 5.2): the tokens, the cut among them, and which latents are
+        filled up, in whole or in part: they are given, and never to be told. The end tokens come first, but with
+        padding on the right at the cut; in a block that is repainted, what fills it is as what else is given."""
+        p, way = self.text_vae.patch_size, self.first_block
+        fill, at = -cut % (p * (self.block_len if way in ("left", "right") else 1)), cut if way == "right" else 0
+        filled = range(0) if way == "repaint" else range(at // p, -(-(at + fill) // p))
+        return [*ids[:at], *[self.tokenizer.end] * fill, *ids[at:]], cut + fill, filled
 
     def encode_text(self, ids: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Posterior means of texts, packed (L, Dz), and the number of latents of each."""
@@ -284,9 +280,8 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
         layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in starts], bl, device)
         context.add(z_prompt, z_image, layout)
-    begun = [model.align(i, len(i)) for i in map(model.tokenizer.encode, prefixes)]
-    ids = [i for i, *_ in begun]                           # whole latents, and what the next is known to begin with
-    z_known, known = model.encode_text([i[:cut] for i, cut, _ in begun])
+    ids = [model.align(i, len(i))[0] for i in map(model.tokenizer.encode, prefixes)]     # whole latents
+    z_known, known = model.encode_text(ids)
     z = list(z_known.split(known))                                                   # B of (n, Dz)
     block = [n // bl for n in known]                                                 # which each fills next
     empty = z_known.new_zeros(0, model.mmdit.config.image_channels)
@@ -355,7 +350,7 @@ def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, *, know
         posterior = [torch.cat([x.expand(K, -1, -1), y[:, known:]], 1) for x, y in zip(alone, posterior)]
     mean, logvar = (x.flatten(0, 1) for x in posterior)                              # (K n, Dz) each
     more = torch.where(given, 0.0, (t_min / (1 - t_min)) ** 2)[:, None]              # (K n, 1)
-    mean, logvar = vae.latents(mean), (logvar.exp() * vae.config["scaling_factor"] ** 2 + more).log()
+    mean, logvar = vae.latents(mean), torch.logaddexp(logvar + 2 * math.log(vae.config["scaling_factor"]), more.log())
     z = mean + (logvar / 2).exp() * torch.from_numpy(eps).to(model.device)
     log_q = flow.log_normal(z, mean, logvar)
     log_px = -F.cross_entropy(vae.decode(z, lengths), tokens, reduction="none")      # (K n patch,)
@@ -463,8 +458,12 @@ def check_state(state: dict, want: dict[str, Tensor]) -> None:
 
 
 def image_loc(args: dict) -> float:
-    """Mean of the logit time that these flags train images at, by which sampling is shifted; uniform times are not."""
-    return 0.0 if args["time_law"] == "uniform" else float(args["image_loc"])
+    """Mean of the logit time that these flags train images at, by which sampling is shifted; uniform times are not.
+    ValueError for what no flag can be."""
+    law, loc = args["time_law"], float(args["image_loc"])
+    if law not in ("logit_normal", "uniform") or not -100 <= loc <= 100:
+        raise ValueError("damaged in its flags --time_law or --image_loc")
+    return 0.0 if law == "uniform" else loc
 
 
 def build(checkpoint: dict, weights: str = "ema") -> Cola:
@@ -608,7 +607,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("response", help="what follows it, letter for letter")
     p.add_argument("--solver", choices=flow.SOLVERS, default="rk4", help="rk4 costs most and errs least")
     p.add_argument("--t_min", type=float, default=0.1, help="flow time at which the latents are scored, with its noise; "
-                   "0 is the paper's, but next to no times below 0.1 are ever trained")
+                   "0 is the paper's, but by default next to no times below 0.1 are trained; each is another model, and "
+                   "scores of different ones do not compare")
     p.add_argument("--samples", type=int, default=8, help="draws K of the latents; IWAE is tighter with more")
     p.add_argument("--divergence", choices=("exact", "hutchinson"), default=None,
                    help="exact takes a backward pass for every number of a block; hutchinson one in all, but its noise "
@@ -691,7 +691,7 @@ def run(args: argparse.Namespace, model: Cola, hw: tuple[int, int], picture: np.
         divergence = "exact" if exact else "Hutchinson's"
         if shared := len(model.tokenizer.encode(args.prefix)) - rows[1][2]:
             print(f"of the prefix the end ({shared}) shares a block with the response: in ELBO and IWAE it counts as response")
-        print(f"{f'log p in nats ({divergence} divergence), of tokens':52} nats/token perplexity")
+        print(f"{f'log p in nats, t_min {args.t_min:g} ({divergence} divergence), of tokens':52} nats/token perplexity")
         for name, value, tokens in rows:
             rates = flow.nats_per_token(value, tokens), flow.perplexity(value, tokens)
             per_token = f"{tokens:7d} {rates[0]:10.4f} {rates[1]:10.4f}" if tokens else ""

@@ -282,7 +282,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--attention flex: PyTorch's FlexAttention has no backward pass on a CPU; use padded")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    blocks = 1 + (args.first_block in ("left", "right"))       # what pads a block has the text in the next
+    blocks = 1 + (args.first_block in ("left", "right") and "t2t" in args.tasks)       # the text is in the next
     if args.seq_len < blocks * args.block_len * args.text_patch:
         raise ValueError(f"--seq_len {args.seq_len} is less than {('a block', 'two blocks')[blocks - 1]}: --block_len "
                          f"{args.block_len} x --text_patch {args.text_patch} tokens")
@@ -1307,7 +1307,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict | None, argparse.Namespace]:
                if name not in RUN_FLAGS | ARCHITECTURE | {"stage", "scale"} and getattr(args, name) not in (held[name], "auto")}
     if {*args.image_size} == {*held.get("image_size", [])} and len({*args.image_size}) == 1:
         changed.pop("image_size", None)                        # 32 is 32 x 32
-    for name in ("block_len", "first_block", "image_loc", "image_size"):
+    for name in ("block_len", "first_block", "image_loc", "image_size", "time_law"):
         if args.eval_only and name in changed:
             raise ValueError(f"{changed[name]}: --eval_only judges the model as it was trained; leave the flag out")
     if changed and goes_on and not args.eval_only:

@@ -499,6 +499,11 @@ def test_bad_checkpoints(here, tiny, capsys):
     checkpoint["config"]["mmdit"]["layers"] = 3
     torch.save(checkpoint, bad)
     fails(flags, capsys, "another architecture")
+    for name, value in (("image_loc", 1e4), ("image_loc", float("nan")), ("time_law", "cosine")):
+        checkpoint = sample.read_checkpoint(tiny / "ckpt.pt")
+        checkpoint["args"][name] = value
+        torch.save(checkpoint, bad)
+        fails(flags, capsys, "--image_loc")
 
 
 @pytest.mark.parametrize("path", (["config", "image_hw"], ["config", "tasks"], ["tokenizer", "tokens"], ["tokenizer", "special", 0],

@@ -192,6 +192,8 @@ def test_a_run_of_text_alone(tmp_path, capsys):
     assert train.main(["--eval_only", "--stage", "all", "--procs", "1", "--eval_samples", "2", "--out_dir", str(out)]) == 0
     assert train.main(["--eval_only", "--block_len", "2", "--out_dir", str(out)]) == 2
     assert "--block_len 2 (was 4): --eval_only judges the model as" in capsys.readouterr().err
+    assert train.main(["--eval_only", "--time_law", "uniform", "--out_dir", str(out)]) == 2
+    assert "--time_law uniform (was logit_normal): --eval_only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("after", (1, 3, 5, 6, 8))
@@ -506,7 +508,7 @@ def test_batch_against_its_samples(system, task):
 @pytest.mark.parametrize("mode", sample.FIRST_BLOCK)
 def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch):
     """Tokens before the cut of a training text: those that generate_text encodes; what end tokens fill up stays clean
-    and bears no loss, and behind the cut comes the text, from the beginning of a patch that was cut."""
+    and bears no loss, and behind the cut comes the text."""
     args = args_for("--text_patch", str(patch), "--first_block", mode, "--cfg_drop", "0")
     dataset = data.GeneratedScenes(0, 32, 64)
     model = train.new_model(args, dataset)
@@ -523,16 +525,14 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch):
         told = model.tokenizer.encode(dataset.t2t(k))
         at = int(draw.integers(len(told) + 1))
         prefix, length, _ = model.align(told[:at], at)
-        again = at if mode == "left" else at - at % patch
-        assert ids[:len(prefix)] == prefix and length == cut * patch and prefix[length:] == told[again:at]
-        assert ids[cut * patch:][:len(told) - again] == told[again:]
-        assert set(ids[cut * patch + len(told) - again:]) == {end}
+        assert ids[:cut * patch] == prefix and length == cut * patch
+        assert ids[cut * patch:][:len(told) - at] == told[at:] and set(ids[cut * patch + len(told) - at:]) == {end}
         whole = patch * (args.block_len if mode in ("left", "right") else 1)
         assert length % whole == 0 and 0 <= length - at < whole
-        if mode == "left":
-            assert prefix[:length] == [end] * (length - at) + told[:at] and filling == range((length - at) // patch)
-        else:
-            assert prefix[:length] == told[:at] + [end] * (length - at) and filling == range(at // patch, cut)
+        ends = [end] * (length - at)
+        assert prefix == (told[:at] + ends if mode == "right" else ends + told[:at])
+        hold = {i // patch for i in range(length) if prefix[i] == end}             # latents with an end token
+        assert set(filling) == (hold if mode != "repaint" else set())
         mine = b.layout.sample == s
         noise = mine & (b.layout.segment == masks.N)
         index, t = b.layout.row[noise], b.t[b.t_index[noise]]
@@ -540,7 +540,8 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch):
         clean = torch.isin(index, torch.tensor(filling)) | (inside & (mode != "repaint"))
         assert torch.equal(t == 0, clean)
         seen |= {word for word, there in (("filling", filling), ("inside", inside.any())) if there}
-    assert "filling" in seen if mode in ("left", "right") else "inside" in seen and ("filling" in seen) == (patch > 1)
+    assert ("filling" in seen) == (mode in ("left", "right") or mode == "clean" and patch > 1)
+    assert "inside" in seen or mode in ("left", "right")
     told = model.tokenizer.encode(dataset.t2t(0))              # all of it may be given: then it ends
     ids, cut, _ = batches.cut_text(dataset.t2t(0), argparse.Namespace(integers=lambda n: n - 1))
     prefix, length, _ = model.align(told, len(told))
