@@ -983,7 +983,7 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
 @pytest.mark.slow
 def test_torchrun_starts_killed_workers_anew(tmp_path):
     import faults
-    assert faults.kill_a_worker(tmp_path, kills=1, steps=60) == {"kills": 1, "different": 0}
+    assert faults.kill_a_worker(tmp_path, kills=1, steps=30) == {"kills": 1, "different": 0}
 
 
 @pytest.mark.parametrize("number", (0, 3))
