@@ -230,8 +230,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse impossible values before any work, and settle what another flag leaves without meaning; None stands for
-    a default. ValueError, one line."""
+    """Refuse impossible values before any work; None stands for a default. ValueError, one line."""
     for low, high, expected, names in (
             (1, 1e9, "1 to a thousand million",
              "steps image_vae_steps save_every sample_steps repaint_cycles pool vocab_size"),

@@ -60,7 +60,8 @@ class Plan:
 
     def build(self) -> None:
         """Build what the chosen backend will ask for, ahead of its first call."""
-        getattr(self, {"cuda": "tiles", "flex": "block_mask"}.get(chosen, "rows") if len(self.q) and len(self.k) else "rows")
+        empty = not len(self.q) or not len(self.k)             # which only padded takes
+        getattr(self, "rows" if empty else {"cuda": "tiles", "flex": "block_mask"}.get(chosen, "rows"))
 
     @functools.cached_property
     def rows(self) -> Rows:

@@ -1,4 +1,4 @@
-"""pytest tests/test_tiles.py: the plan of the kernels, their algorithm in PyTorch, and v0 itself, emulated."""
+"""pytest tests/test_tiles.py: the plan of the kernels, their algorithm in PyTorch, and the sources, emulated."""
 import argparse
 import contextlib
 import ctypes
@@ -15,7 +15,7 @@ import cuda_attention
 import masks
 import torch.utils.checkpoint
 
-from cuda_attention import blockwise, ops, tiles as T
+from cuda_attention import bench, blockwise, ops, tiles as T
 from masks import IT2T, T2I, T2T, Sample, pack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,14 +141,24 @@ def test_blockwise_against_the_whole_mask(seed):
 
 # ---- v0: the CUDA source itself, each thread a fiber on the CPU ----------------------------------------------
 
-@pytest.fixture(scope="module", params=["v0", "hopper"])
-def emulated(request, tmp_path_factory):
+def emulation(name, folder):
+    """A source of cuda_attention as a library for this CPU."""
     if not shutil.which("g++"):
         pytest.skip("no g++")
-    path = tmp_path_factory.mktemp("emulated") / f"{request.param}.so"
+    path = folder / f"{name}.so"
     subprocess.run(["g++", "-O2", "-std=c++17", "-DEMULATED", "-I", str(ROOT / "tests"), "-x", "c++", "-shared", "-fPIC",
-                    str(ROOT / "cuda_attention" / f"{request.param}.cu"), "-o", str(path)], check=True)
+                    str(ops.FOLDER / f"{name}.cu"), "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(scope="module", params=["v0", "hopper"])
+def emulated(request, tmp_path_factory):
+    return emulation(request.param, tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="module")
+def descriptors(tmp_path_factory):
+    return emulation("descriptors", tmp_path_factory.mktemp("emulated"))
 
 
 def pointers(*tensors):
@@ -183,22 +193,34 @@ def test_kernels_on_emulated_threads(emulated, seed, heads, d):
                                       32, *rest) == -1
 
 
+@pytest.mark.parametrize("rows", (64, 128))
+@pytest.mark.parametrize("width", ops.WIDTHS)
+def test_products_are_exact(descriptors, width, rows):
+    """Of operands K-major, in registers, and MN-major, from boxes at any row, some of which run over the end."""
+    assert bench.exact_products(descriptors, width, rows, "cpu") == {"K-major": True, "MN-major": True}
+
+
+def test_sizes_that_no_kernel_uses_are_refused(descriptors):
+    with pytest.raises(RuntimeError, match="CUDA error -1"):
+        bench.exact_products(descriptors, 32, 64, "cpu")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name, archs, kernels", [("v0", ("80", "90"), 12), ("hopper", ("90a",), 6)])
+@pytest.mark.parametrize("name, archs, kernels", [("v0", ("80", "90"), 12), ("hopper", ("90a",), 6), ("descriptors", ("90a",), 4)])
 def test_kernels_compile_without_spills(name, archs, kernels, tmp_path):
     """The compile gate: no spill, no stack frame, no warning, such as C75xx about serialised instructions."""
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc")
     done = subprocess.run(
-        ["nvcc", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-Xptxas", "-v",
-         *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs), str(ROOT / "cuda_attention" / f"{name}.cu"),
-         "-o", str(tmp_path / "out.so")], capture_output=True, text=True)
+        ["nvcc", *ops.FLAGS, "-Xptxas", "-v", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs),
+         str(ops.FOLDER / f"{name}.cu"), "-o", str(tmp_path / "out.so")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(used) == kernels and set(used) == {("0", "0", "0")}
     assert "C75" not in done.stderr and "warning" not in done.stderr, done.stderr
     library = ctypes.CDLL(str(tmp_path / "out.so"))
-    assert library.attention_forward and library.attention_backward
+    entries = ["descriptor_products"] if name == "descriptors" else ["attention_forward", "attention_backward"]
+    assert all(getattr(library, entry) for entry in entries)
 
 
 # ---- the operators -----------------------------------------------------------------------------------------
