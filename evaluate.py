@@ -1,152 +1,187 @@
-"""What becomes of a run: its rates on generated scenes, samples.png, loss.png.
+"""Evaluate: rates on generated scenes, a grid of samples, and the curves of the losses.
 
-Images, captions, answers and stories are generated for scenes that training never drew, of compositions it has seen
-and of such as were held out, and judged by the exact reader of scenes.py alone. Every rate stands with its interval.
+Images, captions, answers and stories are generated for scenes that training never drew: of
+compositions it has seen, and of compositions that were held out. The exact readers of scenes/ judge
+them, without a network. Every rate has its Wilson interval (95 %).
 
-    python train.py --eval_only --out_dir out          rates of out/ckpt.pt
+    metrics.json   {"n", "seen": {"t2i": {"scene": rate, ..}, ..}, "heldout": .., "ceiling": ..,
+                    "seconds" of training, "config": all flags}
+    samples.png    images drawn for captions; captions and answers given to images
+    loss.png       every loss in log.jsonl
 
-Shapes: B images of H x W pixels, h x w latents; T tokens.
+train.py ends with the same evaluation. Networks compute in the float32 of their weights, as
+sample.py's do, so that the rates are those of what it draws.
+
+Run: python evaluate.py --out_dir out   (a CPU with 2 cores: about a minute for the default model)
 """
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import json
 import math
+import shlex
+import sys
+import textwrap
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import cola
+import config
+import cuda_attention
 import data
 import sample
-import scenes
-from sample import Cola
+import workers
+from checkpoint import read_log
+from cola import Cola
+from data import Purpose, rng
+from sample import Settings
+from scenes import language, pictures
+from scenes.pictures import Scene
+from workers import Worker
 
-if TYPE_CHECKING:
-    from train import Worker
+GROUP = 64                                 # scenes that are sampled together
+Verdicts = Iterator[tuple[str, bool]]      # name of a rate, whether this sample is right
 
-Rows = Iterator[tuple[str, bool]]          # the name of a rate, and whether this sample counts towards it
 
+class Group(NamedTuple):
+    """Scenes that are sampled together. All random choices follow from seed and number."""
+    scenes: list[Scene]
+    seed: int
+    numbers: range
+
+    def rngs(self, purpose: Purpose) -> list[np.random.Generator]:
+        return [rng(self.seed, k, purpose) for k in self.numbers]
+
+    def captions(self) -> list[str]:
+        return list(map(language.caption, self.scenes, self.rngs(Purpose.CAPTION)))
+
+
+def draw_scenes(seed: int, numbers: range, heldout: bool) -> Group:
+    """Scenes of one to three objects, of compositions seen in training or of held-out ones."""
+    return Group([pictures.sample_scene(rng(seed, k, Purpose.EVAL), heldout, 1 + k % 3)
+                  for k in numbers], seed, numbers)
+
+
+# ---- Judges: a verdict for each rate and sample ------------------------------------------------
+
+def judge_images(model: Cola, group: Group, settings: Settings) -> Verdicts:
+    """T2I: whether the image drawn for a caption shows what the caption says."""
+    captions = group.captions()
+    images = sample.generate_images(model, captions, settings, first=group.numbers[0])
+    for caption, image, scene in zip(captions, images, group.scenes):
+        objects = len(scene.objects)
+        found = language.matches(pictures.read_image(image), language.read_caption(caption))
+        for name, right in found.items():
+            if name != "relation" or objects > 1:
+                yield f"t2i.{name}", right
+        yield f"t2i.by_count.{objects}", found["scene"]
+
+
+def judge_answers(model: Cola, group: Group, settings: Settings) -> Verdicts:
+    """IT2T: whether a description is exact, whether it is true, and whether an answer is true."""
+    images = [pictures.render(scene, model.image_hw) for scene in group.scenes]
+
+    def ask(prompts: list[str]) -> list[str]:
+        return sample.generate_text(model, [""] * len(prompts), prompts, images, settings,
+                                    first=group.numbers[0])
+
+    for scene, caption in zip(group.scenes, ask(["describe the image."] * len(images))):
+        description = language.read_caption(caption)
+        yield "it2t.exact", language.is_exact(description, scene)
+        yield "it2t.true", language.is_true(description, scene)
+    questions = [language.question(scene, words)[0]
+                 for scene, words in zip(group.scenes, group.rngs(Purpose.CAPTION))]
+    for scene, question, answer in zip(group.scenes, questions, ask(questions)):
+        yield "it2t.vqa", answer in language.answers(scene, question)
+
+
+def judge_stories(model: Cola, group: Group, settings: Settings) -> Verdicts:
+    """T2T: whether the continuation of the first one or two sentences of a story contradicts
+    nothing. Every story has at least three."""
+    prefixes = []
+    for scene, words in zip(group.scenes, group.rngs(Purpose.WINDOW)):
+        sentences = language.story(scene, words).split(". ")
+        prefixes.append(". ".join(sentences[:int(words.integers(1, 3))]) + ".")
+    texts = sample.generate_text(model, prefixes, settings=settings, first=group.numbers[0])
+    for prefix, text in zip(prefixes, texts):
+        yield "t2t.consistent", language.consistent(prefix, text)
+
+
+def judge_image_vae(model: Cola, group: Group) -> Verdicts:
+    """An upper bound for T2I: whether the scene is still read right after the image VAE."""
+    h, w = (side // model.image_vae.downsample for side in model.image_hw)
+    z = model.encode_images([pictures.render(scene, model.image_hw) for scene in group.scenes])
+    for caption, image in zip(group.captions(), model.decode_images(z, (h, w))):
+        found = language.matches(pictures.read_image(image), language.read_caption(caption))
+        yield "image", found["scene"]
+
+
+def judge_text_vae(model: Cola, group: Group, tasks: set[str]) -> Verdicts:
+    """An upper bound for text: whether every token of a caption, and of a story, comes back."""
+    texts = group.captions() if tasks - {"t2t"} else []
+    if "t2t" in tasks:
+        texts += map(language.story, group.scenes, group.rngs(Purpose.WINDOW))
+    ids = [model.ids(text, end=True) for text in texts]
+    logits = model.text_vae.decode(*model.encode_text(ids))                          # (T, V)
+    for own, decoded in zip(ids, logits.argmax(-1).split([len(x) for x in ids])):
+        yield "text", decoded.tolist() == own
+
+
+# ---- Rates -------------------------------------------------------------------------------------
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a rate seen in n samples."""
+    """Wilson's 95 % interval of a rate observed in n samples."""
     z2 = 1.96 ** 2
     middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
     spread = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
-def draw_scenes(split: str, seed: int, numbers: range) -> Iterator[tuple[list, int, list[int]]]:
-    """Scenes of these numbers, 64 at a time: (scenes, seed, numbers), as the judges take them."""
-    for i in range(0, len(numbers), 64):
-        some = list(numbers[i:i + 64])
-        yield [scenes.sample_scene(data.rng(seed, k, data.EVAL), split == "heldout", 1 + k % 3)
-               for k in some], seed, some
-
-
-def captions_of(world: list, seed: int, numbers: list[int]) -> list[str]:
-    return [scenes.caption(s, data.rng(seed, k, data.CAPTION)) for s, k in zip(world, numbers)]
-
-
-def judge_images(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
-    """T2I: what the image drawn for a caption shows of it."""
-    captions = captions_of(world, seed, numbers)
-    pictures = sample.generate_images(model, captions, s, first=numbers[0])
-    for caption, picture, scene in zip(captions, pictures, world):
-        n = len(scene.objects)
-        found = scenes.matches(scenes.read_image(picture), scenes.read_caption(caption))
-        yield from ((f"t2i.{name}", ok) for name, ok in found.items() if name != "relation" or n > 1)
-        yield f"t2i.by_count.{n}", found["scene"]
-
-
-def judge_answers(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
-    """IT2T: descriptions of pictures, and answers to questions about them."""
-    pictures, blank = [scenes.render(scene, model.image_hw) for scene in world], [""] * len(world)
-    ask = lambda prompts: sample.generate_text(model, blank, prompts, pictures, s, first=numbers[0])
-    for scene, caption in zip(world, ask(["describe the image."] * len(world))):
-        told = scenes.read_caption(caption)
-        yield "it2t.exact", scenes.is_exact(told, scene)
-        yield "it2t.true", scenes.is_true(told, scene)
-    asked = [scenes.question(scene, data.rng(seed, k, data.CAPTION))[0] for scene, k in zip(world, numbers)]
-    for scene, question, reply in zip(world, asked, ask(asked)):
-        yield "it2t.vqa", scenes.check_answer(scene, question, reply)
-
-
-def begun_story(scene: scenes.Scene, words: np.random.Generator) -> tuple[str, str]:
-    """A story, and its first sentence or its first two."""
-    story = scenes.story(scene, words)
-    return story, ". ".join(story.split(". ")[:int(words.integers(1, 3))]) + "."
-
-
-def judge_stories(model: Cola, world: list, seed: int, numbers: list[int], s: sample.Settings) -> Rows:
-    """T2T: continuations of stories after the first or the second sentence; none ends before the third."""
-    prefixes = [begun_story(scene, data.rng(seed, k, data.WINDOW))[1] for scene, k in zip(world, numbers)]
-    for prefix, rest in zip(prefixes, sample.generate_text(model, prefixes, s=s, first=numbers[0])):
-        yield "t2t.consistent", scenes.consistent(prefix, rest)
-
-
-def judge_image_vae(model: Cola, world: list, seed: int, numbers: list[int]) -> Rows:
-    """What the image VAE alone keeps: scenes that are still read right."""
-    grid = tuple(side // model.image_vae.downsample for side in model.image_hw)
-    z = model.encode_images([scenes.render(scene, model.image_hw) for scene in world])           # (B h w, Cz)
-    for scene, picture in zip(world, model.decode_images(z, grid)):
-        told = scenes.read_caption(scenes.caption(scene, data.rng(seed, 0, data.CAPTION)))
-        yield "ceiling.image", scenes.matches(scenes.read_image(picture), told)["scene"]
-
-
-def judge_text_vae(model: Cola, world: list, seed: int, numbers: list[int], tasks: set[str]) -> Rows:
-    """What the text VAE alone keeps: captions and stories, as the tasks have them, whose every token comes back."""
-    kinds = [captions_of(world, seed, numbers)] if tasks - {"t2t"} else []
-    if "t2t" in tasks:
-        kinds.append([scenes.story(scene, data.rng(seed, k, data.WINDOW)) for scene, k in zip(world, numbers)])
-    for texts in kinds:
-        ids = [model.ids(text, end=True) for text in texts]
-        logits = model.text_vae.decode(*model.encode_text(ids))                                  # (T, V)
-        for i, back in zip(ids, logits.argmax(-1).split([len(i) for i in ids])):
-            yield "ceiling.text", back.tolist() == i
-
-
-def settings(args: argparse.Namespace, seed: int = 0) -> tuple[sample.Settings, sample.Settings]:
-    """How images and texts are generated."""
-    more = {"steps": args.sample_steps, "seed": seed}
-    return (dataclasses.replace(sample.IMAGE, guidance=args.guidance, **more),
-            dataclasses.replace(sample.TEXT, guidance=args.text_guidance, shift=args.text_shift,
-                                temperature=args.text_temperature, snap=args.text_snap,
-                                repaint_share=args.repaint_share, repaint_cycles=args.repaint_cycles, **more))
+def settings(args: argparse.Namespace, seed: int = 0) -> tuple[Settings, Settings]:
+    """How images and how texts are generated, by the flags of the run."""
+    image = replace(sample.IMAGE, steps=args.sample_steps, seed=seed, guidance=args.guidance)
+    text = replace(sample.TEXT, steps=args.sample_steps, seed=seed, guidance=args.text_guidance,
+                   shift=args.text_shift, temperature=args.text_temperature, snap=args.text_snap,
+                   repaint_share=args.repaint_share, repaint_cycles=args.repaint_cycles)
+    return image, text
 
 
 @torch.no_grad()
-def evaluate(model: Cola, args: argparse.Namespace, tasks: set[str], worker: Worker) -> dict:
-    """Rates in [0, 1] on scenes the training never drew, of seen compositions and of held-out ones.
-
-    Each is a mean over n = --eval_samples scenes, those of T2I over n of each number of objects, for the tasks
-    that were trained; the samples are split among the workers, and all of them get the result."""
-    seed, n = data.SEEDS + args.seed, args.eval_samples        # no run's own
+def rates(model: Cola, args: argparse.Namespace, tasks: set[str], worker: Worker) -> dict:
+    """Rates in [0, 1] of the tasks, on scenes that training never drew: "seen", "heldout" and, for
+    the VAEs alone, "ceiling". n = --eval_samples scenes for each rate, but n of every number of
+    objects for T2I. The workers share the samples; all of them return the same result."""
+    seed, n = data.SEEDS + args.seed, args.eval_samples        # a seed that no run can have
     image, text = settings(args, seed)
-    rows: list[tuple[str, bool]] = []
-    judges = [(judge, s, count) for task, judge, s, count in
-              (("t2i", judge_images, image, 3 * n), ("it2t", judge_answers, text, n),
-               ("t2t", judge_stories, text, n)) if task in tasks]
-    bar = tqdm(total=2 * sum(math.ceil(count / 64) for *_, count in judges), desc="evaluate",
-               disable=worker.rank > 0)
-    for split in ("seen", "heldout"):
-        for judge, s, count in judges:
-            for drawn in draw_scenes(split, seed, worker.share(0, count)):
-                rows += [(f"{split}.{name}", ok) for name, ok in judge(model, *drawn, s)]
-                bar.update(worker.world)
-    bar.close()
-    for drawn in draw_scenes("seen", seed, worker.share(0, n)):
-        rows += judge_text_vae(model, *drawn, tasks)
-        rows += judge_image_vae(model, *drawn) if tasks - {"t2t"} else []
-    rates: dict[str, list[bool]] = {}
-    for name, ok in worker.gather(rows):
-        rates.setdefault(name, []).append(bool(ok))
+    judges = [(judge_images, (image,), 3 * n)] if "t2i" in tasks else []
+    judges += [(judge_answers, (text,), n)] if "it2t" in tasks else []
+    judges += [(judge_stories, (text,), n)] if "t2t" in tasks else []
+    work = [(split, *judge) for split in ("seen", "heldout") for judge in judges]
+    work += [("ceiling", judge_text_vae, (tasks,), n)]
+    work += [("ceiling", judge_image_vae, (), n)] if tasks - {"t2t"} else []
+    # A group has successive numbers, because sampling numbers its noise from the first one on.
+    groups = [(split, judge, more, range(first, min(first + GROUP, count)))
+              for split, judge, more, count in work for first in range(0, count, GROUP)]
+    verdicts = []
+    for split, judge, more, numbers in tqdm(worker.share(groups), "evaluate",
+                                            disable=worker.rank > 0):
+        group = draw_scenes(seed, numbers, heldout=split == "heldout")
+        verdicts += [(f"{split}.{name}", bool(right))
+                     for name, right in judge(model, group, *more)]
+
+    samples = defaultdict(list)
+    for name, right in worker.gather(verdicts):
+        samples[name].append(right)
     metrics: dict = {"n": n}
-    for name, values in rates.items():         # "seen.t2i.scene" -> metrics["seen"]["t2i"]["scene"]
+    for name, values in samples.items():   # "seen.t2i.scene" -> metrics["seen"]["t2i"]["scene"]
         *path, leaf = name.split(".")
         at = metrics
         for key in path:
@@ -156,37 +191,42 @@ def evaluate(model: Cola, args: argparse.Namespace, tasks: set[str], worker: Wor
 
 
 def table(metrics: dict) -> str:
-    """The rates with their intervals, seen beside held-out."""
-    n = metrics["n"]
+    """The rates with their intervals as lines of text: seen compositions and held-out ones."""
+    n, tasks = metrics["n"], metrics["seen"].keys()
+    rows = [("t2i scene, 1-3 objects", "t2i.scene", 3 * n)]    # title, place in metrics, samples
+    rows += [(f"t2i scene, {c} object{'s' if c > 1 else ''}", f"t2i.by_count.{c}", n)
+             for c in (1, 2, 3)]
+    rows += [(f"t2i {name}", f"t2i.{name}", (2 if name == "relation" else 3) * n)
+             for name in ("count", "color", "shape", "size", "relation", "background")]
+    rows += [(name.replace(".", " "), name, n)
+             for name in ("it2t.exact", "it2t.true", "it2t.vqa", "t2t.consistent")]
+    kinds = ("t2t" in tasks) + bool(tasks - {"t2t"})           # of texts: stories, captions
+    rows += [("ceiling image", "image", n), ("ceiling text", "text", kinds * n)]
 
-    def cell(path: str, count: int) -> str:
-        rate = metrics
-        for key in path.split("."):
-            rate = rate.get(key) if rate else None
-        if rate is None:
+    def cell(split: str, place: str, count: int) -> str:
+        rate = metrics.get(split, {})
+        for key in place.split("."):
+            rate = rate.get(key, {})
+        if rate == {}:
             return ""
         low, high = wilson(rate, count)
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
-    rows = [("t2i scene, 1-3 objects", "t2i.scene", 3 * n)]
-    rows += [(f"t2i scene, {c} object{'s' if c > 1 else ''}", f"t2i.by_count.{c}", n) for c in (1, 2, 3)]
-    attributes = ("count", "color", "shape", "size", "relation", "background")
-    rows += [(f"t2i {x}", f"t2i.{x}", (2 if x == "relation" else 3) * n) for x in attributes]
-    rows += [(x.replace(".", " "), x, n) for x in ("it2t.exact", "it2t.true", "it2t.vqa", "t2t.consistent")]
-    kinds = ("t2t" in metrics["seen"]) + bool(metrics["seen"].keys() - {"t2t"})        # of texts: stories, captions
-    rows += [("ceiling image", "image", n), ("ceiling text", "text", kinds * n)]
+
     lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
-    for title, x, count in rows:
-        seen, heldout = cell(f"seen.{x}", count) or cell(f"ceiling.{x}", count), cell(f"heldout.{x}", count)
-        lines += [f"{title:26s}{seen:24s}{heldout}"] if seen else []
+    for title, place, count in rows:
+        seen = cell("seen", place, count) or cell("ceiling", place, count)
+        if seen:
+            lines.append(f"{title:26s}{seen:24s}{cell('heldout', place, count)}")
     return "\n".join(lines)
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- Pictures ----------------------------------------------------------------------------------
 
-def sample_grid(model: Cola, args: argparse.Namespace, tasks: set[str], dataset, path: Path) -> None:
-    """Images drawn for captions, captions or answers given to images; texts are continued on the terminal."""
+def sample_grid(model: Cola, args: argparse.Namespace, tasks: set[str], dataset,
+                path: Path) -> None:
+    """A picture of images for captions and of texts for images; prints continued texts."""
     (image, text), cells = settings(args), []
-    numbers = range(10 ** 9, 10 ** 9 + 6)                      # in other words than in training
+    numbers = range(10**9, 10**9 + 6)      # samples that training does not reach
     if "t2i" in tasks:
         captions = [dataset.t2i(k)[0] for k in numbers]
         cells += zip(sample.generate_images(model, captions, image), captions)
@@ -198,62 +238,134 @@ def sample_grid(model: Cola, args: argparse.Namespace, tasks: set[str], dataset,
     if "t2t" in tasks:
         for k in numbers[:3]:
             prefix = " ".join(dataset.t2t(k).split()[:6])
-            print(f"{prefix} |{sample.generate_text(model, [prefix], s=text)[0]}")
+            print(f"{prefix} |{sample.generate_text(model, [prefix], settings=text)[0]}")
     if cells:
         captioned_grid(cells).save(path)
 
 
-def captioned_grid(cells: list[tuple[np.ndarray, str]], columns: int = 6, tile: int = 160) -> Image.Image:
-    """Pictures uint8 (H, W, 3), each scaled to fit a tile, above their words."""
+def captioned_grid(cells: list[tuple[np.ndarray, str]], columns: int = 6,
+                   tile: int = 160) -> Image.Image:
+    """Images uint8 (H, W, 3), scaled to fit into tiles, each above its text."""
+    gap, room = 8, 72                      # pixels between tiles, and for the text of each
     rows = -(-len(cells) // columns)
-    canvas = Image.new("RGB", (columns * (tile + 8) + 8, rows * (tile + 72) + 8), "white")
+    canvas = Image.new("RGB", (columns * (tile + gap) + gap, rows * (tile + room) + gap), "white")
     pen = ImageDraw.Draw(canvas)
-    for i, (picture, words) in enumerate(cells):
-        x, y = 8 + i % columns * (tile + 8), 8 + i // columns * (tile + 72)
-        scale = tile / max(picture.shape[:2])
-        size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
-        canvas.paste(Image.fromarray(picture).resize(size, Image.NEAREST), (x, y))
-        pen.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), outline="lightgray")
-        lines = [""]
-        for word in words.split():
-            longer = f"{lines[-1]} {word}".strip()
-            if lines[-1] and pen.textlength(longer) > tile:
-                lines.append(word)
-            else:
-                lines[-1] = longer
+    for i, (image, text) in enumerate(cells):
+        x, y = gap + i % columns * (tile + gap), gap + i // columns * (tile + room)
+        scale = tile / max(image.shape[:2])
+        width, height = round(image.shape[1] * scale), round(image.shape[0] * scale)
+        canvas.paste(Image.fromarray(image).resize((width, height), Image.NEAREST), (x, y))
+        pen.rectangle((x, y, x + width - 1, y + height - 1), outline="lightgray")
+        lines = textwrap.wrap(text, tile // 6)                 # a letter is about 6 pixels wide
         pen.multiline_text((x, y + tile + 4), "\n".join(lines[:5]), fill="black")
     return canvas
 
 
+def curves_of(entries: list[dict]) -> dict[str, np.ndarray]:
+    """Name of a loss -> its curve (n, 2) of steps and values, means over 2 % of the entries."""
+    other = {"stage", "step", "skipped", "lr", "norm", "seconds", "data_seconds", "positions",
+             "logsnr", "log_q", "drift"}
+    curves = {}
+    for name in sorted({name for entry in entries for name in entry} - other):
+        points = np.array([(entry["step"], entry[name]) for entry in entries
+                           if (entry.get(name) or 0) > 0])                           # (n, 2)
+        if len(points):
+            width = max(1, len(points) // 50)
+            curves[name] = np.array([points[i:i + width].mean(0)
+                                     for i in range(0, len(points), width)])
+    return curves
+
+
 def loss_plot(entries: list[dict], path: Path) -> None:
-    """Every loss of a log against its step, a panel a stage, on a log scale, smoothed over 2 %."""
+    """Every loss of a log against its step, on a log scale, with a panel for each stage."""
     colors = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
-    skip = {"stage", "step", "skipped", "lr", "norm", "seconds", "data_seconds", "positions", "logsnr", "log_q",
-            "drift"}
-    stages = list(dict.fromkeys(e["stage"] for e in entries))
-    canvas = Image.new("RGB", (max(len(stages), 1) * 420, 320), "white")
+    width, top, bottom = 350, 24, 290      # pixels of a panel's frame
+    stages = list(dict.fromkeys(entry["stage"] for entry in entries))
+    canvas = Image.new("RGB", (max(len(stages), 1) * (width + 70), bottom + 30), "white")
     pen = ImageDraw.Draw(canvas)
     for panel, stage in enumerate(stages):
-        mine, x0 = [e for e in entries if e["stage"] == stage], panel * 420 + 50
-        pen.text((x0, 6), stage, fill="black")
-        pen.rectangle((x0, 24, x0 + 350, 290), outline="gray")
-        curves = {}
-        for name in sorted({k for e in mine for k in e} - skip):
-            points = np.array([(e["step"], e[name]) for e in mine if e.get(name, 0) > 0])        # (n, 2)
-            width, last = max(1, len(points) // 50), len(points) - 1
-            if len(points):
-                curves[name] = [(points[min(i + width // 2, last), 0], points[i:i + width, 1].mean())
-                                for i in range(0, len(points), width)]
+        left = panel * (width + 70) + 50
+        pen.text((left, 6), stage, fill="black")
+        pen.rectangle((left, top, left + width, bottom), outline="gray")
+        own = [entry for entry in entries if entry["stage"] == stage]
+        last, curves = own[-1]["step"], curves_of(own)
         if not curves:
             continue
-        values = [v for curve in curves.values() for _, v in curve]
-        low, high = math.log10(min(values)), math.log10(max(values)) + 1e-6
-        last = max(e["step"] for e in mine)
+        values = np.log10(np.concatenate([curve[:, 1] for curve in curves.values()]))
+        low, high = values.min(), values.max() + 1e-6
         for i, (name, curve) in enumerate(curves.items()):
-            line = [(x0 + 350 * s / last, 290 - 266 * (math.log10(v) - low) / (high - low)) for s, v in curve]
-            pen.line(line, fill=colors[i % 6], width=2)
-            pen.text((x0 + 260, 30 + 12 * i), f"{name} {curve[-1][1]:.3g}", fill=colors[i % 6])
-        pen.text((x0 - 45, 20), f"{10 ** high:.2g}", fill="gray")
-        pen.text((x0 - 45, 280), f"{10 ** low:.2g}", fill="gray")
-        pen.text((x0 + 300, 294), f"step {last}", fill="gray")
+            x = left + width * curve[:, 0] / last
+            y = bottom - (bottom - top) * (np.log10(curve[:, 1]) - low) / (high - low)
+            pen.line(list(zip(x, y)), fill=colors[i % 6], width=2)
+            pen.text((left + 260, 30 + 12 * i), f"{name} {curve[-1, 1]:.3g}", fill=colors[i % 6])
+        pen.text((left - 45, top - 4), f"{10 ** high:.2g}", fill="gray")
+        pen.text((left - 45, bottom - 10), f"{10 ** low:.2g}", fill="gray")
+        pen.text((left + width - 50, bottom + 4), f"step {last}", fill="gray")
     canvas.save(path)
+
+
+# ---- The report of a run -----------------------------------------------------------------------
+
+def report(args: argparse.Namespace, worker: Worker, dataset=None) -> None:
+    """Evaluates out_dir/ckpt.pt with its averaged weights. All workers call it, and share the
+    samples; worker 0 writes metrics.json, samples.png and loss.png, and prints the table."""
+    out = Path(args.out_dir)
+    found, tasks = cola.read(out / "ckpt.pt"), set(config.task_shares(args.tasks))
+    generated, trained = not (args.data or args.text), found["progress"]["mmdit"] > 0
+    model = cola.build(found).to(worker.device) if trained else None
+    judged = trained and generated and args.eval_samples
+    metrics = rates(model, args, tasks, worker) if judged else None
+    if worker.rank > 0:
+        return
+    if (out / "log.jsonl").exists():
+        loss_plot(read_log(out / "log.jsonl"), out / "loss.png")
+    if metrics:
+        metrics |= {"seconds": round(found["seconds"], 1), "config": vars(args)}
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        print(table(metrics))
+    elif not generated:
+        print("no metrics.json: only generated scenes can be judged")
+    if trained:
+        dataset = dataset or data.open_data(args)
+        sample_grid(model, args, tasks, dataset, out / "samples.png")
+        print_commands(args, tasks, dataset)
+    print(f"{found['seconds'] / 60:.1f} minutes of training; see "
+          f"{', '.join(str(path) for path in sorted(out.glob('[!.]*')) if path.is_file())}")
+
+
+def print_commands(args: argparse.Namespace, tasks: set[str], dataset) -> None:
+    """Prints a command to try for every task that was trained."""
+    caption = "a large red circle above a small blue square on a gray background"
+    prefix = "there is a red circle."
+    if args.data or args.text:
+        caption = dataset.t2i(0)[0] if "t2i" in tasks else ""
+        prefix = " ".join(dataset.t2t(0).split()[:6]) if "t2t" in tasks else ""
+    image = "a.png" if "t2i" in tasks else "YOUR.png"
+    for task, words in (("t2i", [caption, "--out", "a.png"]),
+                        ("it2t", [image, "describe the image."]), ("t2t", [prefix])):
+        if task in tasks:
+            words = [task, *words, "--checkpoint", f"{args.out_dir}/ckpt.pt"]
+            print(f"try: python sample.py {shlex.join(words)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    worker = Worker()
+    try:
+        given = config.parse(sys.argv[1:] if argv is None else argv, "evaluate.py", config.EVALUATE)
+        path = Path(given.get("out_dir", config.DEFAULTS["out_dir"]), "ckpt.pt")
+        args = config.merge(given, cola.read(path)["args"], "resume", str(path))
+        worker = workers.join(args)
+        line = cuda_attention.set_backend(args.attention, worker.device)
+        if worker.rank == 0:
+            print(line)
+        report(args, worker)
+        return worker.leave(0)
+    except (ValueError, OSError) as error:
+        return worker.leave(2, str(error))
+    except KeyboardInterrupt:
+        return worker.leave(130, "stopped")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

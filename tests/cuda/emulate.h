@@ -1,13 +1,14 @@
-// CUDA on a CPU, for tests: the threads of a block are fibers, each runs until it waits for others. Of Hopper's
-// instructions it has the meaning, by the PTX ISA: where copies and products put and find every element in shared
-// memory, how threads hold accumulators and operands, and what barriers count. Not whether hopper.cuh spells them right
-// (ptxas says that, and descriptors.cu on a GPU).
+// CUDA on a CPU, for tests: the threads of a block are fibers; each runs until it waits for others.
+// The functions of hopper.cuh have here the meaning of their instructions in the PTX ISA: where
+// copies and products put and find every element in shared memory, how threads hold accumulators
+// and operands, what barriers count. The spelling of the instructions is checked by ptxas, and by
+// descriptors.cu on a GPU.
 //
-// It is as late and as disordered as the device may be, by chance but the same in every run: threads take turns in a new
-// order every round, some warps sleep for a while, a copy turns what it will overwrite into NaNs at once and lands rounds
-// later or when nothing else goes on, a product is carried out when it is waited for, and its operands must not have
-// changed since its issue. What breaks a rule that can be seen ends the launch: a line on stderr, and an error from
-// cudaGetLastError.
+// The order is as late and as mixed as a device allows, by chance, and the same in every run:
+// threads run in a new order every round; some warps sleep for a while; a copy fills its target
+// with NaNs at once and lands rounds later, or when nothing else goes on; a product is carried out
+// when it is waited for, and its operands must not have changed since its issue. A broken rule ends
+// the launch: one line on stderr, and an error from cudaGetLastError.
 #pragma once
 #include <limits.h>
 #include <math.h>
@@ -56,7 +57,7 @@ static ucontext_t scheduler, fiber[MOST];
 static bool done[MOST], running, failed;
 static float exchanged[MOST];
 static unsigned threads;
-static long changes, rounds;                             // changes: of anything that somebody may wait for
+static long changes, rounds;                         // changes of anything that a thread waits for
 static std::mt19937 chance;
 static std::function<void()> body;
 constexpr unsigned START = 16;                           // dynamic memory begins where no box may
@@ -66,7 +67,8 @@ alignas(1024) static uint8_t shared[232448 + START];     // all that a block can
 inline void yield() { swapcontext(&fiber[threadIdx.x], &scheduler); }
 inline void fail(const char* what) {                     // does not return to a thread
   if (!failed)
-    fprintf(stderr, "emulated kernel: %s: thread %u of block %u, %u\n", what, threadIdx.x, blockIdx.x, blockIdx.y);
+    fprintf(stderr, "emulated kernel: %s: thread %u of block %u, %u\n", what, threadIdx.x,
+            blockIdx.x, blockIdx.y);
   failed = true;
   if (running) yield();
 }
@@ -83,17 +85,30 @@ struct Meeting {
 };
 static Meeting block, warp[MOST / 32], warpgroup[MOST / 128];
 
-struct Box { long due; const __nv_bfloat16* x; int n, heads, d, rows, column, head, row; uint32_t to; uint64_t* barrier; };
-static std::vector<Box> boxes;                           // on their way to shared memory
+struct Box {                                             // on its way to shared memory
+  long due;
+  const __nv_bfloat16* x;
+  int n, heads, d, rows, column, head, row;
+  uint32_t to;
+  uint64_t* barrier;
+};
+static std::vector<Box> boxes;
 inline void land(const Box& box);
 
-// A product waits, as on the device, until it is waited for: who reads its result before that reads what was before.
-struct Product { float* d; int n; bool b_mn, add; const uint32_t* registers; uint64_t a, b; uint32_t held[4], sum; };
+// A product is carried out when it is waited for: a read before that finds the old values.
+struct Product {
+  float* d;
+  int n;
+  bool b_mn, add;
+  const uint32_t* registers;
+  uint64_t a, b;
+  uint32_t held[4], sum;
+};
 static std::vector<Product> open[MOST];
 static std::vector<std::vector<Product>> groups[MOST];
 static bool fenced[MOST], barriers_fenced;
 
-struct Barrier { uint16_t phase, left, arrivals; int16_t kilobytes; };    // in the 8 bytes of an mbarrier
+struct Barrier { uint16_t phase, left, arrivals; int16_t kilobytes; };   // 8 bytes, as an mbarrier
 static std::vector<Barrier*> barriers;
 
 inline void enter() {
@@ -164,7 +179,8 @@ inline void emulate_block() {
         changes += done[t];
         if (failed) return;
       }
-    order.erase(std::remove_if(order.begin(), order.end(), [](unsigned t) { return done[t]; }), order.end());
+    auto is_done = [](unsigned t) { return done[t]; };
+    order.erase(std::remove_if(order.begin(), order.end(), is_done), order.end());
     idle = changes == before ? idle + 1 : 0;
     if (idle > 255) return fail("deadlock");             // all wait, for nothing
   }
@@ -190,7 +206,7 @@ inline void emulate(dim3 grid, unsigned threads, unsigned bytes, std::function<v
 
 #define LAUNCH(kernel, grid, bytes, ...) emulate(grid, THREADS, bytes, [=] { kernel(__VA_ARGS__); })
 
-// ---- Hopper: what hopper.cuh has, by the meaning of the instructions ---------------------------------------------------
+// ---- Hopper: the functions of hopper.cuh ------------------------------------------------------
 
 typedef __nv_bfloat16 bf16;
 #define __grid_constant__
@@ -200,7 +216,7 @@ typedef __nv_bfloat16 bf16;
 namespace emulated {
 
 inline uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
-inline bf16 element(uint32_t at) {                       // at an address that the swizzle has yet to permute
+inline bf16 element(uint32_t at) {                       // at an address before the swizzle
   if (at + 2 > end) fail("an operand outside of shared memory");
   bf16 x;
   memcpy(&x, shared + swizzled(at), 2);
@@ -232,7 +248,7 @@ inline void barrier_arrive(uint64_t* b) {
   emulated::turn(emulated::of(b));
 }
 inline void barrier_expect(uint64_t* b, int bytes) {
-  if (bytes % 1024) emulated::fail("a barrier that counts kilobytes is told others");
+  if (bytes % 1024) emulated::fail("a barrier of the emulation counts whole kilobytes");
   emulated::of(b).kilobytes += bytes / 1024;
   barrier_arrive(b);
 }
@@ -252,13 +268,15 @@ inline void copy_box(void* to, const CUtensorMap* map, int column, int head, int
   if (!barriers_fenced) fail("a copy whose barrier it may not see");
   memset(shared + start, 0xff, map->rows * 128);
   long due = chance() % 2 ? rounds + 1 + (long)(chance() % 16) : LONG_MAX;
-  boxes.push_back({due, map->x, map->n, map->heads, map->d, map->rows, column, head, row, start, b});
+  boxes.push_back(
+      {due, map->x, map->n, map->heads, map->d, map->rows, column, head, row, start, b});
 }
 inline void emulated::land(const Box& box) {
   for (int r = 0; r < box.rows; r++)
     for (int c = 0; c < 64; c++) {
       bf16 x = {0};
-      if (box.row + r < box.n) x = box.x[((long)(box.row + r) * box.heads + box.head) * box.d + box.column + c];
+      long at = ((long)(box.row + r) * box.heads + box.head) * box.d + box.column + c;
+      if (box.row + r < box.n) x = box.x[at];
       memcpy(shared + swizzled(box.to + r * 128 + c * 2), &x, 2);
     }
   of(box.barrier).kilobytes -= box.rows * 128 / 1024;
@@ -281,13 +299,18 @@ inline uint32_t k_major(uint64_t x, unsigned row, unsigned k) {
   return (uint32_t)x + row / 8 * 1024 + row % 8 * 128 + k * 2;
 }
 inline uint32_t mn_major(uint64_t x, unsigned k, unsigned column) {
-  return (uint32_t)x + column / 64 * (uint32_t)(x >> 32) + k / 8 * 1024 + k % 8 * 128 + column % 64 * 2;
+  uint32_t box = (uint32_t)x + column / 64 * (uint32_t)(x >> 32);
+  return box + k / 8 * 1024 + k % 8 * 128 + column % 64 * 2;
+}
+inline bf16 element_of_b(const Product& p, unsigned k, unsigned column) {
+  return element(p.b_mn ? mn_major(p.b, k, column) : k_major(p.b, column, k));
 }
 inline uint32_t sum(const Product& p) {                  // of all that it reads in shared memory
   uint32_t sum = 0;
   for (unsigned k = 0; k < 16; k++) {
-    for (unsigned row = 0; row < 64 && !p.registers; row++) sum = sum * 31 + element(k_major(p.a, row, k)).bits;
-    for (int c = 0; c < p.n; c++) sum = sum * 31 + element(p.b_mn ? mn_major(p.b, k, c) : k_major(p.b, c, k)).bits;
+    for (unsigned row = 0; row < 64 && !p.registers; row++)
+      sum = sum * 31 + element(k_major(p.a, row, k)).bits;
+    for (int c = 0; c < p.n; c++) sum = sum * 31 + element_of_b(p, k, c).bits;
   }
   return sum;
 }
@@ -301,13 +324,15 @@ inline void issue(Product p) {
 inline void carry_out(const Product& p) {
   unsigned me = threadIdx.x % 128, lane = me % 32, first = threadIdx.x / 4 * 4;
   if (me == 0 && p.sum != sum(p)) fail("shared memory changed under a product");
-  if (p.registers && memcmp(p.held, p.registers, sizeof p.held)) fail("registers changed under a product");
+  if (p.registers && memcmp(p.held, p.registers, sizeof p.held))
+    fail("registers changed under a product");
   for (int r = 0; r < 2; r++) {
     unsigned row = me / 32 * 16 + lane / 4 + 8 * r;
     float a[16];
     for (int k = 0; k < 16; k++)
-      if (p.registers) {                                 // of the lane that holds this column, at the same product
-        const Product& theirs = groups[first + k % 8 / 2].front()[&p - groups[threadIdx.x].front().data()];
+      if (p.registers) {                                 // of the lane that holds this column
+        size_t number = &p - groups[threadIdx.x].front().data();
+        const Product& theirs = groups[first + k % 8 / 2].front()[number];
         uint32_t word = theirs.held[k / 8 * 2 + r];
         a[k] = __bfloat162float({(uint16_t)(k % 2 ? word >> 16 : word)});
       } else {
@@ -318,7 +343,7 @@ inline void carry_out(const Product& p) {
         unsigned column = 8 * i + lane % 4 * 2 + c;
         float sum = p.add ? p.d[4 * i + 2 * r + c] : 0.f;
         for (int k = 0; k < 16; k++)
-          sum += a[k] * __bfloat162float(element(p.b_mn ? mn_major(p.b, k, column) : k_major(p.b, column, k)));
+          sum += a[k] * __bfloat162float(element_of_b(p, k, column));
         p.d[4 * i + 2 * r + c] = sum;
       }
   }
@@ -336,14 +361,15 @@ template <int LEFT> inline void wgmma_wait() {
     groups[me].erase(groups[me].begin());
   }
 }
-template <int N> inline void settled(float (&)[N]) {}
+template <int N> inline void wait_registers(float (&)[N]) {}
 template <int N> inline void more_registers() {}
 template <int N> inline void less_registers() {}
 
 template <int N, bool B_MN> inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
   emulated::issue({d, N, B_MN, add != 0, nullptr, a, b});
 }
-template <int N, bool B_MN> inline void wgmma(float (&d)[N / 2], const uint32_t* a, uint64_t b, int add) {
+template <int N, bool B_MN>
+inline void wgmma(float (&d)[N / 2], const uint32_t* a, uint64_t b, int add) {
   emulated::issue({d, N, B_MN, add != 0, a, 0, b});
 }
 

@@ -1,0 +1,416 @@
+"""Batches: sample number k becomes an example, and examples become a packed batch.
+
+    task   given (clean)                       predicted (noisy)               unconditional
+    t2t    [C] the text before each block      [N] each block                  [N]
+    t2i    [C] the caption                     [I] the image, sometimes [N]    [I]
+    it2t   [P][I] instruction and image,       [N] each block of the answer    [N]
+           [C] the answer before each block
+
+Everything random about sample k is drawn from (seed, k, purpose), so an example is the same alone,
+in every batch, for every number of workers, and in a run that is resumed:
+
+    DROP       is the condition dropped; where is the text cut; is the caption predicted as well
+    TIME       normal draws, which flow.sample_time turns into flow times
+    NOISE      eps of the image, then of the text
+    POSTERIOR  noise of a VAE's posterior sample z = mean + std * noise
+    MASK       tokens that the masking loss hides
+    TASK       the task of text k in stage 1;  PICK  the image of number k in stage 1b
+
+The text VAE may be training, so a batch holds tokens, and for each text position the number of
+its latent (`source`). The image VAE is frozen in stage 2, so a batch holds image latents.
+
+Shapes: T tokens and Lv latents of all texts; L positions of the prior, Lt of text, Li of images;
+n latents of one text; U distinct times; Dz, Cz channels of text and image latents; B images of
+H x W pixels, h x w latents.    Run: python batches.py   (CPU, 3 s)
+"""
+from __future__ import annotations
+
+import dataclasses
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import config
+import data
+import flow
+import masks
+from cola import Cola, Tokenizer, pad_to_multiple, to_float
+from cuda_attention import Plan, make_plan
+from data import Purpose
+from image_vae import ImageVAE, ImageVAEConfig
+from masks import I, IT2T, N, T2I, T2T, TASKS, Layout
+from mmdit import MMDiT, MMDiTConfig
+from text_vae import TextVAE, TextVAEConfig
+
+MASK_SHARE = 0.15                      # of the tokens, hidden for the masking loss, as in BERT
+
+
+# ---- What the three stages train on ------------------------------------------------------------
+
+@dataclass
+class TextBatch:
+    """Texts for stage 1, one after another."""
+    ids: Tensor                        # (T,)
+    lengths: list[int]                 # latents of each text
+    noise: Tensor                      # (Lv, Dz) of the posterior sample
+    masked: Tensor                     # (T,) bool, tokens that the masking loss hides
+
+    @property
+    def positions(self) -> int:
+        return sum(self.lengths)
+
+    def counts(self) -> dict[str, float]:
+        """What the losses of stage 1 are divided by, once summed over all batches of a step."""
+        return {"tokens": self.ids.numel(), "masked": int(self.masked.sum())}
+
+
+@dataclass
+class ImageBatch:
+    """Images of one size for stage 1b."""
+    x: Tensor                          # (B, 3, H, W) in [-1, 1]
+    noise: Tensor                      # (B, Cz, h, w) of the posterior sample
+
+    @property
+    def positions(self) -> int:
+        return self.noise[:, 0].numel()
+
+    def counts(self) -> dict[str, float]:
+        return {"images": len(self.x)}
+
+
+@dataclass
+class Batch:
+    """Samples of stage 2, of any tasks, packed. Nothing random is left to draw."""
+    ids: Tensor                        # (T,) texts that the text VAE encodes
+    lengths: list[int]                 # latents of each text
+    posterior_noise: Tensor            # (Lv, Dz) of the posterior sample
+    masked: Tensor                     # (T,) bool, tokens that the masking loss hides
+    layout: Layout                     # of the L positions
+    targets: Tensor                    # (n,) positions with t > 0: only their velocity is needed
+    source: Tensor                     # (Lt,) which of the Lv latents stands at a text position
+    text_task: Tensor                  # (Lt,) task of its sample
+    text_moves: Tensor                 # (Lt,) bool, t > 0: the position bears L_text
+    eps_text: Tensor                   # (Lt, Dz) noise, 0 in P and C
+    z_image: Tensor                    # (Li, Cz) clean latents
+    image_moves: Tensor                # (Li,) bool, t > 0: the position bears L_image
+    eps_image: Tensor                  # (Li, Cz) noise
+    t: Tensor                          # (U,) distinct times; t[0] = 0 is clean
+    t_index: Tensor                    # (L,) which of them a position has
+    plan: Plan = field(init=False)     # attention of all positions to each other
+    target_plan: Plan = field(init=False)      # attention of the targets to all positions
+
+    def __post_init__(self):
+        self.plan = make_plan(self.layout)
+        self.target_plan = make_plan(self.layout.select(self.targets), self.layout)
+
+    @property
+    def positions(self) -> int:
+        return len(self.layout)
+
+    def counts(self) -> dict[str, float]:
+        """Positions that bear a loss, times their channels, of images and of the text of each
+        task; tokens and masked tokens. The losses are divided by sums of these."""
+        image = int(self.image_moves.sum()) * self.eps_image.shape[1]
+        text = torch.bincount(self.text_task[self.text_moves], minlength=len(TASKS))
+        text = dict(zip(TASKS, (text * self.eps_text.shape[1]).tolist()))
+        return {"image": image} | text | {"tokens": self.ids.numel(),
+                                          "masked": int(self.masked.sum())}
+
+
+# ---- One sample of stage 2 ---------------------------------------------------------------------
+
+@dataclass
+class Example:
+    """One sample, before it is packed."""
+    sample: masks.Sample               # its task, and the number of positions in each segment
+    texts: list[list[int]]             # tokens of the texts that the text VAE encodes for it
+    image: int                         # number of its image in the dataset; -1: none
+    source: np.ndarray                 # (text positions,) which latent of these texts stands there
+    clean: np.ndarray                  # (positions of N,) bool, is it given, without noise
+    normal: np.ndarray                 # (1 + blocks,) draws for the image's and each block's time
+    eps_text: np.ndarray               # (positions of N, Dz) noise
+    eps_image: np.ndarray              # (positions of I, Cz) noise
+    posterior_noise: np.ndarray        # (latents of its texts, Dz)
+    masked: np.ndarray                 # (tokens of its texts,) bool
+
+
+def pick_task(shares: dict[str, float], u: float) -> int:
+    """The task at u in [0, 1), if the tasks divide this interval by their shares."""
+    ends = np.cumsum([shares.get(name, 0.0) for name in TASKS])
+    last = max(i for i, name in enumerate(TASKS) if name in shares)
+    return min(int(np.searchsorted(ends, u, side="right")), last)     # ends[-1] may round below 1
+
+
+def step_tasks(args: Namespace, step: int) -> list[int]:
+    """The task of each micro-step of a step of stage 2: evenly spaced over the shares."""
+    shares = config.task_shares(args.tasks)
+    offset = data.rng(args.seed, step, Purpose.TASK).random()
+    return [pick_task(shares, (m + offset) / args.micro_steps) for m in range(args.micro_steps)]
+
+
+class Batches:
+    """Sample numbers -> batches, from a dataset of data.open_data, for one system."""
+
+    def __init__(self, args: Namespace, dataset, model: Cola):
+        self.args, self.dataset, self.model = args, dataset, model
+        self.rng = partial(data.rng, args.seed)                       # (k, purpose) -> Generator
+        self.shares = config.task_shares(args.tasks)
+        self.block, self.patch = model.block_len, model.text_vae.config.patch_size
+        self.dz, self.cz = model.text_vae.config.latent_dim, model.mmdit.config.image_channels
+        loc = args.text_loc
+        self.text_loc = flow.text_loc(self.dz, self.block) if loc is None else loc
+        # In stage 2, tokens are hidden only if the text VAE trains.
+        self.mask_share = MASK_SHARE if args.vae_lr_ratio and args.lambda_mask else 0.0
+
+    def example(self, task: int, k: int) -> Example:
+        """Sample k of a task. The three functions below are the rows of the table above."""
+        return (self.t2t, self.t2i, self.it2t)[task](k)
+
+    def t2t(self, k: int) -> Example:
+        """[C][N] predicts each block of a text from the blocks before it; unconditional [N].
+
+        The text is cut at random, and what is before the cut is given, as a prefix in sampling."""
+        draw = self.rng(k, Purpose.DROP)
+        dropped = draw.random() < self.args.cfg_drop
+        ids, cut, filled = self.cut_text(self.dataset.t2t(k), draw)
+        n = len(ids) // self.patch
+        index = np.arange(n)
+        # Half of the samples bear no loss in the blocks before the cut.
+        skip = cut // self.block * self.block if draw.random() < 0.5 else 0
+        texts, source = [ids], index
+        if cut and self.model.text_vae.config.block_len > 1:
+            # In sampling, the prefix is encoded before the rest of its VAE block is known.
+            texts, source = [ids, ids[:cut * self.patch]], np.where(index < cut, n + index, index)
+        # No position sees the last block of C.
+        sample = masks.Sample(T2T, clean=0 if dropped else n - self.block, noisy=n, skip=skip)
+        clean = self.model.stays_clean(index, cut, filled)
+        return self.complete(k, sample, texts, source, clean)
+
+    def t2i(self, k: int) -> Example:
+        """[C][I] predicts an image from its caption; [C][I][N], in a share aux_caption of the
+        samples, also each block of the caption from those before it; unconditional [I]."""
+        caption, image = self.dataset.t2i(k)
+        draw = self.rng(k, Purpose.DROP)
+        dropped = draw.random() < self.args.cfg_drop
+        auxiliary = draw.random() < self.args.aux_caption
+        ids = [] if dropped else self.text_ids(caption)
+        n = len(ids) // self.patch
+        sample = masks.Sample(T2I, image=self.grid(image), clean=n, noisy=n if auxiliary else 0)
+        return self.complete(k, sample, [ids], np.arange(n), np.zeros(n, bool), image)
+
+    def it2t(self, k: int) -> Example:
+        """[P][I][C][N] predicts each block of an answer from instruction, image and the blocks
+        before it; unconditional [N], with the coordinates that it has behind the instruction."""
+        prompt, image, answer = self.dataset.it2t(k)
+        dropped = self.rng(k, Purpose.DROP).random() < self.args.cfg_drop
+        prompt_ids, ids = self.model.ids(prompt, end=False), self.text_ids(answer)
+        p, n = len(prompt_ids) // self.patch, len(ids) // self.patch
+        sample = masks.Sample(IT2T, p, self.grid(image), clean=n - self.block, noisy=n, start=p)
+        if dropped:
+            sample, prompt_ids, image = masks.Sample(IT2T, noisy=n, start=p), [], -1
+        texts, source = [prompt_ids, ids], sample.prompt + np.arange(n)
+        return self.complete(k, sample, texts, source, np.zeros(n, bool), image)
+
+    def complete(self, k: int, sample: masks.Sample, texts: list[list[int]], source: np.ndarray,
+                 clean: np.ndarray, image: int = -1) -> Example:
+        """The example, with its noise and the draws for its times.
+
+        source (n,): for each latent of the predicted text its number among the latents of
+        `texts`; clean (n,): bool, whether it is clean in N. The latents of P come first."""
+        (h, w), noisy = sample.image, slice(sample.skip, sample.noisy)
+        normal = self.rng(k, Purpose.TIME).standard_normal(1 + len(source) // self.block)
+        if self.args.time_per == "sample":
+            normal[1:] = normal[-1]
+        noise = self.rng(k, Purpose.NOISE)
+        eps_image = noise.standard_normal((h * w, self.cz), np.float32)
+        eps_text = noise.standard_normal((sample.noisy, self.dz), np.float32)[noisy]
+        source = np.concatenate([np.arange(sample.prompt), source[:sample.clean], source[noisy]])
+        return Example(sample, texts, image, source, clean[noisy], normal, eps_text, eps_image,
+                       *self.vae_noise(k, texts, self.mask_share))
+
+    # texts and images
+
+    def whole_blocks(self, ids: list[int]) -> list[int]:
+        """Tokens with end tokens up to whole blocks, at least one. A text longer than seq_len is
+        cut to whole blocks and has no end token."""
+        block = self.block * self.patch
+        longest = self.args.seq_len // block * block
+        if len(ids) >= longest:
+            return ids[:longest]
+        return pad_to_multiple(ids, block, self.model.tokenizer.end)
+
+    def text_ids(self, text: str) -> list[int]:
+        return self.whole_blocks(self.model.tokenizer.encode(text))
+
+    def cut_text(self, text: str, draw: np.random.Generator) -> tuple[list[int], int, range]:
+        """Cuts a text at a token, from its first to its end. Returns its tokens, the latents
+        before the cut, and which latents hold padding at the cut (Cola.align)."""
+        ids = self.model.tokenizer.encode(text)
+        cut = int(draw.integers(min(len(ids) + 1, len(self.whole_blocks(ids)))))
+        ids, cut, filled = self.model.align(ids, cut)
+        ids = self.whole_blocks(ids)
+        return ids, min(cut, len(ids)) // self.patch, filled
+
+    def vae_noise(self, k: int, texts: list[list[int]], mask_share: float
+                  ) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior noise (latents, Dz) of texts, and bool (tokens,): which of them to hide."""
+        tokens = sum(map(len, texts))
+        shape = tokens // self.patch, self.dz
+        noise = self.rng(k, Purpose.POSTERIOR).standard_normal(shape, np.float32)
+        return noise, self.rng(k, Purpose.MASK).random(tokens) < mask_share
+
+    def grid(self, image: int) -> tuple[int, int]:
+        """Rows and columns of the latents of an image."""
+        h, w = self.dataset.image_hw(image)
+        return h // self.model.image_vae.downsample, w // self.model.image_vae.downsample
+
+    @torch.no_grad()
+    def image_latents(self, images: list[int]) -> Tensor:
+        """Clean latents of these images, packed (Li, Cz), on the CPU; one pass per size, fp32."""
+        if not images:
+            return torch.zeros(0, self.cz)
+        pixels, latents = self.dataset.images(images), {}
+        for hw in {x.shape[:2] for x in pixels}:
+            group = [i for i, x in enumerate(pixels) if x.shape[:2] == hw]
+            with torch.autocast(self.model.device.type, enabled=False):
+                z = self.model.encode_images([pixels[i] for i in group])      # (B h w, Cz)
+            latents |= zip(group, z.cpu().chunk(len(group)))
+        return torch.cat([latents[i] for i in range(len(images))])
+
+    # many samples
+
+    def text(self, numbers: range) -> TextBatch:
+        """Texts for stage 1: those that the text VAE will encode in stage 2, in the same shares."""
+        texts, noise = [], []
+        for k in numbers:
+            task = pick_task(self.shares, self.rng(k, Purpose.TASK).random())
+            if task == T2T:
+                new = [self.cut_text(self.dataset.t2t(k), self.rng(k, Purpose.DROP))[0]]
+            elif task == T2I:
+                new = [self.text_ids(self.dataset.t2i(k)[0])]
+            else:
+                prompt, _, answer = self.dataset.it2t(k)
+                new = [self.text_ids(answer), self.model.ids(prompt, end=False)]
+            texts += new
+            noise.append(self.vae_noise(k, new, MASK_SHARE))
+        noise, masked = (torch.from_numpy(np.concatenate(x)) for x in zip(*noise))
+        return TextBatch(*self.packed(texts), noise, masked)
+
+    def images(self, numbers: range) -> list[ImageBatch]:
+        """Images for stage 1b, in one batch per size."""
+        vae, count = self.model.image_vae, self.dataset.num_images
+        chosen = [(int(self.rng(k, Purpose.PICK).integers(count)), k) for k in numbers]
+        batches = []
+        for hw in sorted({self.dataset.image_hw(i) for i, _ in chosen}):
+            group = [(i, k) for i, k in chosen if self.dataset.image_hw(i) == hw]
+            x = to_float(np.stack(self.dataset.images([i for i, _ in group])))    # (B, 3, H, W)
+            shape = vae.channels, hw[0] // vae.downsample, hw[1] // vae.downsample
+            noise = [self.rng(k, Purpose.POSTERIOR).standard_normal(shape, np.float32)
+                     for _, k in group]
+            batches.append(ImageBatch(x, torch.from_numpy(np.stack(noise))))
+        return batches
+
+    def pixels(self, numbers: range) -> Iterator[Tensor]:
+        """The same images on the model's device, (B, 3, H, W), at most 32 at a time."""
+        for start in range(0, len(numbers), 32):
+            for batch in self.images(numbers[start:start + 32]):
+                yield batch.x.to(self.model.device)
+
+    def prior(self, work: list[tuple[int, int]]) -> Batch:
+        """The packed batch of these samples, each a task and a number."""
+        examples = [self.example(task, k) for task, k in work]
+        layout = masks.pack([e.sample for e in examples], self.block)
+        task, is_image = layout.task[layout.sample], layout.segment == I      # (L,) each
+        is_noisy_text = layout.segment == N
+        moving = is_image & (task == T2I)                                     # t > 0
+        moving[is_noisy_text] = ~join(examples, "clean")
+        eps_text = torch.zeros(len(layout), self.dz)
+        eps_text[is_noisy_text] = join(examples, "eps_text")
+        first_latent = starts([len(e.posterior_noise) for e in examples])     # of each example
+        source = first_latent[layout.sample[~is_image]] + join(examples, "source")
+        # The times: t[0] = 0, then of each example that of the image and those of its blocks.
+        normal = join(examples, "normal").float()                             # (U - 1,)
+        first_time = starts([len(e.normal) for e in examples])
+        loc, shift = torch.full_like(normal, self.text_loc), torch.ones_like(normal)
+        loc[first_time] = self.model.image_loc
+        shift[first_time] = torch.tensor([flow.image_shift(e.eps_image.size) for e in examples])
+        t = flow.sample_time(normal, self.args.time_law, loc, self.args.time_scale, shift)
+        own = 1 + first_time[layout.sample] + torch.where(is_image, 0, 1 + layout.block)
+        ids, lengths = self.packed([text for e in examples for text in e.texts])
+        z_image = self.image_latents([e.image for e in examples if e.image >= 0])
+        return Batch(
+            ids, lengths, join(examples, "posterior_noise"), join(examples, "masked"), layout,
+            targets=moving.nonzero()[:, 0], source=source, text_task=task[~is_image],
+            text_moves=moving[~is_image], eps_text=eps_text[~is_image], z_image=z_image,
+            image_moves=moving[is_image], eps_image=join(examples, "eps_image"),
+            t=torch.cat([torch.zeros(1), t]), t_index=torch.where(moving, own, 0))
+
+    def packed(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:
+        """Tokens (T,) of these texts, one after another, and the latents of each; empty texts,
+        such as a dropped caption, are left out."""
+        ids = torch.tensor([token for text in texts for token in text], dtype=torch.long)
+        return ids, [len(text) // self.patch for text in texts if text]
+
+
+def join(examples: list[Example], name: str) -> Tensor:
+    """One array of all examples, one after another."""
+    return torch.from_numpy(np.concatenate([getattr(e, name) for e in examples]))
+
+
+def starts(lengths: list[int]) -> Tensor:
+    """Where each part starts when parts of these lengths lie one after another."""
+    return torch.tensor([0, *lengths[:-1]]).cumsum(0)
+
+
+# ---- Ahead of the device -----------------------------------------------------------------------
+
+def to_device(batch, device: torch.device):
+    """The batch with its tensors on the device, and its attention plans built there."""
+    names = {f.name for f in dataclasses.fields(batch) if f.init} - {"lengths"}
+    batch = dataclasses.replace(batch, **{n: getattr(batch, n).to(device) for n in names})
+    if isinstance(batch, Batch):
+        batch.plan.build()
+        batch.target_plan.build()
+    return batch
+
+
+def ahead(make: Callable[[int], list], steps: range, device: torch.device
+          ) -> Iterator[tuple[int, list, float]]:
+    """(step, its batches on the device, seconds waited for them), made one step ahead in a thread.
+
+    make(step) -> the batches of a step, on the CPU."""
+    def prepare(step: int) -> list:
+        return [to_device(batch, device) for batch in make(step)]
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(prepare, steps[0]) if steps else None
+        for step in steps:
+            began = time.perf_counter()
+            batches = coming.result()
+            waited = time.perf_counter() - began
+            if step + 1 in steps:
+                coming = thread.submit(prepare, step + 1)
+            yield step, batches, waited
+
+
+if __name__ == "__main__":
+    args = config.merge(config.parse(["--pool", "64", "--cfg_drop", "0", "--block_len", "4"]))
+    dataset = data.open_data(args)
+    tokenizer = Tokenizer.train(dataset.corpus(500), 512)
+    model = Cola(TextVAE(TextVAEConfig(tokenizer.n_vocab)), ImageVAE(ImageVAEConfig()),
+                 MMDiT(MMDiTConfig()), tokenizer, args.block_len, (32, 32), 1.0)
+    made = Batches(args, dataset, model)
+    print("sample 0 of each task; expect time 0 in P and C, and in I except for t2i")
+    for task, name in enumerate(TASKS):
+        example, batch = made.example(task, 0), made.prior([(task, 0)])
+        print(f"{name}:", " | ".join(map(tokenizer.decode, example.texts)))
+        for segment in batch.layout.segment.unique():
+            t = batch.t[batch.t_index[batch.layout.segment == segment]]
+            print(f"  {masks.SEGMENTS[segment]}: {len(t)} positions, latest time {t.max():.2f}")

@@ -1,0 +1,286 @@
+"""Checkpoint: what a run leaves in its folder, and how another run takes it up.
+
+    ckpt.pt            the last checkpoint; ckpt.prev.pt the one before
+    log.jsonl          one line for every step
+
+A checkpoint is one dict of plain types and tensors (cola.read opens it, cola.build makes a model):
+
+    format, config, tokenizer    the architecture (Cola.config, Tokenizer.to_dict)
+    model     all weights by name, "text_vae.encoder..", "image_vae..", "mmdit.blocks.0.."
+    ema       averaged weights of stage 2 under the same names
+    moments   the optimizers' tensors of the stage that was trained last, by parameter
+    extra     weights that belong to the training alone: "ref.." and "repa.." of stage 2
+    args      every flag of the run            progress  steps done of each stage
+    seconds   of training                      closed    stages that came trained from elsewhere
+
+It is written to a temporary file first, which then takes the place of the old one: there is a whole
+checkpoint at every moment after the first.
+
+Run: python checkpoint.py   (CPU, 5 s)
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+import cola
+import config
+import data
+import release
+from cola import Cola, Tokenizer
+from image_vae import ImageVAE, ImageVAEConfig
+from mmdit import MMDiT, MMDiTConfig
+from text_vae import TextVAE, TextVAEConfig
+from workers import Worker, full, like
+
+EXTRA = ("ref.", "repa.")              # weights of stage 2 that are not part of the model
+
+
+@dataclass
+class State:
+    """What a run carries along besides the weights of the model."""
+    progress: dict[str, int] = field(default_factory=lambda: dict.fromkeys(config.STAGES, 0))
+    seconds: float = 0.0
+    closed: list[str] = field(default_factory=list)
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: dict | None) -> State:
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__}) if found else cls()
+
+
+# ---- Where a run begins ------------------------------------------------------------------------
+
+def begin(given: dict) -> tuple[Namespace, dict | None]:
+    """The flags of a run, merged with those of the checkpoint it starts from, and this checkpoint.
+
+    ValueError or FileNotFoundError, one line, where a run would be overwritten, or where flags
+    contradict the checkpoint.
+    """
+    folder = Path(given.get("out_dir", config.DEFAULTS["out_dir"]))
+    path = folder / "ckpt.pt"
+    exists = path.exists() or path.with_name("ckpt.prev.pt").exists()
+    if exists and given.get("resume") == "auto":
+        found = latest(folder)
+        return config.merge(given, found["args"], "resume", str(path)), found
+    if exists and not given.get("dry_run"):
+        raise ValueError(f"{path} exists; continue it with --resume auto, or choose another "
+                         "--out_dir")
+    if given.get("init_from"):
+        found = cola.read(given["init_from"])
+        args = config.merge(given, found["args"], "init", given["init_from"])
+        trained = [name for name in config.STAGES[:2] if found["progress"][name]]
+        new = State(closed=sorted({*trained, *found["closed"]}))
+        return args, found | vars(new) | {"model": found["model"] | found["ema"]}
+    if given.get("init_official"):
+        settled = release.flags(given["init_official"]) | {"text_vae_steps": 0}
+        return config.merge(given, settled, "init", given["init_official"]), None
+    return config.merge(given), None
+
+
+def latest(folder: Path) -> dict:
+    """The last checkpoint of a run, or the one before it if the last is damaged."""
+    try:
+        return cola.read(folder / "ckpt.pt")
+    except (ValueError, FileNotFoundError):
+        if not (folder / "ckpt.prev.pt").exists():
+            raise
+        return cola.read(folder / "ckpt.prev.pt")
+
+
+def new_model(args: Namespace, dataset) -> Cola:
+    """A system with fresh weights, or with those of a public release and a fresh image side. All
+    workers have the same, as all start from one seed."""
+    a, released, hw = args, None, config.image_hw(args)
+    if not a.init_official:
+        tokenizer = Tokenizer.named(a.tokenizer) if a.tokenizer else \
+            Tokenizer.train(dataset.corpus(4000), a.vocab_size)
+    torch.manual_seed(a.seed)
+    if a.init_official:
+        released = release.load(a.init_official, a.image_latent_dim, a.dual_layers)
+        tokenizer, text_vae = released.tokenizer, released.text_vae
+    else:
+        text_vae = TextVAE(TextVAEConfig(
+            tokenizer.n_vocab, a.text_vae_width, 4 * a.text_vae_width, a.text_vae_heads,
+            a.text_vae_layers, a.text_vae_layers, a.text_latent_dim, a.text_patch,
+            a.vae_block_len, config.logsnr(a)))
+    image_vae = ImageVAE(ImageVAEConfig(
+        a.image_latent_dim, a.downsample, a.image_vae_width, tuple(a.image_vae_levels),
+        a.image_vae_blocks, a.image_vae_patch))
+    image_vae.check_size(*hw)
+    head_dim = a.width // a.heads
+    mmdit = released.mmdit if released else MMDiT(MMDiTConfig(
+        a.text_latent_dim, a.image_latent_dim, a.width, a.heads, head_dim, a.layers,
+        a.dual_layers, emb_dim=a.width, rope_dim=head_dim, as_released=a.as_released))
+    return Cola(text_vae, image_vae, mmdit, tokenizer, a.block_len, hw, config.image_time_loc(a),
+                a.first_block, tuple(config.task_shares(a.tasks)))
+
+
+def build(found: dict, args: Namespace) -> Cola:
+    """The system of a checkpoint with its weights in training, set to the flags of this run. It
+    keeps the tasks it was trained for before."""
+    model = cola.build(found, "model")
+    model.image_hw, model.block_len = config.image_hw(args), args.block_len
+    model.image_loc, model.first_block = config.image_time_loc(args), args.first_block
+    model.tasks = tuple(dict.fromkeys([*model.tasks, *config.task_shares(args.tasks)]))
+    model.image_vae.check_size(*model.image_hw)
+    return model
+
+
+def open_stages(args: Namespace, state: State) -> tuple[list[str], list[str]]:
+    """The stages to train, and those asked for that are left as they are: a later stage has learned
+    from them, or they came trained from another run and are not asked for by name.
+
+    ValueError for a prior without trained VAEs."""
+    open_, left = [], []
+    for i, name in enumerate(config.STAGES):
+        later = any(state.progress[x] for x in config.STAGES[i + 1:])
+        learned_from = later and (state.progress[name] or state.progress["mmdit"])
+        if name in config.stages(args):
+            closed = learned_from or name in state.closed and args.stage != name
+            (left if closed else open_).append(name)
+    if open_ == ["mmdit"] and not state.progress["mmdit"]:
+        images = config.task_shares(args.tasks).keys() - {"t2t"}
+        for name in ("text_vae", "image_vae") if images else ("text_vae",):
+            if not state.progress[name] and name not in state.closed and config.steps(args, name):
+                raise ValueError(f"--stage mmdit: the {name} is not trained; first --stage {name}, "
+                                 "or start from a checkpoint with --init_from")
+    return open_, [name for name in left if config.steps(args, name) > state.progress[name]]
+
+
+# ---- Saving ------------------------------------------------------------------------------------
+
+def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: Worker) -> None:
+    """Writes out_dir/ckpt.pt, whole or not at all. All workers call it, as sharded weights are put
+    together by all; worker 0 writes. OSError if it cannot."""
+    weights = {name: full(x) for name, x in nn.ModuleDict(model.parts()).state_dict().items()}
+    state.extra = {name: full(x) for name, x in stage.state_dict().items()
+                   if name.startswith(EXTRA)} or state.extra
+    found = vars(state) | {
+        "format": cola.FORMAT, "config": model.config(), "tokenizer": model.tokenizer.to_dict(),
+        "args": vars(args), "model": weights,
+        "ema": {name: full(x) for name, x in state.ema.items()}}
+    if worker.rank:
+        return
+    path = Path(args.out_dir, "ckpt.pt")
+    temporary, before = path.with_suffix(".pt.tmp"), path.with_name("ckpt.prev.pt")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(found, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:               # torch's writer has errors of its own
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0][:80]
+        raise OSError(f"{temporary}: cannot be written ({reason}); {path} is unchanged") from None
+    if path.exists():
+        before.unlink(missing_ok=True)
+        try:
+            os.link(path, before)
+        except OSError:                                    # a file system without links
+            shutil.copyfile(path, before)
+    os.replace(temporary, path)
+
+
+def moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor]) -> dict:
+    """The optimizers' tensors by the name of their parameter, whole. A parameter without a
+    gradient so far has none."""
+    states = {p: state for o in optimizers for p, state in o.state.items()}
+    return {name: {key: full(x) for key, x in states[p].items()}
+            for name, p in weights.items() if p in states}
+
+
+def restore_moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor],
+                    saved: dict) -> None:
+    """The inverse of `moments`. A parameter whose tensors are missing, or are another optimizer's,
+    begins with fresh ones."""
+    names = {p: name for name, p in weights.items()}
+    for optimizer in optimizers:
+        muon = not isinstance(optimizer, torch.optim.AdamW)
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            state = saved.get(names[p], {})
+            if state and ("momentum" in state) == muon:
+                optimizer.state[p] = {key: like(x, p) if x.shape == p.shape else
+                                      x.to(p.device, copy=True) for key, x in state.items()}
+
+
+# ---- The log -----------------------------------------------------------------------------------
+
+def read_log(path: str | Path) -> list[dict]:
+    """The steps of a log.jsonl; a line that was cut off by a full disk is left out."""
+    entries = []
+    for line in Path(path).read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return [e for e in entries if isinstance(e, dict) and e.get("stage") in config.STAGES]
+
+
+def trim_log(out_dir: str, progress: dict[str, int]) -> None:
+    """Drops from log.jsonl the steps after the checkpoint, which will be taken again."""
+    path = Path(out_dir, "log.jsonl")
+    if path.exists():
+        kept = [e for e in read_log(path) if e["step"] <= progress[e["stage"]]]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
+        os.replace(temporary, path)
+
+
+class Log:
+    """log.jsonl and the progress bar of a stage. Only worker 0 has them."""
+    def __init__(self, out_dir: str, stage: str, start: int, steps: int, worker: Worker):
+        self.stage, first = stage, worker.rank == 0
+        self.file = open(f"{out_dir}/log.jsonl", "a", buffering=1) if first else None
+        self.bar = tqdm(desc=stage, unit="step", total=steps, initial=start, mininterval=1,
+                        disable=not first)
+
+    def write(self, step: int, terms: dict[str, float], **more: float) -> None:
+        """One line. A value that is not finite is null, as JSON has no word for it."""
+        if self.file:
+            entry = terms | more
+            entry = {name: x if math.isfinite(x) else None for name, x in entry.items()}
+            self.file.write(json.dumps({"stage": self.stage, "step": step, **entry}) + "\n")
+            shown = {name: f"{x:.4f}" for name, x in terms.items()}
+            speed = more["positions"] / max(more["seconds"], 1e-9)
+            self.bar.set_postfix(shown | {"positions/s": f"{speed:.0f}"}, refresh=False)
+            self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+def demonstrate() -> None:
+    """A run's files without a run: a checkpoint is saved, changed flags are merged on resuming."""
+    args = config.merge({"device": "cpu", "pool": 50})
+    dataset = data.open_data(args)
+    with tempfile.TemporaryDirectory() as args.out_dir:
+        model = new_model(args, dataset)
+        state = State(progress=dict.fromkeys(config.STAGES, 7))
+        save(args, model, nn.Module(), state, Worker())
+        again, found = begin({"out_dir": args.out_dir, "resume": "auto", "lr": 0.001})
+        same = torch.equal(build(found, again).mmdit.text_in.weight, model.mmdit.text_in.weight)
+        print(f"resumed at {found['progress']} (expect 7 each), lr {again.lr} (expect 0.001), "
+              f"width {again.width} (expect 128), same weights: {same} (expect True)")
+        try:
+            begin({"out_dir": args.out_dir, "resume": "auto", "width": 64})
+        except ValueError as error:
+            print(f"another architecture is refused: {error}")
+
+
+if __name__ == "__main__":
+    demonstrate()

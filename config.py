@@ -1,0 +1,390 @@
+"""Config: every flag of a run in one table, one row each.
+
+    name, default, allowed, kind, why
+
+`allowed` is the lowest and the highest number, or the words to choose from; None allows any text.
+`kind` decides which value a flag has when a run starts from a checkpoint:
+
+    kind      --resume auto                      --init_from FILE, --init_official DIR
+    MODEL     the checkpoint's; others refused   the checkpoint's; others refused
+    RECIPE    the checkpoint's, unless given     the checkpoint's, unless given
+    DATA      the checkpoint's, unless given     the command line's
+    RUN       the command line's                 the command line's
+
+A flag that is not given has the checkpoint's value if its kind says so, and its default otherwise:
+
+    flags of a run = defaults | flags of the checkpoint | flags given
+
+Run: python config.py --help
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cola import FIRST_BLOCK
+from cuda_attention import BACKENDS
+from data import SEEDS
+from masks import TASKS
+from scenes import pictures
+
+MODEL, RECIPE, DATA, RUN = "model", "recipe", "data", "run"
+INHERITED = {"resume": (MODEL, RECIPE, DATA), "init": (MODEL, RECIPE)}  # kinds a checkpoint sets
+STAGES = ("text_vae", "image_vae", "mmdit")        # in the order in which they are trained
+
+
+class Flag(NamedTuple):
+    name: str
+    default: Any                                   # None: depends on other flags
+    allowed: tuple | None
+    kind: str
+    why: str
+
+
+# ---- Ranges that several flags share -----------------------------------------------------------
+
+COUNT = (1, 10**9)
+STEPS = (0, 10**9)                                 # 0 leaves out a stage, a rest or the evaluation
+SIZE = (1, 1 << 16)
+LAYERS = (1, 1 << 10)
+BLOCK = (1, 1 << 12)
+SHARE = (0.0, 1.0)
+WEIGHT = (0.0, 1e6)                                # 0 switches a term of the loss off
+RATE = (1e-12, 1e6)                                # above 0
+LOGIT = (-100.0, 100.0)
+GUIDANCE = (-1e6, 1e6)
+
+# ---- The table ---------------------------------------------------------------------------------
+
+FLAGS: dict[str, list[Flag]] = {
+    "run": [
+        Flag("out_dir", "out", None, RUN, "folder for ckpt.pt, log.jsonl, metrics.json and plots"),
+        Flag("stage", "all", (*STAGES, "all"), RUN, "train one stage alone"),
+        Flag("resume", "never", ("never", "auto"), RUN, "auto continues from out_dir/ckpt.pt"),
+        Flag("init_from", "", None, RUN, "start from the averaged weights of a checkpoint"),
+        Flag("init_official", "", None, RUN, "start from a public Cola DLM release, a folder with "
+             "cola_vae, cola_dit and tokenizer.json, and a fresh image side"),
+        Flag("dry_run", False, None, RUN, "print what would be trained, and write nothing"),
+        Flag("seed", 0, (0, SEEDS - 1), RECIPE, "the same seed gives the same run"),
+        Flag("device", "auto", ("auto", "cuda", "cpu"), RUN, "auto takes a GPU if there is one"),
+        Flag("procs", 0, (0, 4096), RUN, "workers on a CPU, one thread each; 0 is one per core"),
+        Flag("fsdp", False, None, RUN, "shard weights, gradients, moments and average of stage 2 "
+             "over the workers (FSDP2)"),
+        Flag("compile", False, None, RUN, "torch.compile the blocks of the prior"),
+        Flag("attention", "auto", BACKENDS, RUN, "backend of the masked attention"),
+        Flag("bf16", "auto", ("auto", "on", "off"), RECIPE, "matrix products in bfloat16; auto: on "
+             "a GPU, and on a CPU where it makes a layer 1.5 times faster"),
+        Flag("save_every", 500, COUNT, RUN, "steps between checkpoints"),
+    ],
+    "data": [
+        Flag("data", [], None, DATA, "folders, .jsonl or .tar files of captioned images; without "
+             "them and without --text, scenes are generated"),
+        Flag("text", [], None, DATA, ".txt, .txt.gz or .jsonl files for t2t; without them, t2t "
+             "has captions or stories"),
+        Flag("tasks", "t2t:1,t2i:2,it2t:3", None, RECIPE, "ratios of the tasks"),
+        Flag("image_size", [32], (8, 1 << 12), RECIPE, "pixels: one number, or height and width"),
+        Flag("aspect", False, None, DATA, "keep aspect ratios, in buckets of the same area"),
+        Flag("seq_len", 128, SIZE, RECIPE, "longest text or caption in tokens"),
+        Flag("vocab_size", 512, COUNT, MODEL, "tokens of a byte-level BPE trained on the corpus"),
+        Flag("tokenizer", "", None, MODEL, "a tiktoken encoding instead, such as cl100k_base"),
+        Flag("pool", 20000, COUNT, RECIPE, "number of different generated scenes"),
+        Flag("questions", 0.75, SHARE, RECIPE, "share of IT2T samples that ask a question; the "
+             "others ask for a description"),
+    ],
+    "text VAE (stage 1)": [
+        Flag("text_latent_dim", 16, SIZE, MODEL, "channels of a text latent"),
+        Flag("text_patch", 1, SIZE, MODEL, "tokens per latent"),
+        Flag("text_vae_width", 96, SIZE, MODEL, "width; the paper has 1536"),
+        Flag("text_vae_layers", 2, LAYERS, MODEL, "blocks of encoder and of decoder; paper: 4"),
+        Flag("text_vae_heads", 3, SIZE, MODEL, "attention heads; the paper has 12"),
+        Flag("vae_block_len", 1, BLOCK, MODEL, "1 is strictly causal (the paper); release: 16"),
+        Flag("vae_logsnr", "2.5", None, MODEL, "'learned', or a fixed log(mu^2 / sigma^2): a lower "
+             "one gives noisier latents and a more robust decoder"),
+        Flag("beta", 1e-3, WEIGHT, RECIPE, "weight of KL(q || N(0, I)), and of E log q in stage 2"),
+        Flag("lambda_mask", 0.1, WEIGHT, RECIPE, "weight of the masking loss; 0 saves a pass"),
+        Flag("text_vae_steps", 200, STEPS, RECIPE, "steps of stage 1; 0 starts stage 2 with an "
+             "untrained text VAE, and needs --vae_lr_ratio"),
+        Flag("text_vae_batch", 48, SIZE, RECIPE, "texts per step"),
+        Flag("text_vae_lr", 4e-3, RATE, RECIPE, "peak learning rate of AdamW"),
+    ],
+    "image VAE (stage 1b)": [
+        Flag("image_latent_dim", 32, SIZE, MODEL, "channels of an image latent; 64 at 256 pixels"),
+        Flag("downsample", 8, SIZE, MODEL, "pixels per latent along a side; 16 at 256 pixels"),
+        Flag("image_vae_width", 64, SIZE, MODEL, "channels of the first level"),
+        Flag("image_vae_levels", [1], SIZE, MODEL, "width of each level in units of the first; "
+             "1 2 4 4 at 256 pixels"),
+        Flag("image_vae_blocks", 2, LAYERS, MODEL, "residual blocks per level; 3 at 256 pixels"),
+        Flag("image_vae_patch", 4, SIZE, MODEL, "side in pixels of the first patches; 2 at 256 "
+             "pixels"),
+        Flag("image_vae_steps", 1200, COUNT, RECIPE, "steps of stage 1b"),
+        Flag("image_vae_batch", 32, SIZE, RECIPE, "images per step"),
+        Flag("image_vae_lr", 4e-3, RATE, RECIPE, "peak learning rate of AdamW"),
+    ],
+    "prior (stage 2)": [
+        Flag("width", 128, SIZE, MODEL, "width D; the release has 2048"),
+        Flag("layers", 4, LAYERS, MODEL, "blocks; the release has 24"),
+        Flag("heads", 8, SIZE, MODEL, "attention heads; the release has 16"),
+        Flag("dual_layers", None, (0, 1 << 10), MODEL, "first layers in which images have weights "
+             "of their own (default: a third of --layers)"),
+        Flag("as_released", False, None, MODEL, "the release's arithmetic, for export: no position "
+             "embedding at the input, no norm of the time embedding"),
+        Flag("block_len", 1, BLOCK, RECIPE, "text latents generated together; release: 16"),
+        Flag("steps", 3200, COUNT, RECIPE, "steps of stage 2"),
+        Flag("scale", 1.0, RATE, DATA, "multiplies the steps of every stage"),
+        Flag("batch_size", 10, SIZE, RECIPE, "samples per micro-step, over all workers"),
+        Flag("micro_steps", 6, SIZE, RECIPE, "micro-steps per step, each of one task"),
+        Flag("accumulate", False, None, RECIPE, "one pass per micro-step instead of one for all: "
+             "less memory, the same result"),
+        Flag("optimizer", "muon", ("muon", "adamw"), RECIPE, "for the matrices inside the blocks "
+             "of the prior and the image VAE"),
+        Flag("muon_lr", 0.02, RATE, RECIPE, "peak learning rate of Muon"),
+        Flag("lr", 5e-3, RATE, RECIPE, "peak learning rate of AdamW"),
+        Flag("weight_decay", 0.01, WEIGHT, RECIPE, "decoupled, all optimizers"),
+        Flag("warmup", 0.03, SHARE, RECIPE, "first share of the steps: learning rates rise"),
+        Flag("cooldown", 0.5, SHARE, RECIPE, "last share of the steps: learning rates fall"),
+        Flag("clip", 1.0, RATE, RECIPE, "largest gradient norm"),
+        Flag("ema", 0.9999, SHARE, RECIPE, "limit of the decay min(ema, (1 + n) / (10 + n)) of the "
+             "averaged weights"),
+        Flag("vae_lr_ratio", 0.0, WEIGHT, RECIPE, "text VAE's learning rate / --lr: 0 frozen, 1 "
+             "joint (the paper's best)"),
+        Flag("vae_interval", [1, 0], STEPS, RECIPE, "the text VAE alternates between this many "
+             "steps of training and of rest; the paper compares 22000 33000"),
+        Flag("lambda_vae", 1.0, WEIGHT, RECIPE, "weight of the text VAE's own loss in stage 2"),
+        Flag("lambda_fm", 1.0, WEIGHT, RECIPE, "weight of the flow-matching losses"),
+        Flag("lambda_ref", 0.0, WEIGHT, RECIPE, "weight of KL(q || q_ref) to stage 1's encoder"),
+        Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
+        Flag("w_answer", 4.0, RATE, RECIPE, "weight of a position of an answer in L_text relative "
+             "to one of other text: answers are short"),
+        Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA (0.5 in the literature); 0 is off"),
+        Flag("repa_layer", 2, LAYERS, RECIPE, "layer that L_REPA reads, before the last"),
+        Flag("repa_until", 0.5, SHARE, RECIPE, "share of the steps after which L_REPA stops"),
+        Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples that also predict their "
+             "caption"),
+        Flag("cfg_drop", 0.1, SHARE, RECIPE, "share of samples trained without their condition"),
+        Flag("text_loc", None, LOGIT, RECIPE, "mean of the text's logit time (default: 1 + "
+             "ln(text_latent_dim / 16) / 2, and 1 more at block_len 1)"),
+        Flag("image_loc", 1.0, LOGIT, RECIPE, "mean of the image's logit time, before the shift "
+             "by size"),
+        Flag("time_scale", 1.0, RATE, RECIPE, "standard deviation of the logit time"),
+        Flag("time_law", "logit_normal", ("logit_normal", "uniform"), RECIPE, "law of the times"),
+        Flag("first_block", "clean", FIRST_BLOCK, RECIPE, "a prefix that ends inside a block: it "
+             "stays clean, is repainted, or is padded on its left or right"),
+        Flag("time_per", "block", ("block", "sample"), RECIPE, "what has a time of its own"),
+    ],
+    "evaluation": [
+        Flag("eval_samples", 512, STEPS, RUN, "samples per rate; 0 skips the evaluation"),
+        Flag("guidance", 2.0, GUIDANCE, RUN, "guidance for images"),
+        Flag("text_guidance", 1.0, GUIDANCE, RUN, "guidance for text"),
+        Flag("text_temperature", 0.3, WEIGHT, RUN, "scale of the noise that text starts from"),
+        Flag("text_shift", 3.0, RATE, RUN, "shift of text's time grid: a larger one takes more "
+             "steps near noise"),
+        Flag("text_snap", True, None, RUN, "condition later text on decoded and re-encoded tokens"),
+        Flag("sample_steps", 16, COUNT, RUN, "solver steps"),
+        Flag("repaint_share", 1.0, SHARE, RUN, "with --first_block repaint: share of the steps in "
+             "which the prefix leads its block"),
+        Flag("repaint_cycles", 1, COUNT, RUN, "how often each of these steps is repeated"),
+    ],
+}
+FLAG = {flag.name: flag for group in FLAGS.values() for flag in group}
+DEFAULTS = {flag.name: flag.default for flag in FLAG.values()}
+EVALUATE = {f.name for f in FLAGS["evaluation"]} | {"out_dir", "device", "procs", "attention"}
+
+
+# ---- From the command line to the flags of a run -----------------------------------------------
+
+def parse(argv: list[str], prog: str = "train.py", only: set[str] | None = None) -> dict[str, Any]:
+    """The flags that the command line gives, and no others. only: the flags this program has.
+    A flag that does not exist, or has a value of another type, ends the program with status 2."""
+    parser = argparse.ArgumentParser(prog, f"{prog} [--flag value ..]", allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    for title, flags in FLAGS.items():
+        flags = [flag for flag in flags if only is None or flag.name in only]
+        group = parser.add_argument_group(title) if flags else None
+        for flag in flags:
+            group.add_argument(f"--{flag.name}", **as_argparse(flag))
+    return vars(parser.parse_args(argv))
+
+
+def as_argparse(flag: Flag) -> dict[str, Any]:
+    """The keyword arguments of argparse's add_argument for a row of the table."""
+    many = isinstance(flag.default, list)
+    shown = " ".join(map(str, flag.default)) if many else flag.default
+    why = flag.why if shown is None else f"{flag.why} (default: {'none' if shown == '' else shown})"
+    words = {"help": why.replace("%", "%%")}
+    if isinstance(flag.default, bool):
+        return words | {"action": argparse.BooleanOptionalAction}     # --no-x undoes a stored x
+    kind = type(flag.allowed[0]) if flag.allowed else str
+    if many:
+        words["nargs"] = 2 if len(flag.default) == 2 else "+"
+    if kind is str and flag.allowed:
+        words["choices"] = flag.allowed
+    return words | {"type": kind}
+
+
+def merge(given: dict[str, Any], found: dict[str, Any] | None = None, start: str = "resume",
+          source: str = "") -> Namespace:
+    """The flags of a run, all of them, checked.
+
+    found: the flags of the checkpoint `source` that the run starts from; start: how, "resume" or
+    "init". ValueError, one line, for a flag that is out of range or contradicts the checkpoint."""
+    found = {name: value for name, value in (found or {}).items()
+             if name in FLAG and FLAG[name].kind in INHERITED[start]}
+    for name, value in found.items():
+        if FLAG[name].kind == MODEL and given.get(name, value) != value:
+            raise ValueError(f"{in_words(name, given[name])}: {source} has {value}; leave it out")
+    a = Namespace(**DEFAULTS | found | given)
+    if a.dual_layers is None:
+        a.dual_layers = a_third(a.layers)
+    check(a)
+    if not (found or a.text_vae_steps or a.vae_lr_ratio * a.lambda_vae):
+        raise ValueError("--text_vae_steps 0: nothing would train the text VAE; add "
+                         "--vae_lr_ratio 1, with a --lambda_vae above 0")
+    return a
+
+
+def a_third(layers: int) -> int:
+    """The default of --dual_layers, as in hybrid MMDiTs: a third of the layers, at least 1."""
+    return max(1, round(layers / 3))
+
+
+def changes(given: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The flags that a resumed run changes, in words, to be printed."""
+    return [f"{in_words(name, value)} (was {found[name]})" for name, value in given.items()
+            if name in found and FLAG[name].kind != RUN and value != found[name]]
+
+
+def check(a: Namespace) -> None:
+    """ValueError, one line, for a value out of range or for values that do not go together."""
+    for flag in FLAG.values():
+        value = getattr(a, flag.name)
+        for x in value if isinstance(value, list) else [value]:
+            if flag.allowed and isinstance(x, (int, float)):
+                low, high = flag.allowed
+                if not low <= x <= high:                              # also NaN
+                    raise ValueError(f"--{flag.name} {x}: expected {low:g} to {high:g}")
+    gpu = a.device != "cpu" and torch.cuda.is_available()
+    # Padding at the cut of a T2T text can fill a block: then its own tokens need a second one.
+    padded = "t2t" in task_shares(a.tasks) and a.first_block in ("left", "right")
+    blocks = 2 if padded else 1
+    for wrong, why in (
+            (not a.out_dir, "--out_dir is empty"),
+            (Path(a.out_dir).is_file(), f"--out_dir {a.out_dir}: expected a folder, not a file"),
+            (a.init_from and a.init_official, "--init_from and --init_official: name one of them"),
+            (a.device == "cuda" and not gpu, "--device cuda: there is no CUDA device here"),
+            (a.attention == "flex" and not gpu, "--attention flex trains on GPUs only"),
+            (len(a.image_size) > 2, "--image_size takes one number, or height and width"),
+            (a.aspect and not a.data, "--aspect is for --data; generated scenes have one shape"),
+            (a.width % (2 * a.heads), f"--width {a.width}: expected a multiple of 2 x --heads"),
+            (a.text_vae_width % (2 * a.text_vae_heads),
+             f"--text_vae_width {a.text_vae_width}: expected a multiple of 2 x --text_vae_heads"),
+            (a.dual_layers > a.layers, f"--dual_layers {a.dual_layers}: more than --layers"),
+            # Else the context of a block would be encoded with tokens of the block in view.
+            (a.block_len % a.vae_block_len, f"--vae_block_len {a.vae_block_len}: expected a "
+             f"divisor of --block_len {a.block_len}"),
+            (a.seq_len < blocks * a.block_len * a.text_patch, f"--seq_len {a.seq_len}: expected "
+             f"at least {blocks} x --block_len x --text_patch tokens"),
+            (a.w_repa and a.repa_layer >= a.layers,
+             f"--repa_layer {a.repa_layer}: expected a layer before the last"),
+            (not a.vae_interval[0], "--vae_interval 0: the text VAE would always rest; use "
+             "--vae_lr_ratio 0")):
+        if wrong:
+            raise ValueError(why)
+    logsnr(a)
+    if not a.data and not a.text:
+        try:
+            pictures.check_size(*image_hw(a))
+        except ValueError as error:
+            raise ValueError(f"--image_size: {error}") from None
+
+
+# ---- Flags that hold more than one number ------------------------------------------------------
+
+def task_shares(text: str) -> dict[str, float]:
+    """"t2t:1,t2i:3" -> {"t2t": 0.25, "t2i": 0.75}; a task of ratio 0 is left out."""
+    try:
+        pairs = [pair.split(":") for pair in text.replace(" ", "").split(",")]
+        ratios = {name: float(ratio) for name, ratio in pairs}
+    except ValueError:
+        raise ValueError(f"--tasks {text!r}: expected ratios such as t2t:1,t2i:2") from None
+    total = sum(ratios.values())
+    if not ratios.keys() <= {*TASKS} or len(ratios) < len(pairs):
+        raise ValueError(f"--tasks {text!r}: expected each of {', '.join(TASKS)} at most once")
+    if min(ratios.values()) < 0 or not 0 < total < math.inf:
+        raise ValueError(f"--tasks {text!r}: ratios must be at least 0 and not all 0")
+    return {name: ratio / total for name, ratio in ratios.items() if ratio}
+
+
+def image_hw(a: Namespace) -> tuple[int, int]:
+    """Height and width in pixels."""
+    return a.image_size[0], a.image_size[-1]
+
+
+def logsnr(a: Namespace) -> float | None:
+    """The text VAE's fixed logSNR; None if it is learned."""
+    try:
+        value = None if a.vae_logsnr == "learned" else float(a.vae_logsnr)
+    except ValueError:
+        value = math.nan
+    if value is not None and not -30 <= value <= 30:
+        raise ValueError(f"--vae_logsnr {a.vae_logsnr}: expected 'learned', or -30 to 30")
+    return value
+
+
+def image_time_loc(a: Namespace) -> float:
+    """Mean of the logit time of images, which sampling shifts its grid by; 0 for uniform times."""
+    return a.image_loc if a.time_law == "logit_normal" else 0.0
+
+
+def stages(a: Namespace) -> list[str]:
+    """The stages that --stage asks for; no image VAE if no task has images."""
+    if a.stage != "all":
+        return [a.stage]
+    return [s for s in STAGES if s != "image_vae" or task_shares(a.tasks).keys() - {"t2t"}]
+
+
+def steps(a: Namespace, stage: str) -> int:
+    """Steps of a stage, multiplied by --scale; 0 stays 0."""
+    number = {"text_vae": a.text_vae_steps, "image_vae": a.image_vae_steps, "mmdit": a.steps}[stage]
+    return max(1, round(number * a.scale)) if number else 0
+
+
+def steps(a: Namespace, stage: str) -> int:
+    """The steps of a stage, scaled; a stage that has steps keeps at least 1."""
+    number = getattr(a, "steps" if stage == "mmdit" else f"{stage}_steps")
+    return max(1, round(number * a.scale)) if number else 0
+
+
+def in_words(name: str, value: Any) -> str:
+    """A flag as the command line gives it: "--aspect", "--no-aspect", "--image_size 32 64"."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def show(a: Namespace) -> str:
+    """The flags that differ from their defaults, as the command line gives them."""
+    usual = DEFAULTS | {"dual_layers": a_third(a.layers)}
+    return " ".join(in_words(name, value) for name, value in vars(a).items()
+                    if value != usual[name]) or "all as by default"
+
+
+if __name__ == "__main__":
+    try:
+        given = parse(sys.argv[1:], "config.py")
+        print("flags:", show(merge(given)))
+        # A run that was started with --width 64 --steps 500 is resumed by this command line:
+        before = vars(merge({"width": 64, "steps": 500, "data": ["photos"], "stage": "text_vae"}))
+        resumed = merge(given, before, "resume", "out/ckpt.pt")
+        print("resumed, expect width, steps and data of the run before:", show(resumed))
+        print("changed flags, expect those given:", ", ".join(changes(given, before)) or "none")
+        print("as a start, expect no data:", show(merge(given, before, "init", "out/ckpt.pt")))
+        print("stages, expect all:", stages(resumed))
+    except ValueError as error:
+        print(f"config.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Measurements and long checks, one a file: `python -m experiments.NAME`."""

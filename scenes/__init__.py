@@ -1,0 +1,1 @@
+"""The generated world of the default run: pictures.py draws and reads, language.py describes."""

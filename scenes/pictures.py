@@ -1,0 +1,357 @@
+"""Pictures: random scenes, drawn as images, and an exact reader from an image back to its scene.
+
+    scene --render--> image --read_image--> scene, or None if the image is not of this world
+
+A scene is one to three objects (shape, color, size, place) on a plain background. A place is a
+fraction of the picture's width and height, so that a scene can be drawn at any size and aspect
+ratio. Lengths are in units: a unit is 1 / 32 of the shorter side, a pixel of a 32 x 32 picture.
+The reader judges generated pictures: it draws the scene that it has read and refuses a picture
+that differs too much from the drawing (analysis by synthesis). Held-out compositions occur only
+in scenes sampled with heldout=True, to measure generalization.
+
+Shapes: H, W picture height and width; n pixels of one object.
+Run: python -m scenes.pictures   (CPU, 1 s)
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+
+# Any two of these eleven colors have a distance of at least 120 in RGB (0..255).
+COLORS = {"red": (205, 0, 40), "green": (0, 160, 50), "blue": (0, 85, 255),
+          "yellow": (250, 235, 50), "orange": (255, 125, 0), "purple": (125, 0, 185),
+          "cyan": (70, 225, 255), "pink": (255, 105, 195)}
+BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (10, 10, 25)}
+SIZES = {"small": 7.5, "large": 11.5}         # diameter of the circle, side of the square, in units
+# How far a shape extends from its centroid: to each side, upwards, downwards; in diameters.
+SHAPES = {"circle": (0.5, 0.5, 0.5), "square": (0.5, 0.5, 0.5), "triangle": (0.59, 0.68, 0.34),
+          "cross": (0.58, 0.58, 0.58), "star": (0.57, 0.6, 0.49)}
+COUNTS = ("one", "two", "three")              # the possible numbers of objects
+
+HELDOUT_PAIRS = (("green", "circle"), ("yellow", "square"), ("purple", "triangle"))
+HELDOUT_COUNT = (3, "star")                   # three stars in one scene
+
+ROOM = 14.0         # units; each object stays in the inner 14 x 14 of a quadrant of 16 x 16
+JITTER = 1.0        # units by which an object's box may move from the middle of its quadrant
+ROW = 8.0           # units; two objects whose heights differ by less are in one row
+CLEAR = 4.5         # units; a relation is true from this distance on
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    shape: str
+    color: str
+    size: str
+    x: float                                  # of its centroid, as a fraction of the width
+    y: float                                  # as a fraction of the height, downwards
+
+    @property
+    def attributes(self) -> tuple[str, str, str]:
+        return self.size, self.color, self.shape          # the order of an English noun phrase
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    background: str
+    objects: tuple[Object, ...]               # in reading order
+
+
+# ---- Places ------------------------------------------------------------------------------------
+
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def is_relation(a: Object, rel: str, b: Object) -> bool:
+    """Whether `a rel b` is true. Two relations are true of objects on a diagonal."""
+    return {"left of": b.x - a.x, "right of": a.x - b.x,
+            "above": b.y - a.y, "below": a.y - b.y}[rel] >= CLEAR / 32
+
+
+def main_relation(a: Object, b: Object) -> str:
+    """The relation that texts use: left of or right of in one row, else above or below."""
+    if abs(a.y - b.y) < ROW / 32:
+        return "left of" if a.x < b.x else "right of"
+    return "above" if a.y < b.y else "below"
+
+
+def reading_order(objects) -> tuple[Object, ...]:
+    """Sort objects by rows from top to bottom, and each row from left to right.
+
+    A row begins with the topmost object that is left and has all objects less than ROW below it.
+    """
+    order, rest = [], sorted(objects, key=lambda o: o.y)
+    while rest:
+        row = [o for o in rest if o.y - rest[0].y < ROW / 32]
+        order += sorted(row, key=lambda o: o.x)
+        rest = rest[len(row):]
+    return tuple(order)
+
+
+def is_heldout(objects) -> bool:
+    """Whether objects contain a held-out composition: one of the pairs, or the count of a shape."""
+    count, shape = HELDOUT_COUNT
+    return (any((o.color, o.shape) in HELDOUT_PAIRS for o in objects)
+            or sum(o.shape == shape for o in objects) >= count)
+
+
+def pick(rng: np.random.Generator, items):
+    """One of the items of a list or a tuple, or of the keys of a dict, all equally likely."""
+    return list(items)[int(rng.integers(len(items)))]
+
+
+def sample_scene(rng: np.random.Generator, heldout=False, count: int | None = None) -> Scene:
+    """Draw a scene of `count` objects (None: 1, 2 or 3, equally likely).
+
+    heldout=False: no held-out composition. heldout=True: at least one, either a held-out pair or,
+    in a quarter of the scenes with three objects, the held-out count. ValueError for another count.
+    """
+    if count not in (None, 1, 2, 3):
+        raise ValueError(f"count is {count}, expected 1, 2, 3 or None")
+    count = count or int(rng.integers(1, 4))
+    objects = []
+    while not objects or is_heldout(objects):
+        objects = [Object(pick(rng, SHAPES), pick(rng, COLORS), pick(rng, SIZES), 0, 0)
+                   for _ in range(count)]
+    if heldout and count == HELDOUT_COUNT[0] and rng.random() < 0.25:
+        objects = [dataclasses.replace(o, shape=HELDOUT_COUNT[1]) for o in objects]
+    elif heldout:
+        i, (color, shape) = int(rng.integers(count)), pick(rng, HELDOUT_PAIRS)
+        objects[i] = dataclasses.replace(objects[i], color=color, shape=shape)
+    objects = reading_order(place(objects, rng))
+    return Scene(pick(rng, BACKGROUNDS), objects)
+
+
+def place(objects, rng: np.random.Generator) -> list[Object]:
+    """Put each object into a quadrant of its own, its bounding box near the quadrant's middle."""
+    extents = np.array([SHAPES[o.shape] for o in objects]) * [[SIZES[o.size]] for o in objects]
+    side, up, down = extents.T                                              # (count,) each, units
+    row, column = np.divmod(rng.permutation(4)[:len(objects)], 2)
+    u, v = rng.uniform(-1, 1, (2, len(objects)))
+    x = 8 + 16 * column + u * np.minimum(JITTER, ROOM / 2 - side)
+    y = 8 + 16 * row + v * np.minimum(JITTER, (ROOM - up - down) / 2)       # the middle of the box
+    places = zip(objects, x, y + (up - down) / 2)                           # the centroids
+    return [dataclasses.replace(o, x=float(x) / 32, y=float(y) / 32) for o, x, y in places]
+
+
+# ---- Drawing -----------------------------------------------------------------------------------
+
+def is_inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Which points lie in a shape, diameter 1, centroid at 0: u (1, n), v (n, 1) -> (n, n)."""
+    if shape == "circle":
+        return u * u + v * v <= 0.25
+    u, w = abs(u), abs(v)
+    if shape == "square":
+        return (u <= 0.5) & (w <= 0.5)
+    if shape == "triangle":
+        return (3 ** 0.5 * u - v <= 0.68) & (v <= 0.34)
+    if shape == "cross":
+        return (u <= 0.16) & (w <= 0.58) | (w <= 0.16) & (u <= 0.58)
+    # A star. c is the length of the projection on the nearest of the five axes from the center to
+    # a tip; abs(u) leaves three of them. The square root is the distance d from that axis, and
+    # both edges of the tip lie on c + 2.1 d = 0.6.
+    c = np.maximum(np.maximum(-v, 0.9511 * u - 0.3090 * v), 0.5878 * u + 0.8090 * v)
+    return c + 2.1 * np.sqrt(np.maximum(u * u + v * v - c * c, 0)) <= 0.6
+
+
+def reach_of(size: str, unit: float) -> int:
+    """Pixels to each side of its central pixel that a drawing may touch; unit in pixels."""
+    return int(0.68 * SIZES[size] * unit) + 1
+
+
+def coverage(shape: str, size: str, fx: float, fy: float, unit: float, reach: int) -> np.ndarray:
+    """Fraction of each pixel that a shape covers, from 8 x 8 points -> (2 reach + 1, 2 reach + 1).
+    (fx, fy), 0..1, is the place of the centroid within the central pixel."""
+    n, points, diameter = 2 * reach + 1, 8, np.float32(SIZES[size] * unit)
+    grid = (np.arange(n * points, dtype=np.float32) + 0.5) / points - reach
+    u, v = (grid[None] - np.float32(fx)) / diameter, (grid[:, None] - np.float32(fy)) / diameter
+    hit = is_inside(shape, u, v)                                           # (8 n, 8 n)
+    return hit.reshape(n, points, n, points).mean((1, 3), dtype=np.float32)
+
+
+def check_size(H: int, W: int) -> None:
+    """ValueError for a picture too small to tell the shapes apart."""
+    if min(H, W) < 24:
+        raise ValueError(f"a scene needs at least 24 x 24 pixels, got {H} x {W}; enlarge the image")
+
+
+def render(scene: Scene, size: int | tuple[int, int] = 32) -> np.ndarray:
+    """Draw a scene, anti-aliased: size (side, or height and width), 24 or more -> (H, W, 3)."""
+    H, W = (size, size) if isinstance(size, int) else size
+    check_size(H, W)
+    unit = min(H, W) / 32
+    frame = reach_of("large", unit)           # pixels around the picture, so that no patch is cut
+    background = np.array(BACKGROUNDS[scene.background], np.float32)
+    image = np.tile(background, (H + 2 * frame, W + 2 * frame, 1))
+    for o in scene.objects:
+        (column, fx), (row, fy) = divmod(o.x * W, 1), divmod(o.y * H, 1)
+        reach = reach_of(o.size, unit)
+        top, left, n = int(row) + frame - reach, int(column) + frame - reach, 2 * reach + 1
+        patch = image[top:top + n, left:left + n]                                   # a view
+        share = coverage(o.shape, o.size, fx, fy, unit, reach)[..., None]           # (n, n, 1)
+        patch += share * (COLORS[o.color] - background)
+    return (image[frame:frame + H, frame:frame + W] + 0.5).astype(np.uint8)
+
+
+# ---- Reading -----------------------------------------------------------------------------------
+
+# The tolerances (colors in 0..1) were set on noise, blur and the reconstructions of a small
+# autoencoder, before any prior was trained. Rates are comparable only while they stay the same.
+FOREGROUND = 0.27            # distance from the background color of a pixel of an object
+SPECK = 6                    # pixels; a smaller component is no object (STRAY_ERROR judges it)
+BACKGROUND_ERROR = 0.1       # of the background's mean color
+COLOR_ERROR = 0.2            # of an object's mean color; two colors are at least 0.474 apart
+OBJECT_ERROR = 0.17          # squared residual of an object, over its squared contrast
+AMBIGUITY = 0.02             # least difference in error to the best other shape or size
+LOCAL_ERROR = 0.1            # mean squared residual in a 3 x 3 window, over the largest contrast^2
+STRAY_ERROR = 0.03           # mean square of what lies outside all objects in a 3 x 3 window
+
+
+def read_image(image: np.ndarray) -> Scene | None:
+    """Read a picture: uint8 (H, W, 3) -> its Scene, or None if it is not a picture of this world.
+
+    Each connected component that differs from the background becomes the object whose drawing
+    leaves the smallest residual. ValueError for another dtype or shape.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected a uint8 image (H, W, 3), got {image.dtype} {image.shape}")
+    (H, W), unit = image.shape[:2], min(image.shape[:2]) / 32
+    pixels = image / np.float32(255)
+    background, foreground = background_of(pixels)
+    owner = label_components(foreground, SPECK * unit ** 2)                         # (H, W)
+    if background is None or not 1 <= owner.max() <= len(COUNTS):
+        return None
+    color, frame = rgb(BACKGROUNDS, background), reach_of("large", unit) + 1
+    palette = np.stack([rgb(COLORS, name) - color for name in COLORS])              # (8, 3)
+    signal = np.pad(pixels - color, ((frame, frame), (frame, frame), (0, 0)))
+    owner = np.pad(owner, frame)
+    for shift, axis in ((1, 0), (-1, 0), (1, 1), (-1, 1)):      # adds the faint rim of each object
+        owner = np.where(owner == 0, np.roll(owner, shift, axis), owner)
+    objects = [fit(signal, owner == i, palette, unit) for i in range(1, owner.max() + 1)]
+    if None in objects:
+        return None
+    objects = [dataclasses.replace(o, x=(o.x - frame) / W, y=(o.y - frame) / H) for o in objects]
+    scene = Scene(background, reading_order(objects))
+    stray = signal * (owner == 0)[..., None]
+    return scene if explains(scene, pixels, stray, unit) else None
+
+
+def rgb(table: dict, name: str) -> np.ndarray:
+    return np.array(table[name], np.float32) / 255
+
+
+def background_of(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
+    """The most frequent background color -> its name, mask (H, W) of the pixels of other colors.
+
+    The name is None if no pixel has such a color, or if the mean of those that do is too far off.
+    """
+    signals = {name: pixels - rgb(BACKGROUNDS, name) for name in BACKGROUNDS}
+    near = {name: (s ** 2).sum(-1) < FOREGROUND ** 2 for name, s in signals.items()}    # (H, W)
+    name = max(near, key=lambda name: near[name].sum())
+    mine = signals[name][near[name]]                                                # (pixels, 3)
+    plain = len(mine) > 0 and np.linalg.norm(mine.mean(0)) <= BACKGROUND_ERROR
+    return name if plain else None, ~near[name]
+
+
+def label_components(foreground: np.ndarray, smallest: float) -> np.ndarray:
+    """Number the 4-connected components of `smallest` or more pixels: bool (H, W) -> int (H, W)."""
+    rest = set(zip(*(axis.tolist() for axis in np.nonzero(foreground))))
+    labels, number = np.zeros(foreground.shape, int), 0                # 0: no component
+    while rest:
+        component = [rest.pop()]
+        for y, x in component:                # the list grows while the loop runs over it
+            for p in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if p in rest:
+                    rest.remove(p)
+                    component.append(p)
+        if len(component) >= smallest:
+            number += 1
+            labels[tuple(np.array(component).T)] = number
+    return labels
+
+
+@functools.lru_cache(maxsize=128)
+def templates(fx: int, fy: int, unit: float) -> np.ndarray:
+    """Every shape in every size, centroid (fx, fy) eighths into its pixel -> (10, patch pixels)."""
+    reach = reach_of("large", unit)
+    drawings = [coverage(shape, size, fx / 8, fy / 8, unit, reach)
+                for shape in SHAPES for size in SIZES]
+    return soften(np.stack(drawings, -1)).reshape(-1, len(drawings)).T
+
+
+def soften(image: np.ndarray) -> np.ndarray:
+    """Blur by half a pixel: between a sharp picture and the softest one that should be read."""
+    for axis in (0, 1):
+        image = (4 * image + np.roll(image, 1, axis) + np.roll(image, -1, axis)) / 6
+    return image
+
+
+def fit(signal: np.ndarray, mask: np.ndarray, palette: np.ndarray, unit: float) -> Object | None:
+    """The object whose drawing leaves the smallest residual in the mask, or None if none fits.
+
+    signal (H, W, 3) is the framed picture minus its background color, palette (8, 3) the colors
+    minus the background color. x and y of the result are in pixels of `signal`.
+    """
+    y, x = np.nonzero(mask)
+    s = signal[y, x]                                                                # (n, 3)
+    weight = np.maximum(s @ (s.T @ (s ** 2).sum(1)), 0)     # (n,) along the object's mean color
+    if not weight.any():
+        return None
+    cx, cy = weight @ (x + 0.5) / weight.sum(), weight @ (y + 0.5) / weight.sum()
+    centers = [(round(8 * cx) + dx, round(8 * cy) + dy)                  # in eighths of a pixel
+               for dx, dy in itertools.product((-2, 0, 2), repeat=2)]
+    masked, energy = signal * mask[..., None], (s ** 2).sum()
+    errors = [residuals(masked, energy, *center, palette, unit) for center in centers]
+    best = int(np.argmin([error.min() for error in errors]))
+    error, (cx, cy) = errors[best], centers[best]                                   # (10, 8)
+    i, j = np.unravel_index(error.argmin(), error.shape)
+    margin = np.delete(error, i, 0).min() - error[i, j]
+    # The sum over the area gives the same mean color for a sharp and for a soft picture.
+    color = s.sum(0) / templates(cx % 8, cy % 8, unit)[i].sum()
+    is_wrong_color = np.linalg.norm(color - palette[j]) > COLOR_ERROR
+    if error[i, j] > OBJECT_ERROR or margin < AMBIGUITY or is_wrong_color:
+        return None
+    shape, size = list(itertools.product(SHAPES, SIZES))[i]
+    return Object(shape, list(COLORS)[j], size, cx / 8, cy / 8)
+
+
+def residuals(signal, energy: float, cx: int, cy: int, palette, unit: float) -> np.ndarray:
+    """|s - t c|^2 / |t c|^2 of every template t in every color c at (cx, cy) / 8 -> (10, 8).
+    s (H, W, 3) is the signal of one object, energy its |s|^2."""
+    reach, (column, fx), (row, fy) = reach_of("large", unit), divmod(cx, 8), divmod(cy, 8)
+    t = templates(fx, fy, unit)                                                     # (10, p)
+    patch = signal[row - reach:row + reach + 1, column - reach:column + reach + 1]
+    product = t @ patch.reshape(-1, 3) @ palette.T                     # <s, t c>, (10, 8)
+    drawn = (t ** 2).sum(1, keepdims=True) * (palette ** 2).sum(1)     # |t c|^2, (10, 8)
+    return (energy - 2 * product + drawn) / drawn
+
+
+def explains(scene: Scene, pixels: np.ndarray, stray: np.ndarray, unit: float) -> bool:
+    """Whether the drawing of a scene is like the picture everywhere; stray: outside its objects."""
+    residual = pixels - soften(render(scene, pixels.shape[:2]) / np.float32(255))   # (H, W, 3)
+    background = rgb(BACKGROUNDS, scene.background)
+    contrast = max(((rgb(COLORS, o.color) - background) ** 2).sum() for o in scene.objects)
+    return (worst_window(residual, unit) <= LOCAL_ERROR * contrast
+            and worst_window(stray, unit) <= STRAY_ERROR)
+
+
+def worst_window(difference: np.ndarray, unit: float) -> float:
+    """Largest mean of a squared difference (H, W, 3), summed over channels, in a 3 x 3 window."""
+    n = max(3, round(3 * unit))
+    squares = (difference ** 2).sum(-1, dtype=np.float64)                           # (H, W)
+    total = np.pad(squares, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    return (total[n:, n:] - total[:-n, n:] - total[n:, :-n] + total[:-n, :-n]).max() / n ** 2
+
+
+if __name__ == "__main__":
+    scene = Scene("gray", (Object("circle", "red", "large", 0.4, 0.3),
+                           Object("square", "blue", "small", 0.6, 0.75)))
+    print("expect large red circle 0.40 0.30, small blue square 0.60 0.75, gray:")
+    for size in (32, (48, 80)):
+        read = read_image(render(scene, size))
+        found = [f"{' '.join(o.attributes)} {o.x:.2f} {o.y:.2f}" for o in read.objects]
+        print(f"    drawn at {size} and read: {', '.join(found)}, {read.background}")
+    half = render(scene)
+    half[:10] = BACKGROUNDS["gray"]
+    print("a picture with half a circle is refused (expect None):", read_image(half))

@@ -1,0 +1,249 @@
+"""pytest tests/test_cola.py"""
+import json
+import pickle
+import random
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+import torch
+import torch.nn as nn
+
+import cola
+from cola import FIRST_BLOCK, Cola, Tokenizer, pad_to_multiple
+from image_vae import ImageVAE, ImageVAEConfig
+from mmdit import MMDiT, MMDiTConfig
+from text_vae import TextVAE, TextVAEConfig
+
+CAPTION = "a large red circle above a small blue square on a gray background"
+
+
+# ---- Tokenizer ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([CAPTION, "there is a red circle. it is above a blue square."] * 3, 512)
+
+
+def test_any_text_round_trips(tokenizer):
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("a red")] == ["a", " red"]
+    everything = "".join(chr(i) for i in range(0x20000) if not 0xD800 <= i < 0xE000)
+    assert tokenizer.decode(tokenizer.encode(everything)) == everything
+    draw = random.Random(0)
+    for _ in range(300):
+        text = "".join(draw.choices("ab \n\t'é漢😀\u0301\u3000\0.!1२", k=draw.randrange(40)))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for letter in "a \n!漢9":                               # long runs are split in linear time
+        assert tokenizer.decode(tokenizer.encode(letter * 100_000)) == letter * 100_000
+
+
+def test_no_text_encodes_to_the_end_token(tokenizer):
+    assert tokenizer.end == tokenizer.n_vocab - 1
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.end not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
+    assert tokenizer.decode([*tokenizer.encode("a red"), tokenizer.end, *ids]) == "a red"
+    assert tokenizer.decode([0xFF, 10**6]) == "\ufffd\ufffd"                 # no UTF-8, no token
+
+
+def test_training_is_the_naive_algorithm():
+    """The heap finds the pairs that a maximum over all pairs finds; it stops if none repeats."""
+    trained = Tokenizer.train(["abab abab cd cd cd xy"], 300)
+    assert trained.tokens[256:] == [b"ab", b" c", b" cd", b"abab"]           # 4, 3, 3 and 2 times
+    with pytest.raises(ValueError, match="257"):
+        Tokenizer.train(["a"], 256)
+    draw = random.Random(1)
+    text = " ".join("".join(draw.choices("abc", k=draw.randrange(1, 9))) for _ in range(300))
+    words = [list(word.encode()) for word in regex.findall(cola.PATTERN, text)]
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < 320:
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        token = tokens[best[0]] + tokens[best[1]]
+        if token not in tokens:
+            tokens.append(token)
+        words = [cola.merge(word, best, tokens.index(token)) for word in words]
+    assert Tokenizer.train([text], 321).tokens == tokens
+
+
+def test_encodings_by_name(tokenizer, monkeypatch):
+    """tiktoken's encoding as it is, its unused ids included; offline, one line says what to do."""
+    theirs = tiktoken.Encoding("some", pat_str=cola.PATTERN, special_tokens={"<|endoftext|>": 999},
+                               mergeable_ranks={t: i for i, t in enumerate(tokenizer.tokens)})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: theirs)
+    named = Tokenizer.from_dict(json.loads(json.dumps(Tokenizer.named("some").to_dict())))
+    assert named.encode(CAPTION) == theirs.encode(CAPTION) and named.end == 999
+    assert named.n_vocab == 1000 and named.decode([named.encode("a")[0], 998]) == "a\ufffd"
+
+    def offline(name):
+        raise ConnectionError("no\nroute")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ValueError, match="cl100k_base.*online") as error:
+        Tokenizer.named("cl100k_base")
+    assert "\n" not in str(error.value)
+
+
+def test_pad_to_multiple():
+    assert pad_to_multiple([1, 2, 3], 4, 9) == [1, 2, 3, 9]
+    assert pad_to_multiple([1, 2, 3, 4], 4, 9) == [1, 2, 3, 4, 9, 9, 9, 9]
+    assert pad_to_multiple([1, 2, 3, 4], 4, 9, ended=False) == [1, 2, 3, 4]
+    assert pad_to_multiple([1, 2, 3], 2, 9, ended=False) == [1, 2, 3, 9]
+    assert pad_to_multiple([], 2, 9, ended=False) == []
+
+
+# ---- The system --------------------------------------------------------------------------------
+
+def system(tokenizer, seed=0, patch_size=2, **changes) -> Cola:
+    torch.manual_seed(seed)
+    vae = TextVAEConfig(tokenizer.n_vocab, 24, 48, 2, 1, 1, latent_dim=8, patch_size=patch_size)
+    prior = MMDiTConfig(8, 4, width=16, heads=2, head_dim=8, layers=1, emb_dim=16, rope_dim=8)
+    image_vae = ImageVAE(ImageVAEConfig(4, width=8, blocks=1))
+    settings = dict(block_len=3, image_hw=(16, 24), image_loc=0.5) | changes
+    return Cola(TextVAE(vae), image_vae, MMDiT(prior), tokenizer, **settings)
+
+
+@pytest.mark.parametrize("patch_size", (1, 2))
+@pytest.mark.parametrize("first_block", FIRST_BLOCK)
+def test_a_prefix_ends_with_a_latent_or_a_block(tokenizer, first_block, patch_size):
+    model = system(tokenizer, patch_size=patch_size, first_block=first_block)
+    p, block = patch_size, 3 * patch_size
+    for cut in range(15):
+        ids = [*range(14)]
+        out, new_cut, filled = model.align(ids, cut)
+        added = new_cut - cut
+        assert [i for i in out if i != tokenizer.end] == ids and len(out) == len(ids) + added
+        assert new_cut % (block if first_block in ("left", "right") else p) == 0 <= added < block
+        inserted = {j // p for j, i in enumerate(out) if i == tokenizer.end}
+        assert {*filled} == (set() if first_block == "repaint" else inserted)
+        at = cut if first_block == "right" else 0
+        assert out[at:at + added] == [tokenizer.end] * added
+
+        # Latents that stay clean, by the definition of each strategy.
+        n = -(-len(out) // p)
+        clean = model.stays_clean(np.arange(n), new_cut // p, filled)
+        prefix = range(new_cut // block * 3, new_cut // p) if first_block == "clean" else ()
+        assert {*np.flatnonzero(clean)} == {*filled, *prefix}
+
+
+def test_images_and_texts_to_latents(tokenizer):
+    model, rng = system(tokenizer), np.random.default_rng(0)
+    ids, end = tokenizer.encode("a red circle"), tokenizer.end
+    assert model.ids("a red circle", end=False) == [*ids, end]               # 4 tokens, 2 latents
+    assert model.ids("a red circle", end=True) == [*ids, end, end, end]      # 6 tokens, 1 block
+    assert model.ids("", end=False) == []
+    images = [rng.integers(0, 256, (16, 24, 3), np.uint8) for _ in range(2)]
+    assert np.array_equal(cola.to_uint8(cola.to_float(np.stack(images))), np.stack(images))
+    with torch.no_grad():
+        z = model.encode_images(images)
+        assert z.shape == (2 * 2 * 3, 4)
+        torch.testing.assert_close(model.encode_images(images[1:]), z[6:])
+        out = model.decode_images(z, (2, 3))
+        assert [x.shape for x in out] == [(16, 24, 3)] * 2 and out[0].dtype == np.uint8
+        ids = [model.ids("a red", end=False), model.ids(CAPTION, end=True)]
+        z, lengths = model.encode_text(ids)
+        assert lengths == [len(i) // 2 for i in ids]
+        torch.testing.assert_close(model.encode_text(ids[1:])[0], z[lengths[0]:])
+        assert model.encode_text([[], []])[0].shape == (0, 8)
+
+
+def test_parts_must_fit(tokenizer):
+    model = system(tokenizer)
+    with pytest.raises(ValueError, match="blocks of 0"):
+        replace(model, block_len=0)
+    with pytest.raises(ValueError, match="whole blocks of 2"):
+        replace(model, text_vae=TextVAE(replace(model.text_vae.config, block_len=2)))
+    with pytest.raises(ValueError, match="tokens in the tokenizer"):
+        replace(model, tokenizer=Tokenizer.train(["".join(map(chr, range(900))) * 2], 900))
+    with pytest.raises(ValueError, match="8 channels in the text VAE, 6 in the prior"):
+        replace(model, mmdit=MMDiT(replace(model.mmdit.config, text_channels=6)))
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    """A system and its checkpoint, in which the averages of the prior are its weights + 1."""
+    model = system(tokenizer, first_block="left", tasks=("t2t", "t2i"))
+    state = nn.ModuleDict(model.parts()).state_dict()
+    ema = {name: x + 1 for name, x in state.items() if name.startswith("mmdit.")}
+    path = tmp_path / "ckpt.pt"
+    torch.save({"format": cola.FORMAT, "config": model.config(), "tokenizer": tokenizer.to_dict(),
+                "model": state, "ema": ema, "progress": {"mmdit": 1}}, path)
+    return model, path
+
+
+def test_build_gives_back_the_system(saved):
+    model, path = saved
+    before, random_state = path.read_bytes(), torch.get_rng_state()
+    found = cola.read(path)
+    for weights, shift in (("model", 0), ("ema", 1)):
+        again = cola.build(found, weights)
+        assert again.config() == model.config() and again.tasks == ("t2t", "t2i")
+        assert again.tokenizer.to_dict() == model.tokenizer.to_dict()
+        for name, part in again.parts().items():
+            assert not part.training
+            for key, x in model.parts()[name].state_dict().items():
+                assert torch.equal(part.state_dict()[key], x + shift * (name == "mmdit")), key
+        for p in again.mmdit.parameters():
+            p.data.zero_()                                  # a copy: neither file nor dict changes
+    assert torch.equal(cola.load(path).mmdit.text_in.weight, model.mmdit.text_in.weight + 1)
+    assert path.read_bytes() == before and torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_without_an_image_vae(saved):
+    found = cola.read(saved[1])
+    del found["config"]["image_vae"]
+    found["model"] = {k: v for k, v in found["model"].items() if not k.startswith("image_vae.")}
+    assert cola.build(found).image_vae is None
+
+
+class Harmful:
+    """Writes a file when it is unpickled."""
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def test_wrong_files_are_one_line(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole, bad = saved[1].read_bytes(), tmp_path / "bad.pt"
+
+    def refused(kind, match):
+        with pytest.raises(kind, match=match) as error:
+            cola.load(bad)
+        assert "bad.pt" in str(error.value) and "\n" not in str(error.value)
+    refused(FileNotFoundError, "train.py")
+    with zipfile.ZipFile(saved[1]) as file:
+        largest = max(file.infolist(), key=lambda entry: entry.file_size)
+    flipped = bytearray(whole)
+    flipped[largest.header_offset + largest.file_size] ^= 1                  # one bit of a weight
+    for content in (b"", b"hello", whole[:len(whole) // 2], whole[:-1], flipped,
+                    pickle.dumps(Harmful())):
+        bad.write_bytes(content)
+        refused(ValueError, "not a readable checkpoint")
+    torch.save({"format": cola.FORMAT, "config": Harmful()}, bad)
+    refused(ValueError, "not a readable checkpoint")
+    assert not Path("ran").exists()                         # loading runs no code
+    for foreign in ({"weight": torch.zeros(3)}, torch.zeros(3), {"format": "unified-cola-3"}):
+        torch.save(foreign, bad)
+        refused(ValueError, "not a checkpoint of this program")
+    torch.save(cola.read(saved[1]) | {"progress": {"mmdit": 0}}, bad)
+    refused(ValueError, "never trained")
+
+
+@pytest.mark.parametrize("change", (
+    lambda found: found["config"]["mmdit"].update(layers=2),                 # missing weights
+    lambda found: found["config"]["mmdit"].update(width=32),                 # other shapes
+    lambda found: found["config"]["mmdit"].update(depth=2),                  # an unknown setting
+    lambda found: found["model"].update({"mmdit.more": torch.zeros(1)}),     # unknown weights
+    lambda found: found["config"].pop("text_vae"),
+))
+def test_weights_must_fit_the_configuration(saved, change):
+    found = cola.read(saved[1])
+    change(found)
+    with pytest.raises(ValueError, match="another architecture") as error:
+        cola.build(found)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,186 @@
+"""pytest tests/test_config.py"""
+import shlex
+
+import pytest
+
+import config
+import sample
+from config import DATA, DEFAULTS, FLAG, FLAGS, MODEL, RECIPE, RUN, merge, parse
+from conftest import TINY
+
+TRAINED = vars(merge({"text_vae_steps": 7}))         # the flags that a checkpoint holds
+
+
+def flags(text):
+    return merge(parse(text.split()))
+
+
+def other(name):
+    """A value that the flag may have and does not have by default."""
+    flag, usual = FLAG[name], TRAINED[name]
+    if isinstance(usual, bool):
+        return not usual
+    if isinstance(usual, list):
+        return [16 * x for x in usual] or ["photos"]
+    if isinstance(usual, str):
+        return next((word for word in flag.allowed or () if word != usual), "1.5")
+    return flag.allowed[0] if usual != flag.allowed[0] else flag.allowed[1]
+
+
+# ---- The table ---------------------------------------------------------------------------------
+
+def test_every_row_is_whole():
+    rows = [flag for group in FLAGS.values() for flag in group]
+    assert len({flag.name for flag in rows}) == len(rows)
+    for flag in rows:
+        assert len(flag.why) > 3 and flag.kind in (MODEL, RECIPE, DATA, RUN)
+        assert flag.default is not None or "default" in flag.why
+
+
+def test_defaults_are_allowed_and_those_of_sampling():
+    assert merge({}) == merge(parse([])) and merge({}).dual_layers == 1
+    assert DEFAULTS["guidance"] == sample.IMAGE.guidance
+    text = {"text_guidance": "guidance", "text_temperature": "temperature", "text_shift": "shift",
+            "text_snap": "snap"} | {name: name for name in ("repaint_share", "repaint_cycles")}
+    assert all(DEFAULTS[name] == getattr(sample.TEXT, ours) for name, ours in text.items())
+
+
+@pytest.mark.parametrize("name", [n for n, f in FLAG.items()
+                                  if f.allowed and not isinstance(f.allowed[0], str)])
+def test_numbers_are_checked(name):
+    low, high = FLAG[name].allowed
+    for x in (low - 1, high + 1, *[float("nan")] * isinstance(low, float)):
+        value = [x] * len(FLAG[name].default) if isinstance(FLAG[name].default, list) else x
+        with pytest.raises(ValueError, match=f"--{name} "):
+            merge({name: value})
+
+
+def test_shown_flags_are_read_back():
+    for text in ("", " ".join(TINY), "--no-text_snap --fsdp --optimizer adamw --image_size 32 64",
+                 "--text_loc -1.5 --dual_layers 0 --data a b --aspect --vae_interval 2 3"):
+        assert merge(parse(shlex.split(config.show(flags(text)).replace("all as by default", "")))
+                     ) == flags(text)
+
+
+def test_help_and_unknown_flags(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and all(f"--{name}" in shown for name in FLAG)
+    for argv in (["--batch_sise", "3"], ["--batch", "3"], ["--device", "tpu"],
+                 ["--steps", "1.5"], ["--any_order", "1"]):
+        with pytest.raises(SystemExit) as end:
+            parse(argv)
+        assert end.value.code == 2 and argv[0] in capsys.readouterr().err
+    assert parse(["--eval_samples", "3"], "evaluate.py", config.EVALUATE) == {"eval_samples": 3}
+    with pytest.raises(SystemExit):
+        parse(["--lr", "1"], "evaluate.py", config.EVALUATE)
+
+
+# ---- A run that starts from a checkpoint -------------------------------------------------------
+
+@pytest.mark.parametrize("start", ("resume", "init"))
+@pytest.mark.parametrize("name", FLAG)
+def test_a_flag_comes_from_where_its_kind_says(name, start, monkeypatch):
+    monkeypatch.setattr(config, "check", lambda a: None)       # one flag alone may be impossible
+    kind, found = FLAG[name].kind, TRAINED | {name: other(name)}
+    stored = start == "resume" and kind != RUN or kind in (MODEL, RECIPE)
+    assert getattr(merge({}, found, start), name) == (found if stored else TRAINED)[name]
+    given = {name: TRAINED[name]}
+    if kind == MODEL:
+        with pytest.raises(ValueError, match=f"--{'no-' * (given[name] is False)}{name}.*ckpt.pt"):
+            merge(given, found, start, "ckpt.pt")
+    else:
+        assert getattr(merge(given, found, start), name) == given[name]
+    assert bool(config.changes(given, found)) == (kind != RUN)
+
+
+def test_stage_and_scale_are_not_those_of_the_run_before():
+    """--stage text_vae, then --resume auto: the other stages are trained. --init_from a run with
+    --scale 5: this run has its own scale."""
+    found = TRAINED | {"stage": "text_vae", "scale": 5.0}
+    assert config.stages(merge({"resume": "auto"}, found)) == list(config.STAGES)
+    assert merge({}, found, "resume").scale == 5 and merge({}, found, "init").scale == 1
+
+
+def test_a_stored_switch_is_undone():
+    found = vars(flags("--accumulate"))
+    assert merge({}, found).accumulate and not merge(parse(["--no-accumulate"]), found).accumulate
+    assert config.changes(parse(["--no-accumulate"]), found) == ["--no-accumulate (was True)"]
+
+
+def test_dual_layers():
+    for layers, dual in ((1, 1), (2, 1), (4, 1), (6, 2), (24, 8)):
+        assert flags(f"--layers {layers}").dual_layers == dual
+    assert flags("--layers 4 --dual_layers 0").dual_layers == 0
+    release = {"width": 128, "layers": 24, "text_vae_steps": 0}            # has no --dual_layers
+    assert merge({"dual_layers": 3}, release, "init").dual_layers == 3
+    assert merge({}, release, "init").dual_layers == 8
+
+
+# ---- Values that do not go together ------------------------------------------------------------
+
+@pytest.mark.parametrize("text, word", [
+    ("--init_from a --init_official b", "--init_official"),
+    ("--image_size 32 32 32", "--image_size"),
+    ("--image_size 16", "--image_size"),
+    ("--image_size 23 64", "--image_size"),
+    ("--aspect", "--data"),
+    ("--width 30 --heads 4", "--width 30"),
+    ("--text_vae_width 30 --text_vae_heads 4", "--text_vae_width 30"),
+    ("--dual_layers 5", "--dual_layers 5"),
+    ("--block_len 4 --vae_block_len 3", "--vae_block_len 3"),
+    ("--seq_len 8 --block_len 16", "--seq_len 8"),
+    ("--first_block right --block_len 128", "--seq_len 128"),
+    ("--w_repa 0.5 --repa_layer 4", "--repa_layer 4"),
+    ("--vae_interval 0 5", "--vae_interval 0"),
+    ("--attention flex --device cpu", "--attention flex"),
+    ("--text_vae_steps 0", "--vae_lr_ratio 1"),
+    ("--text_vae_steps 0 --vae_lr_ratio 1 --lambda_vae 0", "--lambda_vae"),
+    ("--vae_logsnr loud", "--vae_logsnr loud"),
+    ("--vae_logsnr nan", "--vae_logsnr nan"),
+    ("--tasks often", "--tasks 'often'"),
+    ("--tasks t2v:1", "t2t, t2i, it2t"),
+    ("--tasks t2t:1,t2t:2", "--tasks"),
+    ("--tasks t2t:-1,t2i:2", "--tasks"),
+    ("--tasks t2t:0,t2i:0", "--tasks"),
+    ("--tasks t2t:inf", "--tasks"),
+    ("--tasks t2t:nan", "--tasks"),
+])
+def test_impossible_flags(text, word):
+    with pytest.raises(ValueError) as error:
+        flags(text)
+    assert word in str(error.value) and "\n" not in str(error.value)
+
+
+def test_possible_flags(tmp_path):
+    flags("--image_size 16 --data photos"), flags("--image_size 16 --text a.txt --tasks t2t:1")
+    flags("--text_vae_steps 0 --vae_lr_ratio 1")
+    for folder in ("", __file__):
+        with pytest.raises(ValueError, match="--out_dir"):
+            merge({"out_dir": folder})
+    merge({"out_dir": str(tmp_path)})
+
+
+def test_padding_needs_a_second_block_for_t2t_alone():
+    """it2t has "t2t" in its name, but no prefix."""
+    flags("--tasks it2t:1 --first_block left --block_len 128 --seq_len 128")
+    flags("--tasks it2t:1,t2t:0 --first_block left --block_len 128 --seq_len 128")
+    flags("--first_block left --block_len 64 --seq_len 128")
+
+
+# ---- Flags that hold more than one number ------------------------------------------------------
+
+def test_readings_of_flags():
+    assert config.task_shares("t2t:1, t2i:3") == {"t2t": 0.25, "t2i": 0.75}
+    assert config.task_shares("it2t:2,t2t:0") == {"it2t": 1.0}
+    assert config.image_hw(flags("--image_size 32")) == (32, 32)
+    assert config.image_hw(flags("--image_size 32 64")) == (32, 64)
+    assert config.logsnr(flags("--vae_logsnr learned")) is None
+    assert config.logsnr(flags("--vae_logsnr -1.5")) == -1.5
+    assert config.image_time_loc(flags("--image_loc 2")) == 2
+    assert config.image_time_loc(flags("--image_loc 2 --time_law uniform")) == 0
+    assert config.stages(flags("--tasks t2t:1,t2i:0")) == ["text_vae", "mmdit"]
+    assert config.stages(flags("--stage image_vae")) == ["image_vae"]
+    scaled = flags("--scale 0.1 --steps 4 --image_vae_steps 25 --text_vae_steps 0 --vae_lr_ratio 1")
+    assert [config.steps(scaled, stage) for stage in config.STAGES] == [0, 2, 1]

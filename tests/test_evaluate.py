@@ -1,0 +1,140 @@
+"""pytest tests/test_evaluate.py"""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cola
+import config
+import evaluate
+import sample
+from conftest import TINY
+from scenes import language
+from workers import Worker
+
+METRICS = {"t2i": {"count", "color", "shape", "size", "relation", "background", "scene",
+                   "by_count"},
+           "it2t": {"exact", "true", "vqa"}, "t2t": {"consistent"}}
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """Replaces both generators by ones that answer rightly, by the scenes that are asked about."""
+    scenes, asked = [], []
+    draw, question = evaluate.draw_scenes, language.question
+
+    def drawing(seed, numbers, heldout):
+        group = draw(seed, numbers, heldout)
+        scenes[:] = group.scenes
+        return group
+    monkeypatch.setattr(evaluate, "draw_scenes", drawing)
+    monkeypatch.setattr(language, "question",
+                        lambda *args: asked.append(question(*args)) or asked[-1])
+
+    def images(model, captions, settings, first):
+        return [evaluate.pictures.render(s, model.image_hw) for s in scenes]
+
+    def texts(model, prefixes, prompts=None, images=None, settings=None, first=0):
+        if prompts is None:
+            return [""] * len(prefixes)
+        if prompts[0] == "describe the image.":
+            return [language.caption(s, np.random.default_rng(0)) for s in scenes]
+        return [answer for _, answer in asked[-len(prompts):]]
+    monkeypatch.setattr(sample, "generate_images", images)
+    monkeypatch.setattr(sample, "generate_text", texts)
+
+
+def arguments(*flags):
+    return config.merge(config.parse([*TINY, *flags]))
+
+
+def test_right_answers_have_rate_1(tiny, oracle):
+    """And all rates are there; the VAEs, trained for 3 steps, do not reach 1."""
+    model = cola.load(tiny / "ckpt.pt")
+    metrics = evaluate.rates(model, arguments("--eval_samples", "5"), {*METRICS}, Worker())
+    assert metrics.keys() == {"n", "seen", "heldout", "ceiling"} and metrics["n"] == 5
+    for split in ("seen", "heldout"):
+        assert {task: set(names) for task, names in metrics[split].items()} == METRICS
+        by_count = metrics[split]["t2i"].pop("by_count")
+        assert by_count == {"1": 1.0, "2": 1.0, "3": 1.0}
+        for task, rates in metrics[split].items():
+            assert task == "t2t" or set(rates.values()) == {1.0}
+    assert metrics["ceiling"].keys() == {"image", "text"} and metrics["ceiling"]["text"] < 1
+
+
+def test_workers_share_the_samples(tiny, monkeypatch):
+    """Two workers have the verdicts of one, and no scene twice."""
+    model, args = cola.load(tiny / "ckpt.pt"), arguments("--eval_samples", "5")
+    monkeypatch.setattr(evaluate, "GROUP", 2)
+    verdicts = {}
+
+    class Part(Worker):
+        def gather(self, items):
+            verdicts.setdefault(self.world, []).extend(items)
+            return verdicts[self.world]
+
+    one = evaluate.rates(model, args, {*METRICS}, Part())
+    evaluate.rates(model, args, {*METRICS}, Part(0, 2))
+    two = evaluate.rates(model, args, {*METRICS}, Part(1, 2))
+    assert one == two and sorted(verdicts[1]) == sorted(verdicts[2])
+
+
+def test_intervals_are_of_the_samples_behind_a_rate():
+    rates = {"n": 50, "seen": {"t2i": {"relation": 0.5, "color": 0.5}, "t2t": {}},
+             "ceiling": {"text": 0.5, "image": 0.5}}
+    lines = evaluate.table(rates).splitlines()
+    for title, n in (("t2i relation", 100), ("t2i color", 150), ("ceiling text", 100),
+                     ("ceiling image", 50)):
+        low, high = evaluate.wilson(0.5, n)
+        (line,) = [line for line in lines if line.startswith(title)]
+        assert f"[{low:.3f}, {high:.3f}]" in line
+    assert evaluate.wilson(0.5, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
+    assert evaluate.wilson(0.0, 10)[0] == 0.0 and evaluate.wilson(1.0, 10)[1] == 1.0
+
+
+def test_pictures(tmp_path):
+    cells = [(np.full((32, 48, 3), 9, np.uint8), "a caption of many words " * 9)] * 7
+    assert evaluate.captioned_grid(cells).size == (6 * 168 + 8, 2 * 232 + 8)
+    log = [{"stage": stage, "step": i + 1, "loss": 2.0 / (i + 1), "recon": None, "lr": 0.1}
+           for stage in ("text_vae", "mmdit") for i in range(120)]
+    curves = evaluate.curves_of(log[:120])
+    assert curves.keys() == {"loss"} and curves["loss"].shape == (60, 2)
+    np.testing.assert_allclose(curves["loss"][0], (1.5, 1.5))            # the mean of two entries
+    evaluate.loss_plot(log, tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size == (840, 320)
+
+
+def test_the_command_repeats_the_report_of_the_run(tiny, tmp_path, capsys):
+    """With the same metrics whatever --bf16 the run had, and without a change of the checkpoint."""
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    for name in ("metrics.json", "samples.png", "loss.png"):
+        (out / name).unlink()
+    found = torch.load(out / "ckpt.pt", weights_only=True)
+    found["args"]["bf16"] = "on"
+    torch.save(found, out / "ckpt.pt")
+    before = (out / "ckpt.pt").read_bytes()
+    argv = ["--out_dir", str(out), "--procs", "1", "--device", "cpu", "--eval_samples", "2",
+            "--sample_steps", "2"]
+    assert evaluate.main(argv) == 0
+    again, first = (json.loads((folder / "metrics.json").read_text()) for folder in (out, tiny))
+    assert all(again[key] == first[key] for key in ("n", "seen", "heldout", "ceiling"))
+    assert again["config"]["bf16"] == "on" and again["config"]["width"] == 32
+    assert (out / "ckpt.pt").read_bytes() == before
+    assert (out / "samples.png").exists() and (out / "loss.png").exists()
+    printed = capsys.readouterr().out
+    assert "interval" in printed and printed.count("try: python sample.py") == 3
+
+
+def test_a_prior_that_was_never_trained_is_not_judged(tiny, tmp_path, capsys):
+    found = torch.load(tiny / "ckpt.pt", weights_only=True)
+    found["progress"]["mmdit"] = 0
+    torch.save(found, tmp_path / "ckpt.pt")
+    flags = ["--out_dir", str(tmp_path), "--procs", "1", "--device", "cpu"]
+    assert evaluate.main(flags) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt"}
+    assert evaluate.main([*flags[2:], "--out_dir", str(tmp_path / "none")]) == 2
+    assert "no such checkpoint" in capsys.readouterr().err

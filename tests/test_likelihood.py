@@ -1,0 +1,319 @@
+"""pytest tests/test_likelihood.py"""
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import MultivariateNormal, Normal
+
+import checkpoint
+import config
+import data
+import flow
+import likelihood
+from closed_form import mixture_velocity
+from conftest import TINY
+from likelihood import elbo, iwae, log_normal, log_prob
+
+F64 = torch.float64
+
+
+def draw(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def draw_signs(*shape, seed=0):
+    signs = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed))
+    return signs.to(F64) * 2 - 1
+
+
+# ---- The density, against Gaussians ------------------------------------------------------------
+
+def gaussian_flow(m, s):
+    """The exact velocity of data N(m, diag s^2): z_t = (1 - t) m + sd(t) u with u fixed along a
+    trajectory, hence dz/dt = -m + sd'(t) u."""
+    def velocity_fn(z, t):
+        sd = torch.sqrt((1 - t) ** 2 * s ** 2 + t ** 2)
+        return -m + (t - (1 - t) * s ** 2) / sd * (z - (1 - t) * m) / sd
+    return velocity_fn
+
+
+def rotated_flow(cov):
+    """The exact velocity of data N(0, cov): dv/dz is symmetric, but not diagonal."""
+    eigenvalues, U = torch.linalg.eigh(cov)
+    velocity_fn = gaussian_flow(torch.zeros_like(eigenvalues), eigenvalues.sqrt())
+    return lambda z, t: velocity_fn(z @ U, t) @ U.T
+
+
+COV = torch.tensor([[1.0, 0.6, 0.2], [0.6, 0.8, -0.1], [0.2, -0.1, 0.5]], dtype=F64)
+
+
+def test_log_normal():
+    z, mean, logvar = draw(4, 3), draw(4, 3, seed=1), draw(4, 3, seed=2)
+    torch.testing.assert_close(log_normal(z, mean, logvar),
+                               Normal(mean, (logvar / 2).exp()).log_prob(z))
+    torch.testing.assert_close(log_normal(z), Normal(0.0, 1.0).log_prob(z))
+
+
+@pytest.mark.parametrize("dtype", (F64, torch.float32))
+@pytest.mark.parametrize("solver, steps, t", (("rk4", 16, 0.0), ("heun", 200, 0.0),
+                                              ("rk4", 16, 0.3)))
+def test_density_of_a_gaussian(solver, steps, t, dtype):
+    """Also of what the data has become at a time t above 0, where the grid ends."""
+    z = draw(40, 3)
+    got = log_prob(rotated_flow(COV.to(dtype)), z.to(dtype), t + (1 - t) * flow.time_grid(steps),
+                   solver=solver)
+    cov = (1 - t) ** 2 * COV + t ** 2 * torch.eye(3, dtype=F64)
+    want = MultivariateNormal(torch.zeros(3, dtype=F64), cov).log_prob(z)
+    assert got.dtype == dtype and got.shape == (40,)
+    assert ((got - want).abs() / 3).max() < 1e-3           # nats per number
+
+
+def test_density_of_a_mixture():
+    means = torch.tensor([[0.0, 1.0], [0.0, -1.0]], dtype=F64)
+    stds, z = torch.tensor([0.4, 0.2], dtype=F64), draw(50, 2)
+    got = log_prob(mixture_velocity(means, stds), z, flow.time_grid(64))
+    parts = [Normal(m, s).log_prob(z).sum(1) for m, s in zip(means, stds)]
+    assert ((got - torch.logaddexp(*parts) + math.log(2)).abs() / 2).max() < 1e-3
+
+
+def test_an_isotropic_flow_needs_one_probe_of_signs():
+    m, s, grid = draw(2, 4), torch.full((2, 4), 0.6, dtype=F64), flow.time_grid(16)
+    z = m + s * draw(10, 2, 4, seed=1)
+    got = log_prob(gaussian_flow(m, s), z, grid, draw_signs(10, 2, 4))
+    assert ((got - Normal(m, s).log_prob(z).sum((1, 2))).abs() / 8).max() < 1e-3
+    torch.testing.assert_close(got, log_prob(gaussian_flow(m, s), z, grid))
+
+
+@pytest.mark.parametrize("probe", (draw_signs, draw))
+def test_hutchinson_is_unbiased(probe):
+    n, grid = 10_000, flow.time_grid(8)
+    z = draw(1, 3).expand(n, 3)
+    got = log_prob(rotated_flow(COV), z, grid, probe(n, 3, seed=4))
+    want = log_prob(rotated_flow(COV), z[:1], grid)
+    assert got.std() > 0.05, "a single probe is noisy"
+    assert (got.mean() - want).abs() < 4.5 * got.std() / math.sqrt(n)
+
+
+@pytest.mark.parametrize("hutchinson", (False, True))
+def test_known_positions_condition_the_density(hutchinson):
+    """z = (a, b), a known and b | a ~ N(0.8 a, 0.3^2): the flow of b alone, in a larger latent."""
+    def velocity_fn(z, t):
+        a, b = z[:, :1], z[:, 1:]
+        v = gaussian_flow(0.8 * a, torch.tensor(0.3, dtype=F64))
+        return torch.cat([1e3 * b, v(b, t)], 1)            # that of a is ignored
+    z = draw(30, 2, 1)
+    known = torch.tensor([[True, False]]).expand(30, 2)
+    probe = draw_signs(30, 2, 1) if hutchinson else None
+    got = log_prob(velocity_fn, z, flow.time_grid(32), probe, known)
+    want = Normal(0.8 * z[:, 0, 0], 0.3).log_prob(z[:, 1, 0])
+    assert (got - want).abs().max() < 1e-3
+
+
+def test_blocks_factorize():
+    """Eq. 10.16: log p(z_1) + log p(z_2 | z_1), from one solve, is the joint Gaussian's density."""
+    a, s, z = 0.8, 0.5, draw(20, 2)            # z_1 ~ N(0, 1), z_2 | z_1 ~ N(a z_1, s^2)
+    m = torch.stack([torch.zeros(20, dtype=F64), a * z[:, 0]], 1).reshape(40, 1)
+    sd = torch.tensor([1.0, s], dtype=F64).expand(20, 2).reshape(40, 1)
+    blocks = log_prob(gaussian_flow(m, sd), z.reshape(40, 1), flow.time_grid(32))
+    cov = torch.tensor([[1.0, a], [a, a ** 2 + s ** 2]], dtype=F64)
+    want = MultivariateNormal(torch.zeros(2, dtype=F64), cov).log_prob(z)
+    torch.testing.assert_close(blocks.reshape(20, 2).sum(1), want, atol=1e-4, rtol=0)
+
+
+def test_log_prob_leaves_no_graph_and_refuses_a_cut_one():
+    net, grid = torch.nn.Linear(3, 3), flow.time_grid(2)
+    with torch.no_grad():
+        assert not log_prob(lambda z, t: net(z), torch.zeros(2, 3), grid).requires_grad
+    with pytest.raises(ValueError, match="differentiably"):
+        log_prob(lambda z, t: net(z).detach(), torch.zeros(2, 3), grid)
+
+
+# ---- Bounds: z ~ N(0, 1) and x | z ~ N(z, NOISE), so that x ~ N(0, 1 + NOISE) ------------------
+
+NOISE = 0.25
+
+
+def weights(x, mean, var, K, n):
+    """The three terms of log w for n repetitions of K draws from q = N(mean, var), (K, n) each."""
+    z = mean + math.sqrt(var) * draw(K, n)
+    return (log_normal(x.expand(K, n), z, math.log(NOISE)), log_normal(z),
+            log_normal(z, mean, math.log(var)))
+
+
+def test_bounds_are_tight_for_the_exact_posterior():
+    x = torch.tensor(1.3, dtype=F64)
+    terms = weights(x, x / (1 + NOISE), NOISE / (1 + NOISE), K=5, n=7)
+    want = Normal(0.0, math.sqrt(1 + NOISE)).log_prob(x).expand(7)
+    torch.testing.assert_close(elbo(*terms), want)
+    torch.testing.assert_close(iwae(*terms), want)
+
+
+def test_the_elbo_falls_short_by_the_kl():
+    x, mean, var = torch.tensor(1.0, dtype=F64), 0.6, 0.3
+    got = elbo(*weights(x, mean, var, K=200_000, n=1)).item()
+    posterior = Normal(x / (1 + NOISE), math.sqrt(NOISE / (1 + NOISE)))
+    gap = torch.distributions.kl_divergence(Normal(mean, math.sqrt(var)), posterior)
+    want = Normal(0.0, math.sqrt(1 + NOISE)).log_prob(x) - gap
+    assert got == pytest.approx(want.item(), abs=0.01)
+
+
+def test_the_iwae_is_above_the_elbo_and_rises_with_k():
+    x = torch.tensor(1.0, dtype=F64)
+    terms = weights(x, 0.8, 0.5, K=64, n=4000)
+    assert (iwae(*terms) >= elbo(*terms)).all()
+    means = [iwae(*(term.reshape(K, -1) for term in terms)).mean().item()
+             for K in (1, 2, 4, 16, 64)]
+    truth = Normal(0.0, math.sqrt(1 + NOISE)).log_prob(x).item()
+    assert means[0] == pytest.approx(elbo(*terms).mean().item())         # K = 1 is the ELBO
+    assert all(low < high for low, high in pairwise(means))
+    assert truth - 0.01 < means[-1] < truth + 0.005
+    log_w, zero = torch.tensor([-2000.0, -2001.0]), torch.zeros(2)       # w itself would be 0
+    assert iwae(log_w, zero, zero).item() == pytest.approx(-2000 + math.log((1 + math.exp(-1)) / 2))
+
+
+def test_single_block_response_score():
+    """Eq. 10.22 with z_2 | z_1 ~ N(0.8 z_1, 1) by the ODE: log p(x_2 | z_1) for the exact q."""
+    prior_mean, x = 0.8 * torch.tensor(0.7, dtype=F64), torch.tensor(-0.2, dtype=F64)
+    q_mean, q_var = prior_mean + (x - prior_mean) / (1 + NOISE), NOISE / (1 + NOISE)
+    z = q_mean + math.sqrt(q_var) * draw(6)
+    velocity_fn = gaussian_flow(prior_mean, torch.tensor(1.0, dtype=F64))
+    log_pz = log_prob(velocity_fn, z[:, None], flow.time_grid(32))
+    score = elbo(log_normal(x.expand(6), z, math.log(NOISE)), log_pz,
+                 log_normal(z, q_mean, math.log(q_var)))
+    want = Normal(prior_mean, math.sqrt(1 + NOISE)).log_prob(x)
+    torch.testing.assert_close(score, want, atol=1e-5, rtol=0)
+
+
+def test_perplexity():
+    """A uniform choice of V symbols has perplexity V; texts count by their length."""
+    lengths = torch.tensor([3, 50])
+    got = likelihood.perplexity(-lengths * math.log(257), lengths)
+    assert got.item() == pytest.approx(257, rel=1e-6)
+    assert likelihood.perplexity([-6.0, -2.0], [1, 3]).item() == pytest.approx(math.exp(2.0))
+
+
+# ---- Texts -------------------------------------------------------------------------------------
+
+TEXT = "there is a red circle. the background is gray. there are two objects."
+GRID = flow.time_grid(2)
+
+
+def system(block_len, noise, *flags):
+    """Fresh weights with some noise; without it the prior says v = 0, and p(z) is N(0, I)."""
+    args = config.merge(config.parse([*TINY, "--block_len", str(block_len), "--text_latent_dim",
+                                      "4", *flags]))
+    cola = checkpoint.new_model(args, data.Scenes(0, 32, 64))
+    for part in cola.parts().values():
+        for p in part.eval().parameters():
+            p.data.add_(torch.randn_like(p), alpha=noise)
+    return cola
+
+
+@pytest.mark.parametrize("t_min", (0.0, 0.2))
+@pytest.mark.parametrize("block_len, known, patch, scale",
+                         ((1, 0, 1, 1.0), (4, 6, 1, 1.0), (2, 3, 2, 3.0)))
+def test_terms_where_the_prior_is_standard_normal(block_len, known, patch, scale, t_min):
+    """Against the decoder's log softmax, N(z; 0, I) and N(z; mean, var) of all latents that are not
+    known. With t_min, N(0, I) is divided by 1 - t_min, and q has the noise of the time."""
+    model, K = system(block_len, 0.0, "--text_patch", str(patch)), 3
+    model.text_vae.config.scaling_factor = scale
+    ids = model.ids(TEXT, end=True)
+    n = len(ids) // patch
+    px, pz, q = likelihood.log_weights(model, ids, K, t_min + (1 - t_min) * GRID, known, seed=5)
+    assert px.shape == pz.shape == q.shape == (K, n // block_len)
+    mean, logvar = model.text_vae.encode(torch.tensor(ids), [n])
+    std = (logvar / 2).exp() * scale
+    std[known:] = (std[known:] ** 2 + (t_min / (1 - t_min)) ** 2).sqrt()
+    for k in range(K):
+        noise = data.rng(5, k, data.Purpose.POSTERIOR).standard_normal((n, 4), "float32")
+        z = mean * scale + std * torch.from_numpy(noise)
+        of_tokens = F.log_softmax(model.text_vae.decode(z, [n]), -1)[range(n * patch), ids]
+        expected = (of_tokens.view(n, patch).sum(1),
+                    Normal(0.0, 1 / (1 - t_min)).log_prob(z).sum(-1),
+                    Normal(mean * scale, std).log_prob(z).sum(-1))
+        for got, want in zip((px, pz, q), expected):
+            want = torch.where(torch.arange(n) < known, 0.0, want).view(-1, block_len).sum(-1)
+            torch.testing.assert_close(got[k], want, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("t_min", (0.0, 0.2))
+@pytest.mark.parametrize("block_len, cut", ((1, 8), (4, 6)))
+def test_a_text_is_the_product_of_its_blocks(block_len, cut, t_min):
+    """Whole blocks of a prefix have the same terms alone; given as known, they leave the terms of
+    later blocks as they are. The rest of a block that is known in part depends on that part."""
+    model, grid = system(block_len, 0.1), t_min + (1 - t_min) * GRID
+    ids, blocks, later = model.ids(TEXT[:30], end=True), cut // block_len, -(-cut // block_len)
+    whole = likelihood.log_weights(model, ids, 2, grid)
+    first = likelihood.log_weights(model, ids[:blocks * block_len], 2, grid)
+    for a, b in zip(whole, first):
+        torch.testing.assert_close(a[:, :blocks], b, atol=1e-3, rtol=1e-4)
+    if t_min == 0.0:                       # otherwise known latents bear less noise
+        for a, c in zip(whole, likelihood.log_weights(model, ids, 2, grid, cut)):
+            torch.testing.assert_close(a[:, later:], c[:, later:], atol=1e-3, rtol=1e-4)
+            assert not c[:, :blocks].any()
+            assert later == blocks or (a - c)[:, blocks].abs().min() > 1e-2
+    flat = likelihood.log_weights(system(block_len, 0.0), ids, 2, grid)
+    assert (whole[1] - flat[1]).abs().max() > 0.1
+
+
+def test_known_latents_are_encoded_alone():
+    """As in training: where the text VAE has blocks, they would otherwise know the response."""
+    model = system(4, 0.1, "--vae_block_len", "4")
+    ids, known = model.ids(TEXT, end=True), 6
+    encode = lambda part: model.text_vae.encode(torch.tensor(part), [len(part)])[0]
+    mean, _ = likelihood.posterior(model, ids, known, 0.0)
+    assert (encode(ids[:known]) - encode(ids)[:known]).abs().max() > 1e-3
+    torch.testing.assert_close(mean, torch.cat([encode(ids[:known]), encode(ids)[known:]]))
+
+
+def test_hutchinson_agrees_with_the_exact_divergence_in_the_mean():
+    model = system(1, 0.1)
+    ids = model.ids(TEXT, end=True)[:3]
+    log_pz = lambda exact, seed: likelihood.log_weights(model, ids, 1, GRID, exact=exact,
+                                                        seed=seed)[1].sum()
+    error = torch.stack([log_pz(False, seed) - log_pz(True, seed) for seed in range(12)])
+    assert error.std() > 1e-3 and error.mean().abs() < 3 * error.std() / math.sqrt(len(error))
+
+
+@pytest.mark.parametrize("mode", ("clean", "repaint"))
+@pytest.mark.parametrize("extra", (0, 3))
+def test_rows(extra, mode):
+    """Differences are of whole blocks. The response's own score knows the prefix to its last latent
+    if the model has seen clean latents beside noise."""
+    model = replace(system(4, 0.1), first_block=mode)
+    encode = model.tokenizer.encode
+    cut = next(i for i in range(len(TEXT)) if len(encode(TEXT[:i])) == 8 + extra)
+    before, after = len(encode(TEXT[:cut])), len(encode(TEXT[cut:]))
+    score = likelihood.score(model, TEXT[:cut], TEXT[cut:], 3, 2)
+    rows = {name: (value, tokens) for name, value, tokens in score}
+    for bound in ("ELBO", "IWAE"):
+        whole, first, rest = (rows[f"{part}, {bound}"]
+                              for part in ("text", "prefix", "response | prefix"))
+        assert rest[0] == pytest.approx(whole[0] - first[0])
+        assert (whole[1], first[1], rest[1]) == (before + after + 1, 8, before + after - 7)
+    assert rows["text, IWAE"][0] >= rows["text, ELBO"][0]
+    own, tokens = rows["response | latents of the prefix"]
+    terms = [value for name, (value, _) in rows.items() if name.startswith("  ")]
+    assert len(terms) == 3 and sum(terms) == pytest.approx(own, abs=1e-3)
+    same = extra == 0 or mode != "clean"
+    assert tokens == (before + after - 7 if same else after + 1)
+    assert (own == pytest.approx(rows["response | prefix, ELBO"][0], abs=1e-3)) == same
+
+
+def test_command(tiny, capsys):
+    flags = ["--checkpoint", str(tiny / "ckpt.pt"), "--steps", "1", "--samples", "2", "--solver",
+             "euler", "--divergence", "hutchinson", "--device", "cpu"]
+    assert likelihood.main(["a red", " circle.", *flags]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 11 and "perplexity" in out
+    for argv, word in ((["a", ""], "response"), (["a", "b", "--t_min", "1"], "--t_min"),
+                       (["a", "b", "--checkpoint", "no.pt"], "no.pt")):
+        try:
+            status = likelihood.main([*flags, *argv])
+        except SystemExit as exit_:
+            status = exit_.code
+        err = capsys.readouterr().err
+        assert status == 2 and word in err and err.count("\n") == 1

@@ -1,0 +1,356 @@
+"""pytest tests/test_release.py"""
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import regex
+import torch
+import torch.nn as nn
+
+import cola
+import masks
+import release
+from cola import Cola, Tokenizer
+from cuda_attention import make_plan
+from image_vae import ImageVAE, ImageVAEConfig
+from masks import T2T, Sample, pack
+from mmdit import Cache, MMDiT, MMDiTConfig
+from text_vae import TextVAE, TextVAEConfig
+
+OFFICIAL = Path(__file__).parent / "official_tiny"
+TEXT = "there is a red circle. it's 12345 m wide,\n  naïve 漢字!  the end"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["there is a red circle. it is above a blue square.", TEXT] * 3, 400)
+
+
+def system(tokenizer, logsnr=None, **prior) -> Cola:
+    """A system of random weights, none of them 0."""
+    torch.manual_seed(0)
+    vae = TextVAE(TextVAEConfig(tokenizer.n_vocab, 24, 48, 2, 1, 2, 8, patch_size=2, block_len=2,
+                                logsnr=logsnr, scaling_factor=0.7, shifting_factor=0.1))
+    settings = dict(width=16, heads=2, head_dim=8, layers=2, dual_layers=1, emb_dim=16, rope_dim=6,
+                    as_released=True)
+    mmdit = MMDiT(MMDiTConfig(8, 4, **settings | prior))
+    for p in (*vae.parameters(), *mmdit.parameters()):
+        p.data.normal_(std=0.3)
+    image_vae = ImageVAE(ImageVAEConfig(4, width=8, blocks=1))
+    return Cola(vae.eval(), image_vae, mmdit.eval(), tokenizer, 4, (16, 16), 0.0)
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    model, folder = system(tokenizer), tmp_path_factory.mktemp("release") / "r"
+    release.save(model, folder)
+    return model, folder
+
+
+def close(a, b, atol=1e-4):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def refused(match, function, *args):
+    with pytest.raises((ValueError, FileNotFoundError), match=match) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+
+
+# ---- The numbers of the public code ------------------------------------------------------------
+
+@pytest.mark.parametrize("patch", ("p1", "p2"))
+@torch.no_grad()
+def test_text_vae_of_the_release(patch):
+    vae = release.load_text_vae(OFFICIAL / patch / "cola_vae")
+    want = release.read_safetensors(OFFICIAL / patch / "expected.safetensors")
+    lengths = [len(want["mean_0"]), len(want["mean_1"])]
+    for i in (0, 1):
+        mean, logvar = vae.encode(want[f"ids_{i}"], [lengths[i]])
+        close(mean, want[f"mean_{i}"])
+        close(logvar, want[f"logvar_{i}"])
+    packed, _ = vae.encode(torch.cat([want["ids_0"], want["ids_1"]]), lengths)
+    close(vae.scale_latents(packed), want["decode_latents"])
+    close(vae.decode(want["decode_latents"], lengths), want["decode_logits"], atol=2e-4)
+
+
+@pytest.mark.parametrize("patch", ("p1", "p2"))
+@torch.no_grad()
+def test_prior_of_the_release(patch):
+    model, bl = release.load_mmdit(OFFICIAL / patch / "cola_dit")
+    want = release.read_safetensors(OFFICIAL / patch / "expected.safetensors")
+    layout = pack([Sample(T2T, clean=int(n), noisy=int(n)) for n in want["train_len"]], bl)
+    assert layout.col.tolist() == want["train_pos"].tolist()
+    t, t_index = torch.unique(want["train_timestep"] / 1000, return_inverse=True)
+    v, none, _ = model(want["train_x"], None, t, t_index, layout, make_plan(layout))
+    close(v, want["train_v"])
+    assert none is None
+
+    n, m = len(want["gen_prefix"]), len(want["gen_z"])
+    prefix, block = pack([Sample(T2T, clean=n)], bl), pack([Sample(T2T, noisy=m, first=n)], bl)
+    cache, zeros, t = Cache(), torch.zeros(n + m, dtype=torch.long), torch.tensor([0.7])
+    model(want["gen_prefix"], None, torch.zeros(1), zeros[:n], prefix, make_plan(prefix), cache,
+          commit=True)
+    alone, after = make_plan(block), make_plan(block, masks.concat(prefix, block))
+    z, zeros = want["gen_z"], zeros[n:]
+    close(model(z, None, t, zeros, block, after, cache)[0], want["gen_v_cond"])
+    close(model(z, None, t, zeros, block, alone)[0], want["gen_v_uncond"])
+
+
+@pytest.mark.parametrize("patch", ("p1", "p2"))
+def test_every_tensor_and_setting_is_written_back(patch, tmp_path):
+    folder = OFFICIAL / patch
+    mmdit, block_len = release.load_mmdit(folder / "cola_dit")
+    vae = release.load_text_vae(folder / "cola_vae")
+    small = Tokenizer([b"a"], ".", {"<|endoftext|>": 1})
+    release.save(Cola(vae, None, mmdit, small, block_len, (0, 0), 0.0), tmp_path / "r")
+    for part in ("cola_vae", "cola_dit"):
+        want, got = (release.read_weights(x / part) for x in (folder, tmp_path / "r"))
+        assert got.keys() == want.keys()
+        for name, x in want.items():                        # freqs are computed anew
+            close(got[name], x, atol=1e-7 if name.endswith("freqs") else 0)
+        want, got = (release.read_json(x / part / "config.json") for x in (folder, tmp_path / "r"))
+        assert got.items() <= want.items()
+
+
+# ---- Round trips -------------------------------------------------------------------------------
+
+@torch.no_grad()
+def outputs(model: Cola) -> list[torch.Tensor]:
+    """Posterior, logits and velocity of one text, at its length in latents."""
+    ids = model.ids(TEXT, end=True)
+    n = len(ids) // 2
+    mean, logvar = model.text_vae.encode(torch.tensor(ids), [n])
+    layout = pack([Sample(T2T, clean=n, noisy=n)], model.block_len)
+    z, t_index = torch.cat([mean, mean + 1]), (layout.segment == masks.N).long()
+    image = None if model.image_vae is None else torch.zeros(0, 4)
+    v = model.mmdit(z, image, torch.tensor([0.0, 0.6]), t_index, layout, make_plan(layout))[0]
+    return [mean, logvar, model.text_vae.decode(mean, [n]), v]
+
+
+def test_a_saved_system_computes_the_same(saved):
+    model, folder = saved
+    again = release.load(folder)
+    assert again.block_len == 4 and again.tasks == ("t2t",) and again.image_vae is None
+    assert again.tokenizer.to_dict() == model.tokenizer.to_dict()
+    assert not again.mmdit.training and not again.text_vae.training
+    for a, b in zip(outputs(model), outputs(again)):
+        close(a, b, atol=1e-5)
+
+
+def test_a_fixed_logsnr_becomes_a_constant_of_the_head(tokenizer, tmp_path):
+    model = system(tokenizer, logsnr=1.5)
+    release.save(model, tmp_path / "r")
+    again = release.load(tmp_path / "r")
+    assert again.text_vae.config.logsnr is None
+    for a, b in zip(outputs(model), outputs(again)):
+        close(a, b, atol=1e-5)
+    assert (outputs(again)[1] == -1.5).all()
+
+
+def test_weights_are_mapped(saved):
+    """Parameters lie one behind another, as in the file; changing them leaves the file as it is."""
+    path = saved[1] / "cola_vae" / "model.safetensors"
+    before, vae = path.read_bytes(), release.load_text_vae(path.parent)
+    spans = sorted((p.data_ptr(), p.nbytes) for p in vae.parameters())
+    assert all(a + n == b for (a, n), (b, _) in zip(spans, spans[1:]))
+    for p in vae.parameters():
+        p.data += 1
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+def test_weights_of_another_type_become_float32(tmp_path, dtype):
+    tensors = {"a": torch.randn(3, 4), "transposed": torch.randn(4, 3).T, "b": torch.tensor(2.5)}
+    weights = {name: x.to(dtype) for name, x in tensors.items()}
+    release.write_safetensors(tmp_path / "model.safetensors", weights)
+    got = release.read_weights(tmp_path)
+    assert got.keys() == weights.keys()
+    for name, x in got.items():
+        assert x.dtype == torch.float32 and torch.equal(x, weights[name].float())
+
+
+def test_a_fresh_image_side(saved):
+    """The text side is as released; the image side starts as in a new model."""
+    text = release.load(saved[1]).mmdit.state_dict()
+    for dual_layers in (0, 2):
+        model = release.load(saved[1], 4, dual_layers).mmdit
+        assert len(model.image_blocks) == dual_layers
+        for name, p in model.named_parameters():
+            if not name.startswith("image_"):
+                assert torch.equal(p, text[name]), name
+            elif name.endswith("norm_q.weight") or name == "image_norm.weight":
+                assert (p == 1).all(), name
+            elif name.endswith(("proj_qkv.weight", "mlp.proj_in.weight", "image_in.weight")):
+                assert 0.01 < p.std() < 1, name
+        assert not model.image_out.weight.any()
+    assert text.keys() == {name for name in model.state_dict() if not name.startswith("image_")}
+
+
+def test_flags(saved):
+    assert release.flags(saved[1]) == {
+        "text_latent_dim": 8, "text_patch": 2, "text_vae_width": 24, "text_vae_layers": 1,
+        "text_vae_heads": 2, "vae_block_len": 2, "vae_logsnr": "learned", "width": 16, "layers": 2,
+        "heads": 2, "block_len": 4, "vocab_size": saved[0].tokenizer.n_vocab, "tokenizer": "",
+        "as_released": True}
+
+
+def test_command(saved, tmp_path, capsys):
+    model, path = saved[0], tmp_path / "ckpt.pt"
+    state = nn.ModuleDict(model.parts()).state_dict()
+    torch.save({"format": cola.FORMAT, "config": model.config(), "model": state, "ema": {},
+                "tokenizer": model.tokenizer.to_dict(), "progress": {"mmdit": 1}}, path)
+    argv = [str(tmp_path / "out"), "--checkpoint", str(path)]
+    assert release.main(argv) == 0 and "tokenizer.json" in capsys.readouterr().out
+    for part in ("cola_vae", "cola_dit"):
+        assert (tmp_path / "out" / part / "model.safetensors").read_bytes() == \
+            (saved[1] / part / "model.safetensors").read_bytes()
+    for argv, word in ((argv, "exists"), ([str(tmp_path / "a"), "--checkpoint", "no.pt"], "no.pt")):
+        assert release.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("release.py: ") and word in error and error.count("\n") == 1
+
+
+# ---- Wrong files -------------------------------------------------------------------------------
+
+def test_shards(tmp_path):
+    source = OFFICIAL / "p2" / "cola_vae"
+    tensors = release.read_weights(source)
+    where = {name: f"model-{i % 2 + 1}-of-2.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(where.values()):
+        part = {name: x for name, x in tensors.items() if where[name] == shard}
+        release.write_safetensors(tmp_path / shard, part)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    shutil.copy(source / "config.json", tmp_path)
+    got = release.load_text_vae(tmp_path).state_dict()
+    assert got.keys() == tensors.keys() and all(torch.equal(got[k], x) for k, x in tensors.items())
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    refused("model-2-of-2", release.load_text_vae, tmp_path)
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    whole = (OFFICIAL / "p1" / "expected.safetensors").read_bytes()
+    for size in (*range(0, len(whole), 97), len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused("a.safetensors: truncated", release.read_safetensors, path)
+
+
+@pytest.mark.parametrize("header", (
+    {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}},          # 16 bytes
+    {"a": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}},          # ends behind the file
+    {"a": {"dtype": "F8", "shape": [12], "data_offsets": [0, 12]}},
+    {"a": {"dtype": "F32"}}, {"a": 3}, [1],
+    {"a": {"dtype": "F32", "shape": [-3], "data_offsets": [0, -12]}}))
+def test_a_wrong_header(header, tmp_path):
+    text, path = json.dumps(header).encode(), tmp_path / "a.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+    refused("a.safetensors", release.read_safetensors, path)
+
+
+@pytest.mark.parametrize("part, change, match", (
+    ("cola_vae", {"act": "gelu"}, "act is 'gelu'"),
+    ("cola_vae", {"post_norm": False}, "post_norm is False"),
+    ("cola_vae", {"latent_dim": 9}, "do not fit"),
+    ("cola_vae", {"dim": None}, "no dim"),
+    ("cola_vae", {"block_size": 3}, "whole blocks of 3"),
+    ("cola_dit", {"block_size": 0}, "blocks of 0"),
+    ("cola_dit", {"num_layers": 3}, "do not fit"),
+    ("cola_dit", {"patch_size": 2}, "patch_size is 2"),
+    ("cola_dit", {"heads": None}, "no heads")))
+def test_a_wrong_config(saved, tmp_path, part, change, match):
+    shutil.copytree(saved[1], tmp_path / "r")
+    path = tmp_path / "r" / part / "config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    refused(match, release.load, tmp_path / "r")
+
+
+def test_a_folder_that_is_no_release(saved, tmp_path):
+    refused("cola_vae.*release", release.load, tmp_path)
+    shutil.copytree(saved[1], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").write_text("{")
+    refused("tokenizer.json: not a JSON file", release.load, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    refused("tokenizer.json", release.load, tmp_path)
+
+
+def test_what_the_format_cannot_describe(saved, tokenizer, tmp_path):
+    folder = tmp_path / "r"
+    refused("--first_block left", release.save, replace(saved[0], first_block="left"), folder)
+    refused("--as_released", release.save, system(tokenizer, as_released=False), folder)
+    assert not folder.exists()
+
+
+# ---- tokenizer.json ----------------------------------------------------------------------------
+
+def by_merges(state: dict, text: str) -> list[int]:
+    """The ids that a tokenizer.json defines: in every word, again and again the first merge of the
+    list that applies anywhere."""
+    order = {tuple(pair.split(" ") if isinstance(pair, str) else pair): i
+             for i, pair in enumerate(state["model"]["merges"])}
+    first = state["pre_tokenizer"].get("pretokenizers", [{}])[0]
+    ids = []
+    for word in regex.findall(first.get("pattern", {}).get("Regex", release.GPT2_PATTERN), text):
+        parts = [release.LETTERS[b] for b in word.encode()]
+        while len(parts) > 1:
+            pairs = enumerate(zip(parts, parts[1:]))
+            rank, j = min((order.get(pair, 1 << 30), j) for j, pair in pairs)
+            if rank == 1 << 30:
+                break
+            parts[j:j + 2] = [parts[j] + parts[j + 1]]
+        ids += [state["model"]["vocab"][part] for part in parts]
+    return ids
+
+
+def test_tokenizer_json_round_trip(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    release.write_tokenizer(path, tokenizer)
+    again, state = release.read_tokenizer(path), json.loads(path.read_text("utf-8"))
+    assert again.to_dict() == tokenizer.to_dict()
+    for text in (TEXT, "", " ", "a  b", "\n\n x"):
+        assert again.encode(text) == tokenizer.encode(text) == by_merges(state, text)
+
+
+def test_bytes_in_another_order_and_the_pattern_of_gpt2(tokenizer, tmp_path):
+    """As in public releases: merges as strings, bytes in the order of their letters, more special
+    tokens than the end."""
+    path = tmp_path / "tokenizer.json"
+    release.write_tokenizer(path, tokenizer)
+    state = json.loads(path.read_text("utf-8"))
+    vocab = state["model"]["vocab"]
+    words = sorted(sorted(vocab, key=vocab.get)[:256]) + sorted(vocab, key=vocab.get)[256:]
+    state["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    state["model"]["merges"] = [" ".join(pair) for pair in state["model"]["merges"]]
+    state["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    n = len(words)
+    special = {"<|one|>": n, "<|endoftext|>": n + 1, "<|pad|>": n + 4}
+    state["added_tokens"] = [{"content": name, "id": i} for name, i in special.items()]
+    path.write_text(json.dumps(state))
+    read = release.read_tokenizer(path)
+    assert read.encode(TEXT) == by_merges(state, TEXT) != tokenizer.encode(TEXT)
+    assert read.decode(read.encode(TEXT)) == TEXT and (read.end, read.n_vocab) == (n + 1, n + 5)
+    assert Tokenizer.from_dict(read.to_dict()).encode(TEXT) == read.encode(TEXT)
+
+
+@pytest.mark.parametrize("change, match", (
+    (lambda s, model, split, level: model.update(type="WordPiece"), "BPE"),
+    (lambda s, model, split, level: s.update(normalizer={"type": "NFC"}), "changes texts"),
+    (lambda s, model, split, level: level.update(add_prefix_space=True), "changes texts"),
+    (lambda s, model, split, level: split.update(behavior="Removed"), "regex"),
+    (lambda s, model, split, level: split.update(invert=True), "regex"),
+    (lambda s, model, split, level: level.update(use_regex=True), "regex"),
+    (lambda s, model, split, level: model.update(end_of_word_suffix="</w>"), "affixes"),
+    (lambda s, model, split, level: model["vocab"].pop("a"), "gaps"),
+    (lambda s, model, split, level: model["merges"].reverse(), "order of merges"),
+    (lambda s, model, split, level: s["added_tokens"].clear(), "endoftext"),
+    (lambda s, model, split, level: s.pop("model"), "model")))
+def test_other_tokenizers_are_refused(change, match, tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    release.write_tokenizer(path, tokenizer)
+    state = json.loads(path.read_text("utf-8"))
+    change(state, state["model"], *state["pre_tokenizer"]["pretokenizers"])
+    path.write_text(json.dumps(state))
+    refused(match, release.read_tokenizer, path)

@@ -1,0 +1,186 @@
+"""pytest tests/test_workers.py: sharing, signals, folders, and workers that die."""
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import cola
+import config
+import train
+import workers
+from conftest import TINY
+from test_train import ROOT, fails, log_of, stage_and_batch, system
+from masks import IT2T, T2I, T2T
+from workers import Worker
+
+LONG = [*TINY, "--steps", "100000", "--eval_samples", "0"]
+
+
+def started(out, *flags, procs=1, **more):
+    """A run in a process of its own that has taken its first steps."""
+    argv = [sys.executable, ROOT / "train.py", *LONG, *flags, "--procs", str(procs),
+            "--out_dir", str(out)]
+    run = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **more)
+    while run.poll() is None and not (out / "log.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(1.5)
+    return run
+
+
+def test_workers_share_every_task_within_one_sample():
+    """Of 8 workers, and of more workers than a micro-step has samples."""
+    work = [(task, k) for task in range(6) for k in range(10)]
+    for world in (2, 3, 8, 20):
+        shares = [Worker(rank, world).share(work) for rank in range(world)]
+        assert sorted(sum(shares, [])) == work
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        for task in range(6):
+            counts = [sum(t == task for t, _ in share) for share in shares]
+            assert max(counts) - min(counts) <= 1
+    assert workers.most_workers(config.merge({})) == 32 and \
+        workers.most_workers(config.merge({"stage": "mmdit"})) == 60 and \
+        workers.most_workers(config.merge({"accumulate": True})) == 10
+
+
+def test_fewer_samples_than_workers(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("RANK", "0")
+    fails(["--batch_size", "1", "--device", "cpu", "--stage", "mmdit", "--out_dir",
+           str(tmp_path / "o")], capsys, "16 workers", "--batch_size")
+
+
+def test_ddp_leaves_what_no_sample_used_without_a_gradient(system):
+    """Whatever the task: DDP would refuse the next step if it waited for a parameter."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for task in (T2T, T2I, IT2T):
+            stage, b = stage_and_batch(system, task, "--vae_lr_ratio", "0")
+            wrapped = workers.wrap(stage, Worker(world=2), stage.args)
+            for _ in range(2):
+                wrapped(b, b.counts())[0].backward()
+            unused = {name for name, p in stage.named_parameters() if p.grad is None and
+                      p.requires_grad}
+            assert ("mmdit.image_out.weight" in unused) == (task != T2I)
+            assert ("mmdit.image_in.weight" in unused) == (task == T2T)
+            assert "mmdit.text_in.weight" not in unused
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_runs_do_not_share_a_folder(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    argv = [*TINY, "--resume", "auto", "--steps", "6", "--eval_samples", "0", "--out_dir", str(out)]
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); " \
+        "print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(out / ".lock")],
+                              stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        fails(argv, capsys, "another run is writing there")
+    finally:
+        holder.kill()
+        holder.wait()
+    assert train.main(argv) == 0
+
+
+# ---- Signals -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 5, [signal.SIGINT],
+                                     [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]],
+                         ids=["SIGTERM x 5", "SIGINT", "mixed"])
+def test_signals_while_saving_leave_a_whole_checkpoint(numbers, tmp_path, monkeypatch, capsys):
+    """The signals come while the checkpoint of the second step of stage 2 is being written."""
+    out, write, before = tmp_path / "out", torch.save, signal.getsignal(signal.SIGTERM)
+
+    def interrupted(found, file):
+        if found["progress"]["mmdit"] == 2:
+            for number in numbers:
+                signal.raise_signal(number)
+        write(found, file)
+    monkeypatch.setattr(torch, "save", interrupted)
+    flags = [*TINY, "--save_every", "2", "--eval_samples", "0", "--out_dir", str(out)]
+    assert train.main(flags) == 130
+    assert "--resume auto" in capsys.readouterr().err
+    assert cola.read(out / "ckpt.pt")["progress"]["mmdit"] == log_of(out)[-1]["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_sigint_breaks_off(tmp_path, monkeypatch):
+    """At once, with the checkpoint before."""
+    out, write = tmp_path / "out", torch.save
+
+    def interrupted(found, file):
+        if found["progress"]["mmdit"] == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        write(found, file)
+    monkeypatch.setattr(torch, "save", interrupted)
+    flags = [*TINY, "--save_every", "1", "--eval_samples", "0", "--out_dir", str(out)]
+    assert train.main(flags) == 130
+    assert cola.read(out / "ckpt.pt")["progress"]["mmdit"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT, signal.SIGKILL))
+def test_signals_end_a_run_of_two_workers(number, tmp_path):
+    """Within 10 seconds; SIGTERM and SIGINT with a checkpoint and a line. Nobody outlives a killed
+    worker 0."""
+    out = tmp_path / "out"
+    run = started(out, procs=2)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    run.send_signal(number)
+    error = run.communicate(timeout=10)[1]
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < end, "a worker lives on"
+        time.sleep(0.1)
+    assert cola.read(out / "ckpt.pt")["progress"]["image_vae"] == 3
+    if number != signal.SIGKILL:
+        assert run.returncode == 130 and error.count("continue with --resume auto") == 1
+        steps = cola.read(out / "ckpt.pt")["progress"]["mmdit"]
+        assert 0 < steps == log_of(out)[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_named(tmp_path):
+    run = started(tmp_path / "out", procs=2)
+    child = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0]
+    os.kill(int(child), signal.SIGKILL)
+    error = run.communicate(timeout=20)[1]
+    assert run.returncode == 1 and "a worker was killed" in error and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_worker_ends_all(tmp_path):
+    """With one line and status 2."""
+    argv = [sys.executable, ROOT / "train.py", *TINY, "--procs", "2", "--eval_samples", "0",
+            "--out_dir", str(tmp_path / "out")]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count("cannot be written") == 1
+    assert "Traceback" not in done.stderr and not list((tmp_path / "out").glob("ckpt*"))
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_bit_for_bit(tmp_path):
+    """The short form of experiments/faults.py."""
+    from experiments import faults
+    counts = faults.kill_and_resume(tmp_path, kills=2, steps=20, joint=True)
+    assert counts["kills"] == 2 and counts["different"] == 0, counts
+
+
+@pytest.mark.slow
+def test_torchrun_starts_killed_workers_anew(tmp_path):
+    from experiments import faults
+    assert faults.kill_a_worker(tmp_path, kills=1, steps=30) == {"kills": 1, "different": 0}

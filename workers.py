@@ -1,0 +1,300 @@
+"""Workers: one process per device, with the same weights and a share of the samples each.
+
+    torchrun starts the workers of several GPUs or machines
+    on a CPU the first process starts the others itself, one thread each: on small matrices two
+    processes of one thread are faster than two threads of one process
+
+Gradients are averaged by DDP. With --fsdp the weights of stage 2, their gradients and moments are
+sharded over the workers (FSDP2): every block of the prior is whole only while it computes.
+
+Run: python workers.py   (CPU, 5 s: two workers share a sum)
+"""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import timeit
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import config
+
+
+# ---- one worker --------------------------------------------------------------------------------
+
+@dataclass
+class Worker:
+    """This process among the others."""
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+    stop: float = 0.0              # 1 after a signal has asked for the end
+    training: bool = False         # the set-up, which is the same on every worker, is over
+    started: list[subprocess.Popen] = field(default_factory=list)      # workers of this process
+
+    def share(self, numbers: range | list) -> range | list:
+        """This worker's part of some samples: each worker has every kind within one sample."""
+        return numbers[self.rank::self.world]
+
+    def gather(self, items: list) -> list:
+        """The lists of all workers, joined."""
+        if self.world == 1:
+            return items
+        parts: list = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [x for part in parts for x in part]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over the workers."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def sum_counts(self, counts: list[dict[str, float]]) -> dict[str, float]:
+        """Sums over the micro-batches of all workers; every dict has the same names."""
+        own = [[float(x) for x in c.values()] for c in counts]
+        sums = self.sum(torch.tensor(own, dtype=torch.float64).sum(0).to(self.device))
+        return dict(zip(counts[0], sums.tolist()))
+
+    def sum_step(self, terms: dict[str, Tensor], positions: int) -> tuple[dict, float, bool]:
+        """Loss terms (scalars on the device) and positions of all workers, and whether a signal
+        has reached one of them. The host waits for the device here, once a step."""
+        values = torch.stack([*(x.double() for x in terms.values()),
+                              *torch.tensor([positions, self.stop]).double().to(self.device)])
+        *values, positions, stop = self.sum(values).tolist()
+        return dict(zip(terms, values)), positions, stop > 0
+
+    def leave(self, status: int, line: str = "", own: bool = False) -> int:
+        """Ends this worker with a line for the user; returns the exit status.
+
+        own: the error may be of this worker alone, as that of a full disk. Other errors come to
+        all workers alike, and the first one prints them.
+        """
+        codes = [process.poll() for process in self.started]
+        if any(code and code < 0 for code in codes) and not self.stop:
+            line = "a worker was killed; continue with --resume auto"
+        elif status == 1:                                  # that worker has printed why
+            status = next(filter(None, codes), 1)
+        if line and (self.rank == 0 or own and self.training):
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        for process in self.started:
+            if status:
+                process.terminate()
+            process.wait()
+        if dist.is_initialized():
+            if status:                                     # others may wait for this one in a sum
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+            dist.destroy_process_group()
+        return status
+
+
+def lost_worker(error: RuntimeError) -> bool:
+    """Whether an error only says that another worker has gone: that one prints the reason."""
+    return dist.is_initialized() and "onnection" in str(error)
+
+
+# ---- starting ----------------------------------------------------------------------------------
+
+def join(args: Namespace) -> Worker:
+    """This process's place among the workers; on a CPU it starts the others first.
+
+    Settles args.device and args.bf16. ValueError where there are fewer samples or GPUs than
+    workers.
+    """
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    alone, on_cpu = "RANK" not in os.environ, args.device == "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if alone and on_cpu:
+        world = args.procs or min(cores, most_workers(args))
+    if world > most_workers(args):
+        raise ValueError(f"{world} workers, but a step has samples for {most_workers(args)}: raise "
+                         "--batch_size, --text_vae_batch and --image_vae_batch")
+    worker = Worker(int(os.environ.get("RANK", 0)), world, torch.device(args.device))
+    if alone and world > 1 and on_cpu:
+        worker.started = start_workers(world)
+    if world > 1:
+        worker.device = join_group(args.device)
+    if on_cpu:
+        torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")             # TF32 where bfloat16 is not used
+    if args.bf16 == "auto":                                # all workers agree
+        faster = all(worker.gather([not on_cpu or bf16_is_faster(args.width)]))
+        args.bf16 = "on" if faster else "off"
+    return worker
+
+
+def most_workers(args: Namespace) -> int:
+    """How many workers have a sample in every pass of the stages that will run."""
+    prior = args.batch_size * (1 if args.accumulate else args.micro_steps)
+    samples = {"text_vae": args.text_vae_batch, "image_vae": args.image_vae_batch, "mmdit": prior}
+    return min(samples[stage] for stage in config.stages(args))
+
+
+def start_workers(world: int) -> list[subprocess.Popen]:
+    """Starts workers 1 .. world - 1 as copies of this command; this process becomes worker 0."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                      LOCAL_WORLD_SIZE=str(world), MASTER_PORT=str(port))
+    command = [sys.executable, *sys.orig_argv[1:]]
+    # In sessions of their own they hear of Ctrl-C through worker 0 alone.
+    return [subprocess.Popen(command, start_new_session=True,
+                             env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank),
+                                               "OMP_NUM_THREADS": "1"})
+            for rank in range(1, world)]
+
+
+def join_group(device: str) -> torch.device:
+    """Joins the process group that torchrun or `start_workers` has laid out in the environment."""
+    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if device == "cuda":
+        if here > torch.cuda.device_count():
+            raise ValueError(f"{here} workers for {torch.cuda.device_count()} GPUs; lower "
+                             "--nproc_per_node")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    store, rank, world = next(dist.rendezvous("env://"))
+    if here == world:              # torchrun's store keeps the addresses of workers that have died
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # The timeout is long because all wait while the first worker writes a checkpoint.
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=rank,
+                            world_size=world, timeout=timedelta(hours=2))
+    return torch.device(device)
+
+
+def bf16_is_faster(width: int) -> bool:
+    """Whether this CPU takes a batch through a layer and back 1.5 times faster in bfloat16. Packed
+    batches differ in their rows, for which some CPUs build code anew: so do the measurements."""
+    layer = nn.Linear(width, 4 * width)
+
+    def seconds(rows: int, on: bool) -> float:
+        x = torch.randn(rows, width, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            return timeit.timeit(lambda: layer(x).sum().backward(), number=1)
+
+    fp32, bf16 = (statistics.median(seconds(640 + 24 * i, on) for i in range(12))
+                  for on in (False, True))
+    return fp32 > 1.5 * bf16
+
+
+# ---- training together -------------------------------------------------------------------------
+
+def wrap(stage: nn.Module, worker: Worker, args: Namespace) -> nn.Module:
+    """The stage with gradients averaged over the workers; alone, the stage itself."""
+    if worker.world == 1:
+        return stage
+    if args.fsdp and hasattr(stage, "mmdit"):
+        return shard(stage, worker, args)
+    # In stage 2 a step may leave weights without a gradient; the optimizers leave these alone.
+    return DistributedDataParallel(stage, find_unused_parameters=hasattr(stage, "mmdit"))
+
+
+def shard(stage: nn.Module, worker: Worker, args: Namespace) -> nn.Module:
+    """Stage 2 under FSDP2: each block of the prior is a group of its own, the rest one more."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")      # about views a block returns
+    mesh = init_device_mesh(worker.device.type, (worker.world,))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) \
+        if args.bf16 == "on" else MixedPrecisionPolicy()
+    for block in (*stage.mmdit.blocks, *stage.mmdit.image_blocks):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+        for method in ("pre_attention", "post_attention"):
+            register_fsdp_forward_method(block, method)
+    return fully_shard(stage, mesh=mesh)
+
+
+def compile_blocks(mmdit: nn.Module) -> None:
+    """torch.compile for what lies on both sides of the attention, for any number of positions."""
+    for block in (*mmdit.blocks, *mmdit.image_blocks):
+        block.pre_attention = torch.compile(block.pre_attention, dynamic=True)
+        block.post_attention = torch.compile(block.post_attention, dynamic=True)
+
+
+def full(x: Tensor) -> Tensor:
+    """A tensor that is sharded, put together on every worker. All must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def like(x: Tensor, p: Tensor) -> Tensor:
+    """A whole tensor x, copied to p's device and sharded as p is."""
+    x = x.to(p.device, copy=True)
+    if not isinstance(p, DTensor):
+        return x
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+
+
+# ---- signals and the folder --------------------------------------------------------------------
+
+@contextlib.contextmanager
+def signals(worker: Worker) -> Iterator[None]:
+    """While training, SIGTERM and SIGINT ask for a checkpoint and the end after the current step.
+    Any number of SIGTERMs leads to one whole checkpoint; a second SIGINT breaks off at once."""
+    interrupts = 0
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        worker.stop = 1.0
+        if interrupts > 1:
+            raise KeyboardInterrupt
+
+    old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    worker.training = True
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        worker.training = False
+
+
+@contextlib.contextmanager
+def claimed(folder: str, worker: Worker) -> Iterator[None]:
+    """The folder is this run's alone. ValueError where another run is writing there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, ".lock"), "a") as lock:
+        if worker.rank == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder}: another run is writing there; choose another "
+                                 "--out_dir") from None
+        yield
+
+
+if __name__ == "__main__":
+    me = join(config.merge({"device": "cpu", "procs": 2}))
+    mine = me.share(range(7))
+    total = me.sum_counts([{"numbers": sum(mine)}])["numbers"]
+    for line in me.gather([f"worker {me.rank} of {me.world} has {list(mine)}"]):
+        if me.rank == 0:
+            print(line)
+    if me.rank == 0:
+        print(f"the sum of all their numbers is {total:.0f} (expect {math.comb(7, 2)})")
+    sys.exit(me.leave(0))
