@@ -6,31 +6,26 @@
     it2t   [P][I] instruction and image,       [N] each block of the answer    [N]
            [C] the answer before each block
 
-Everything random about sample k is drawn from (seed, k, purpose), so an example is the same alone,
-in every batch, for every number of workers, and in a run that is resumed:
+Everything random about sample k is drawn from (seed, k, purpose), so an example is the same in
+every batch, for every number of workers, and in a run that is resumed:
 
     DROP       is the condition dropped; where is the text cut; is the caption predicted as well
     TIME       normal draws, which flow.sample_time turns into flow times
     NOISE      eps of the image, then of the text
-    POSTERIOR  noise of a VAE's posterior sample z = mean + std * noise
-    MASK       tokens that the masking loss hides
-    TASK       the task of text k in stage 1;  PICK  the image of number k in stage 1b
-
-The text VAE may be training, so a batch holds tokens, and for each text position the number of
-its latent (`source`). The image VAE is frozen in stage 2, so a batch holds image latents.
+    POSTERIOR  noise of a VAE's posterior sample;  MASK  tokens that the masking loss hides
+    TASK       the task of text k in stage 1;      PICK  the image of number k in stage 1b
 
 Shapes: T tokens and Lv latents of all texts; L positions of the prior, Lt of text, Li of images;
-n latents of one text; U distinct times; Dz, Cz channels of text and image latents; B images of
-H x W pixels, h x w latents.    Run: python batches.py   (CPU, 3 s)
+U distinct times; Dz, Cz channels of text and image latents; B images of H x W pixels, h x w
+latents.    Run: python batches.py   (CPU, 3 s)
 """
 from __future__ import annotations
 
-import dataclasses
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -42,7 +37,7 @@ import data
 import flow
 import masks
 from cola import Cola, Tokenizer, pad_to_multiple, to_float
-from cuda_attention import Plan, make_plan
+from cuda_attention import make_plan
 from data import Purpose
 from image_vae import ImageVAE, ImageVAEConfig
 from masks import I, IT2T, N, T2I, T2T, TASKS, Layout
@@ -53,22 +48,19 @@ MASK_SHARE = 0.15                      # of the tokens, hidden for the masking l
 
 
 # ---- What the three stages train on ------------------------------------------------------------
+# counts(): what a step sums over its batches: positions, and the numbers that divide its losses.
 
 @dataclass
 class TextBatch:
     """Texts for stage 1, one after another."""
     ids: Tensor                        # (T,)
     lengths: list[int]                 # latents of each text
-    noise: Tensor                      # (Lv, Dz) of the posterior sample
+    posterior_noise: Tensor            # (Lv, Dz) of the posterior sample
     masked: Tensor                     # (T,) bool, tokens that the masking loss hides
 
-    @property
-    def positions(self) -> int:
-        return sum(self.lengths)
-
     def counts(self) -> dict[str, float]:
-        """What the losses of stage 1 are divided by, once summed over all batches of a step."""
-        return {"tokens": self.ids.numel(), "masked": int(self.masked.sum())}
+        return {"positions": sum(self.lengths), "tokens": self.ids.numel(),
+                "masked": int(self.masked.sum())}
 
 
 @dataclass
@@ -77,21 +69,14 @@ class ImageBatch:
     x: Tensor                          # (B, 3, H, W) in [-1, 1]
     noise: Tensor                      # (B, Cz, h, w) of the posterior sample
 
-    @property
-    def positions(self) -> int:
-        return self.noise[:, 0].numel()
-
     def counts(self) -> dict[str, float]:
-        return {"images": len(self.x)}
+        return {"positions": self.noise[:, 0].numel(), "images": len(self.x)}
 
 
 @dataclass
-class Batch:
-    """Samples of stage 2, of any tasks, packed. Nothing random is left to draw."""
-    ids: Tensor                        # (T,) texts that the text VAE encodes
-    lengths: list[int]                 # latents of each text
-    posterior_noise: Tensor            # (Lv, Dz) of the posterior sample
-    masked: Tensor                     # (T,) bool, tokens that the masking loss hides
+class Batch(TextBatch):
+    """Samples of stage 2, of any tasks, packed. The text VAE may be training, so the batch holds
+    its texts; the image VAE is frozen, so the batch holds image latents."""
     layout: Layout                     # of the L positions
     targets: Tensor                    # (n,) positions with t > 0: only their velocity is needed
     source: Tensor                     # (Lt,) which of the Lv latents stands at a text position
@@ -103,25 +88,17 @@ class Batch:
     eps_image: Tensor                  # (Li, Cz) noise
     t: Tensor                          # (U,) distinct times; t[0] = 0 is clean
     t_index: Tensor                    # (L,) which of them a position has
-    plan: Plan = field(init=False)     # attention of all positions to each other
-    target_plan: Plan = field(init=False)      # attention of the targets to all positions
 
     def __post_init__(self):
-        self.plan = make_plan(self.layout)
+        self.plan = make_plan(self.layout)     # attention of all positions, and of the targets
         self.target_plan = make_plan(self.layout.select(self.targets), self.layout)
 
-    @property
-    def positions(self) -> int:
-        return len(self.layout)
-
     def counts(self) -> dict[str, float]:
-        """Positions that bear a loss, times their channels, of images and of the text of each
-        task; tokens and masked tokens. The losses are divided by sums of these."""
-        image = int(self.image_moves.sum()) * self.eps_image.shape[1]
+        """image: positions with L_image, times channels; t2t, t2i, it2t: the same with L_text."""
         text = torch.bincount(self.text_task[self.text_moves], minlength=len(TASKS))
         text = dict(zip(TASKS, (text * self.eps_text.shape[1]).tolist()))
-        return {"image": image} | text | {"tokens": self.ids.numel(),
-                                          "masked": int(self.masked.sum())}
+        image = int(self.image_moves.sum()) * self.eps_image.shape[1]
+        return super().counts() | text | {"image": image, "positions": len(self.layout)}
 
 
 # ---- One sample of stage 2 ---------------------------------------------------------------------
@@ -133,7 +110,7 @@ class Example:
     texts: list[list[int]]             # tokens of the texts that the text VAE encodes for it
     image: int                         # number of its image in the dataset; -1: none
     source: np.ndarray                 # (text positions,) which latent of these texts stands there
-    clean: np.ndarray                  # (positions of N,) bool, is it given, without noise
+    clean: np.ndarray                  # (positions of N,) bool, t = 0: a given part of the text
     normal: np.ndarray                 # (1 + blocks,) draws for the image's and each block's time
     eps_text: np.ndarray               # (positions of N, Dz) noise
     eps_image: np.ndarray              # (positions of I, Cz) noise
@@ -144,8 +121,7 @@ class Example:
 def pick_task(shares: dict[str, float], u: float) -> int:
     """The task at u in [0, 1), if the tasks divide this interval by their shares."""
     ends = np.cumsum([shares.get(name, 0.0) for name in TASKS])
-    last = max(i for i, name in enumerate(TASKS) if name in shares)
-    return min(int(np.searchsorted(ends, u, side="right")), last)     # ends[-1] may round below 1
+    return int(np.searchsorted(ends / ends[-1], u, side="right"))     # ends[-1] may round below 1
 
 
 def step_tasks(args: Namespace, step: int) -> list[int]:
@@ -166,17 +142,15 @@ class Batches:
         self.dz, self.cz = model.text_vae.config.latent_dim, model.mmdit.config.image_channels
         loc = args.text_loc
         self.text_loc = flow.text_loc(self.dz, self.block) if loc is None else loc
-        # In stage 2, tokens are hidden only if the text VAE trains.
-        self.mask_share = MASK_SHARE if args.vae_lr_ratio and args.lambda_mask else 0.0
 
     def example(self, task: int, k: int) -> Example:
         """Sample k of a task. The three functions below are the rows of the table above."""
         return (self.t2t, self.t2i, self.it2t)[task](k)
 
     def t2t(self, k: int) -> Example:
-        """[C][N] predicts each block of a text from the blocks before it; unconditional [N].
+        """[C][N]: each block of a text from the blocks before it. Unconditional: [N].
 
-        The text is cut at random, and what is before the cut is given, as a prefix in sampling."""
+        The text is cut at random. What is before the cut is given, as a prefix is in sampling."""
         draw = self.rng(k, Purpose.DROP)
         dropped = draw.random() < self.args.cfg_drop
         ids, cut, filled = self.cut_text(self.dataset.t2t(k), draw)
@@ -194,8 +168,8 @@ class Batches:
         return self.complete(k, sample, texts, source, clean)
 
     def t2i(self, k: int) -> Example:
-        """[C][I] predicts an image from its caption; [C][I][N], in a share aux_caption of the
-        samples, also each block of the caption from those before it; unconditional [I]."""
+        """[C][I]: an image from its caption. Unconditional: [I]. In a share aux_caption of the
+        samples [C][I][N]: also each block of the caption from the blocks before it."""
         caption, image = self.dataset.t2i(k)
         draw = self.rng(k, Purpose.DROP)
         dropped = draw.random() < self.args.cfg_drop
@@ -206,8 +180,8 @@ class Batches:
         return self.complete(k, sample, [ids], np.arange(n), np.zeros(n, bool), image)
 
     def it2t(self, k: int) -> Example:
-        """[P][I][C][N] predicts each block of an answer from instruction, image and the blocks
-        before it; unconditional [N], with the coordinates that it has behind the instruction."""
+        """[P][I][C][N]: each block of an answer from the instruction, the image and the blocks
+        before it. Unconditional: [N], with the coordinates that it has behind the instruction."""
         prompt, image, answer = self.dataset.it2t(k)
         dropped = self.rng(k, Purpose.DROP).random() < self.args.cfg_drop
         prompt_ids, ids = self.model.ids(prompt, end=False), self.text_ids(answer)
@@ -220,10 +194,10 @@ class Batches:
 
     def complete(self, k: int, sample: masks.Sample, texts: list[list[int]], source: np.ndarray,
                  clean: np.ndarray, image: int = -1) -> Example:
-        """The example, with its noise and the draws for its times.
+        """Adds the noise and the draws for the times.
 
-        source (n,): for each latent of the predicted text its number among the latents of
-        `texts`; clean (n,): bool, whether it is clean in N. The latents of P come first."""
+        source: for each latent of the predicted text its number among the latents of `texts`, in
+        which those of P come first; clean: bool, whether it is clean in N."""
         (h, w), noisy = sample.image, slice(sample.skip, sample.noisy)
         normal = self.rng(k, Purpose.TIME).standard_normal(1 + len(source) // self.block)
         if self.args.time_per == "sample":
@@ -233,18 +207,16 @@ class Batches:
         eps_text = noise.standard_normal((sample.noisy, self.dz), np.float32)[noisy]
         source = np.concatenate([np.arange(sample.prompt), source[:sample.clean], source[noisy]])
         return Example(sample, texts, image, source, clean[noisy], normal, eps_text, eps_image,
-                       *self.vae_noise(k, texts, self.mask_share))
+                       *self.vae_noise(k, texts))
 
     # texts and images
 
     def whole_blocks(self, ids: list[int]) -> list[int]:
-        """Tokens with end tokens up to whole blocks, at least one. A text longer than seq_len is
-        cut to whole blocks and has no end token."""
+        """The ids with end tokens, at least one, up to whole blocks. If they are more than seq_len,
+        they are cut to whole blocks, without an end token."""
         block = self.block * self.patch
         longest = self.args.seq_len // block * block
-        if len(ids) >= longest:
-            return ids[:longest]
-        return pad_to_multiple(ids, block, self.model.tokenizer.end)
+        return pad_to_multiple(ids, block, self.model.tokenizer.end)[:longest]
 
     def text_ids(self, text: str) -> list[int]:
         return self.whole_blocks(self.model.tokenizer.encode(text))
@@ -258,13 +230,12 @@ class Batches:
         ids = self.whole_blocks(ids)
         return ids, min(cut, len(ids)) // self.patch, filled
 
-    def vae_noise(self, k: int, texts: list[list[int]], mask_share: float
-                  ) -> tuple[np.ndarray, np.ndarray]:
+    def vae_noise(self, k: int, texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Posterior noise (latents, Dz) of texts, and bool (tokens,): which of them to hide."""
         tokens = sum(map(len, texts))
         shape = tokens // self.patch, self.dz
         noise = self.rng(k, Purpose.POSTERIOR).standard_normal(shape, np.float32)
-        return noise, self.rng(k, Purpose.MASK).random(tokens) < mask_share
+        return noise, self.rng(k, Purpose.MASK).random(tokens) < MASK_SHARE
 
     def grid(self, image: int) -> tuple[int, int]:
         """Rows and columns of the latents of an image."""
@@ -273,16 +244,13 @@ class Batches:
 
     @torch.no_grad()
     def image_latents(self, images: list[int]) -> Tensor:
-        """Clean latents of these images, packed (Li, Cz), on the CPU; one pass per size, fp32."""
-        if not images:
-            return torch.zeros(0, self.cz)
-        pixels, latents = self.dataset.images(images), {}
+        """Clean latents of these images, packed (Li, Cz), on the CPU; one pass per size."""
+        pixels, latents = self.dataset.images(images) if images else [], {}
         for hw in {x.shape[:2] for x in pixels}:
             group = [i for i, x in enumerate(pixels) if x.shape[:2] == hw]
-            with torch.autocast(self.model.device.type, enabled=False):
-                z = self.model.encode_images([pixels[i] for i in group])      # (B h w, Cz)
+            z = self.model.encode_images([pixels[i] for i in group])              # (B h w, Cz)
             latents |= zip(group, z.cpu().chunk(len(group)))
-        return torch.cat([latents[i] for i in range(len(images))])
+        return torch.cat([torch.zeros(0, self.cz), *(latents[i] for i in range(len(images)))])
 
     # many samples
 
@@ -299,19 +267,19 @@ class Batches:
                 prompt, _, answer = self.dataset.it2t(k)
                 new = [self.text_ids(answer), self.model.ids(prompt, end=False)]
             texts += new
-            noise.append(self.vae_noise(k, new, MASK_SHARE))
+            noise.append(self.vae_noise(k, new))
         noise, masked = (torch.from_numpy(np.concatenate(x)) for x in zip(*noise))
         return TextBatch(*self.packed(texts), noise, masked)
 
     def images(self, numbers: range) -> list[ImageBatch]:
         """Images for stage 1b, in one batch per size."""
-        vae, count = self.model.image_vae, self.dataset.num_images
+        count = self.dataset.num_images
         chosen = [(int(self.rng(k, Purpose.PICK).integers(count)), k) for k in numbers]
         batches = []
         for hw in sorted({self.dataset.image_hw(i) for i, _ in chosen}):
             group = [(i, k) for i, k in chosen if self.dataset.image_hw(i) == hw]
             x = to_float(np.stack(self.dataset.images([i for i, _ in group])))    # (B, 3, H, W)
-            shape = vae.channels, hw[0] // vae.downsample, hw[1] // vae.downsample
+            shape = self.model.image_vae.channels, *self.grid(group[0][0])
             noise = [self.rng(k, Purpose.POSTERIOR).standard_normal(shape, np.float32)
                      for _, k in group]
             batches.append(ImageBatch(x, torch.from_numpy(np.stack(noise))))
@@ -326,55 +294,51 @@ class Batches:
     def prior(self, work: list[tuple[int, int]]) -> Batch:
         """The packed batch of these samples, each a task and a number."""
         examples = [self.example(task, k) for task, k in work]
+
+        def join(name: str) -> Tensor:
+            return torch.from_numpy(np.concatenate([getattr(e, name) for e in examples]))
+
         layout = masks.pack([e.sample for e in examples], self.block)
         task, is_image = layout.task[layout.sample], layout.segment == I      # (L,) each
         is_noisy_text = layout.segment == N
         moving = is_image & (task == T2I)                                     # t > 0
-        moving[is_noisy_text] = ~join(examples, "clean")
+        moving[is_noisy_text] = ~join("clean")
         eps_text = torch.zeros(len(layout), self.dz)
-        eps_text[is_noisy_text] = join(examples, "eps_text")
-        first_latent = starts([len(e.posterior_noise) for e in examples])     # of each example
-        source = first_latent[layout.sample[~is_image]] + join(examples, "source")
-        # The times: t[0] = 0, then of each example that of the image and those of its blocks.
-        normal = join(examples, "normal").float()                             # (U - 1,)
-        first_time = starts([len(e.normal) for e in examples])
+        eps_text[is_noisy_text] = join("eps_text")
+        ids, lengths = self.packed([text for e in examples for text in e.texts])
+        first_latent = torch.tensor([0, *(len(e.posterior_noise) for e in examples[:-1])]).cumsum(0)
+
+        # The times: t[0] = 0, then of each example that of its image and those of its blocks.
+        first_time = torch.tensor([0, *(len(e.normal) for e in examples[:-1])]).cumsum(0)
+        own_time = 1 + first_time[layout.sample] + torch.where(is_image, 0, 1 + layout.block)
+        normal = join("normal").float()                                       # (U - 1,)
         loc, shift = torch.full_like(normal, self.text_loc), torch.ones_like(normal)
         loc[first_time] = self.model.image_loc
         shift[first_time] = torch.tensor([flow.image_shift(e.eps_image.size) for e in examples])
         t = flow.sample_time(normal, self.args.time_law, loc, self.args.time_scale, shift)
-        own = 1 + first_time[layout.sample] + torch.where(is_image, 0, 1 + layout.block)
-        ids, lengths = self.packed([text for e in examples for text in e.texts])
-        z_image = self.image_latents([e.image for e in examples if e.image >= 0])
+        source = first_latent[layout.sample[~is_image]] + join("source")
         return Batch(
-            ids, lengths, join(examples, "posterior_noise"), join(examples, "masked"), layout,
-            targets=moving.nonzero()[:, 0], source=source, text_task=task[~is_image],
-            text_moves=moving[~is_image], eps_text=eps_text[~is_image], z_image=z_image,
-            image_moves=moving[is_image], eps_image=join(examples, "eps_image"),
-            t=torch.cat([torch.zeros(1), t]), t_index=torch.where(moving, own, 0))
+            ids, lengths, join("posterior_noise"), join("masked"), layout,
+            targets=moving.nonzero()[:, 0], source=source,
+            text_task=task[~is_image], text_moves=moving[~is_image], eps_text=eps_text[~is_image],
+            z_image=self.image_latents([e.image for e in examples if e.image >= 0]),
+            image_moves=moving[is_image], eps_image=join("eps_image"),
+            t=torch.cat([torch.zeros(1), t]), t_index=torch.where(moving, own_time, 0))
 
     def packed(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:
-        """Tokens (T,) of these texts, one after another, and the latents of each; empty texts,
-        such as a dropped caption, are left out."""
+        """Tokens (T,) of all texts, and latents of each but the empty ones (a dropped caption)."""
         ids = torch.tensor([token for text in texts for token in text], dtype=torch.long)
         return ids, [len(text) // self.patch for text in texts if text]
-
-
-def join(examples: list[Example], name: str) -> Tensor:
-    """One array of all examples, one after another."""
-    return torch.from_numpy(np.concatenate([getattr(e, name) for e in examples]))
-
-
-def starts(lengths: list[int]) -> Tensor:
-    """Where each part starts when parts of these lengths lie one after another."""
-    return torch.tensor([0, *lengths[:-1]]).cumsum(0)
 
 
 # ---- Ahead of the device -----------------------------------------------------------------------
 
 def to_device(batch, device: torch.device):
     """The batch with its tensors on the device, and its attention plans built there."""
-    names = {f.name for f in dataclasses.fields(batch) if f.init} - {"lengths"}
-    batch = dataclasses.replace(batch, **{n: getattr(batch, n).to(device) for n in names})
+    counts = batch.counts()        # on the CPU: on a GPU it would wait for the running step
+    tensors = {name: x for name, x in vars(batch).items() if isinstance(x, Tensor | Layout)}
+    batch = replace(batch, **{name: x.to(device) for name, x in tensors.items()})
+    batch.counts = lambda: counts
     if isinstance(batch, Batch):
         batch.plan.build()
         batch.target_plan.build()
@@ -385,12 +349,12 @@ def ahead(make: Callable[[int], list], steps: range, device: torch.device
           ) -> Iterator[tuple[int, list, float]]:
     """(step, its batches on the device, seconds waited for them), made one step ahead in a thread.
 
-    make(step) -> the batches of a step, on the CPU."""
+    make(step) -> the batches of a step, on the CPU. steps: at least one."""
     def prepare(step: int) -> list:
         return [to_device(batch, device) for batch in make(step)]
 
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(prepare, steps[0]) if steps else None
+        coming = thread.submit(prepare, steps[0])
         for step in steps:
             began = time.perf_counter()
             batches = coming.result()
@@ -409,8 +373,8 @@ if __name__ == "__main__":
     made = Batches(args, dataset, model)
     print("sample 0 of each task; expect time 0 in P and C, and in I except for t2i")
     for task, name in enumerate(TASKS):
-        example, batch = made.example(task, 0), made.prior([(task, 0)])
-        print(f"{name}:", " | ".join(map(tokenizer.decode, example.texts)))
+        batch = made.prior([(task, 0)])
+        print(f"{name}: {tokenizer.decode(batch.ids)}")
         for segment in batch.layout.segment.unique():
             t = batch.t[batch.t_index[batch.layout.segment == segment]]
             print(f"  {masks.SEGMENTS[segment]}: {len(t)} positions, latest time {t.max():.2f}")

@@ -83,8 +83,9 @@ def begin(given: dict) -> tuple[Namespace, dict | None]:
     if given.get("init_from"):
         found = cola.read(given["init_from"])
         args = config.merge(given, found["args"], "init", given["init_from"])
-        trained = [name for name in config.STAGES[:2] if found["progress"][name]]
-        new = State(closed=sorted({*trained, *found["closed"]}))
+        done = found["progress"]                           # a joint stage 2 trains the text VAE
+        trained = {x for x in config.STAGES[:2] if done[x] or x == "text_vae" and done["mmdit"]}
+        new = State(closed=sorted(trained | {*found["closed"]}))
         return args, found | vars(new) | {"model": found["model"] | found["ema"]}
     if given.get("init_official"):
         settled = release.flags(given["init_official"]) | {"text_vae_steps": 0}
@@ -142,24 +143,23 @@ def build(found: dict, args: Namespace) -> Cola:
 
 
 def open_stages(args: Namespace, state: State) -> tuple[list[str], list[str]]:
-    """The stages to train, and those asked for that are left as they are: a later stage has learned
-    from them, or they came trained from another run and are not asked for by name.
-
-    ValueError for a prior without trained VAEs."""
-    open_, left = [], []
+    """The stages to train, and those that have steps left but are closed. A stage is closed once a
+    later one has begun, as that learns from it; a VAE that came trained from another run is open
+    only if --stage names it. ValueError for a prior without trained VAEs."""
+    done, open_, closed = state.progress, [], []
     for i, name in enumerate(config.STAGES):
-        later = any(state.progress[x] for x in config.STAGES[i + 1:])
-        learned_from = later and (state.progress[name] or state.progress["mmdit"])
-        if name in config.stages(args):
-            closed = learned_from or name in state.closed and args.stage != name
-            (left if closed else open_).append(name)
-    if open_ == ["mmdit"] and not state.progress["mmdit"]:
+        later = any(done[x] for x in config.STAGES[i + 1:])
+        used = later and done[name] or name == "text_vae" and done["mmdit"]
+        foreign = name in state.closed and args.stage != name
+        if name in config.stages(args) and config.steps(args, name) > done[name]:
+            (closed if used or foreign else open_).append(name)
+    if open_ == ["mmdit"] and not done["mmdit"]:
         images = config.task_shares(args.tasks).keys() - {"t2t"}
         for name in ("text_vae", "image_vae") if images else ("text_vae",):
-            if not state.progress[name] and name not in state.closed and config.steps(args, name):
+            if not done[name] and name not in state.closed and config.steps(args, name):
                 raise ValueError(f"--stage mmdit: the {name} is not trained; first --stage {name}, "
                                  "or start from a checkpoint with --init_from")
-    return open_, [name for name in left if config.steps(args, name) > state.progress[name]]
+    return open_, closed
 
 
 # ---- Saving ------------------------------------------------------------------------------------
@@ -265,21 +265,21 @@ class Log:
 
 
 def demonstrate() -> None:
-    """A run's files without a run: a checkpoint is saved, changed flags are merged on resuming."""
+    """Saves a new model as the checkpoint of a run, and takes the run up again."""
     args = config.merge({"device": "cpu", "pool": 50})
-    dataset = data.open_data(args)
     with tempfile.TemporaryDirectory() as args.out_dir:
-        model = new_model(args, dataset)
-        state = State(progress=dict.fromkeys(config.STAGES, 7))
-        save(args, model, nn.Module(), state, Worker())
-        again, found = begin({"out_dir": args.out_dir, "resume": "auto", "lr": 0.001})
+        model = new_model(args, data.open_data(args))
+        save(args, model, nn.Module(), State(progress=dict.fromkeys(config.STAGES, 7)), Worker())
+        resume = {"out_dir": args.out_dir, "resume": "auto"}
+        again, found = begin(resume | {"lr": 0.001})
+        print(f"resumed at {found['progress']} (expect 7 each)")
+        print(f"lr {again.lr} (expect the given 0.001), width {again.width} (expect 128 as before)")
         same = torch.equal(build(found, again).mmdit.text_in.weight, model.mmdit.text_in.weight)
-        print(f"resumed at {found['progress']} (expect 7 each), lr {again.lr} (expect 0.001), "
-              f"width {again.width} (expect 128), same weights: {same} (expect True)")
+        print(f"the same weights: {same} (expect True)")
         try:
-            begin({"out_dir": args.out_dir, "resume": "auto", "width": 64})
+            begin(resume | {"width": 64})
         except ValueError as error:
-            print(f"another architecture is refused: {error}")
+            print(f"expect a refusal of another width: {error}")
 
 
 if __name__ == "__main__":

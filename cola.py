@@ -5,9 +5,8 @@
     pixels                 --image VAE------>  z (L, Cz)  /
 
 Text becomes one latent for every `patch_size` tokens; an image becomes a grid of latents, read row
-by row. The prior generates text in blocks of `block_len` latents; FIRST_BLOCK lists what can happen
-to a prefix that ends inside a block. A checkpoint is one dict of plain types and tensors: `read`
-opens it, `build` makes the system, `load` does both for sampling.
+by row. The prior generates text in blocks of `block_len` latents. A checkpoint is one dict of plain
+types and tensors: `read` opens it, `build` makes the system, `load` does both for sampling.
 
 Shapes: L packed latents, B images, H, W pixels, h, w = H, W / downsample, Dz and Cz channels of a
 text and an image latent.    Run: python cola.py   (CPU, 3 s)
@@ -47,17 +46,16 @@ FIRST_BLOCK = ("clean", "repaint", "left", "right")
 
 END_TEXT = "<|endoftext|>"
 
-# Text is split into words before tokens are merged, as in GPT-2: a word takes the space before it,
-# so " red" can be one token. Every repetition is bounded, so any text is split in linear time.
+# Tokens are merged only inside words. A word includes the space before it, as in GPT-2, so " red"
+# can be one token. Every repetition is bounded, so any text is split in linear time.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,16}"
            r"|\s{1,16}(?!\S)|\s")
 
 
 class Tokenizer:
     """Byte-level BPE: any text <-> ids. `end` both ends and pads a text; no text encodes to it.
-
-    tokens: the bytes of each by id; merging goes in the order of ids.   pattern: regex of a word.
-    special: {name: id} of further ids, END_TEXT among them."""
+    tokens: the bytes of each id; lower ids are merged first.   pattern: the regex of a word.
+    special: {name: id} of the other ids; one name is END_TEXT."""
 
     def __init__(self, tokens: list[bytes], pattern: str, special: dict[str, int]):
         self.tokens, self.pattern, self.special = tokens, pattern, special
@@ -80,20 +78,24 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Merge the most frequent pair of tokens until there are vocab_size ids, `end` included, or
-        no pair occurs twice. Of equally frequent pairs the one with the lowest ids comes first."""
+        no pair occurs twice. Of equally frequent pairs, the one with the lowest ids comes first."""
         if vocab_size < 257:
             raise ValueError(f"vocabulary of {vocab_size}: expected at least 257, bytes and end")
         counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-        count = list(counts.values())
         words = [list(word.encode("utf-8", "replace")) for word in counts]       # ids of each word
+        count = list(counts.values())                                            # of each word
         tokens = [bytes([i]) for i in range(256)]
         id_of = {token: i for i, token in enumerate(tokens)}
-        pairs, words_with = Counter(), defaultdict(set)     # pair -> its count, numbers of words
-        for w, ids in enumerate(words):
-            for pair in zip(ids, ids[1:]):
-                pairs[pair] += count[w]
+        pairs, words_with = Counter(), defaultdict(set)     # pair -> its count, indices of words
+
+        def add(w: int, n: int) -> None:
+            """Add n to the count of every pair in word w."""
+            for pair in itertools.pairwise(words[w]):
+                pairs[pair] += n
                 words_with[pair].add(w)
 
+        for w, n in enumerate(count):
+            add(w, n)
         # For 6 MB of text and 4,096 tokens, a heap takes 3 s where max(pairs) takes 56 s.
         heap = [(-n, pair) for pair, n in pairs.items()]
         heapq.heapify(heap)
@@ -108,17 +110,12 @@ class Tokenizer:
             new = id_of.setdefault(token, len(tokens))      # a + bc and ab + c are one token
             if new == len(tokens):
                 tokens.append(token)
-            changed = set()
-            for w in words_with.pop(pair):
-                old, words[w] = words[w], merge(words[w], pair, new)
-                for other in zip(old, old[1:]):
-                    pairs[other] -= count[w]
-                for other in zip(words[w], words[w][1:]):
-                    pairs[other] += count[w]
-                    if new in other:
-                        words_with[other].add(w)
-                        changed.add(other)
-            for other in changed:
+            affected = words_with.pop(pair)
+            for w in affected:
+                add(w, -count[w])
+                words[w] = merge(words[w], pair, new)
+                add(w, count[w])
+            for other in {p for w in affected for p in itertools.pairwise(words[w]) if new in p}:
                 heapq.heappush(heap, (-pairs[other], other))
         return cls(tokens, PATTERN, {END_TEXT: len(tokens)})
 
@@ -127,15 +124,14 @@ class Tokenizer:
         """One of tiktoken's encodings, such as cl100k_base; the first use downloads it."""
         try:
             encoding = tiktoken.get_encoding(name)
-        except (ValueError, OSError):                       # of an unknown name, or offline
-            names = ", ".join(tiktoken.list_encoding_names())
-            raise ValueError(f"tokenizer {name}: expected one of {names}; if it is, go online once "
-                             "to download it") from None
+        except (ValueError, OSError):                       # an unknown name, or offline
+            raise ValueError(f"tokenizer {name}: expected one of {tiktoken.list_encoding_names()}; "
+                             "the first use needs to be online") from None
         ranks = encoding._mergeable_ranks
         return cls(sorted(ranks, key=ranks.get), encoding._pat_str, encoding._special_tokens)
 
     def to_dict(self) -> dict:
-        """Plain types for a checkpoint; in the strings of "tokens" each character is one byte."""
+        """Plain types for a checkpoint. A string of "tokens" has one character for every byte."""
         return {"tokens": [token.decode("latin-1") for token in self.tokens],
                 "pattern": self.pattern, "special": self.special}
 
@@ -157,8 +153,8 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def pad_to_multiple(ids: Sequence[int], multiple: int, end: int, ended: bool = True) -> list[int]:
-    """ids, then end tokens up to a multiple. ended: at least one end token, so that a text that
-    fills its last block exactly also has an end. Prompts and truncated texts need none."""
+    """ids, then end tokens until their number is a multiple. ended: at least one end token, also
+    for a text that fills its last block exactly. Prompts and truncated texts need none."""
     return [*ids, *[end] * (ended + -(len(ids) + ended) % multiple)]
 
 
@@ -166,28 +162,27 @@ def pad_to_multiple(ids: Sequence[int], multiple: int, end: int, ended: bool = T
 
 @dataclass
 class Cola:
-    """The parts and the settings that belong to their weights. ValueError if they do not fit."""
+    """The parts, and the settings they were trained with. ValueError if the parts do not fit."""
     text_vae: TextVAE
-    image_vae: ImageVAE | None          # None in the public release, which has text alone
+    image_vae: ImageVAE | None          # None: the public release has only text
     mmdit: MMDiT
     tokenizer: Tokenizer
     block_len: int                      # text latents generated together
     image_hw: tuple[int, int]           # height and width in pixels of the images trained on
     image_loc: float                    # mean of the logit time of images in training
     first_block: str = "clean"
-    tasks: tuple[str, ...] = TASKS      # that it was trained for
+    tasks: tuple[str, ...] = TASKS      # those it was trained for
 
     def __post_init__(self) -> None:
         vae, channels = self.text_vae.config, self.mmdit.config.text_channels
+        # If a block of the VAE lay in two blocks of the prior, the first would contain the second.
         if self.block_len < 1 or self.block_len % vae.block_len:
-            # Otherwise the VAE would encode the context of a block with the block in view.
-            raise ValueError(f"blocks of {self.block_len} latents: expected whole blocks of "
-                             f"{vae.block_len}, as in the text VAE")
+            raise ValueError(f"blocks of {self.block_len} latents: expected a multiple of "
+                             f"{vae.block_len}, the text VAE's")
         if channels != vae.latent_dim:
             raise ValueError(f"{vae.latent_dim} channels in the text VAE, {channels} in the prior")
         if self.tokenizer.n_vocab > vae.vocab_size:
-            raise ValueError(f"{self.tokenizer.n_vocab} tokens in the tokenizer, {vae.vocab_size} "
-                             "in the text VAE")
+            raise ValueError(f"{self.tokenizer.n_vocab} tokens, {vae.vocab_size} in the text VAE")
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules by the names they have in a checkpoint."""
@@ -195,9 +190,8 @@ class Cola:
         return {name: part for name, part in parts.items() if part is not None}
 
     def to(self, device: str | torch.device) -> Cola:
-        """Moves all modules to a device and returns the system."""
-        for part in self.parts().values():
-            part.to(device)
+        """Move all modules to a device; returns the system."""
+        nn.ModuleDict(self.parts()).to(device)
         return self
 
     @property
@@ -210,10 +204,8 @@ class Cola:
             "block_len": self.block_len, "image_hw": list(self.image_hw),
             "image_loc": self.image_loc, "first_block": self.first_block, "tasks": list(self.tasks)}
 
-    # text and images to latents, latents to images
-
     def ids(self, text: str, end: bool) -> list[int]:
-        """Ids of a text padded to whole latents; end=True: ended, and padded to whole blocks."""
+        """Ids padded to a whole latent. end: with an end token, and padded to a whole block."""
         multiple = self.text_vae.config.patch_size * (self.block_len if end else 1)
         return pad_to_multiple(self.tokenizer.encode(text), multiple, self.tokenizer.end, ended=end)
 
@@ -234,12 +226,10 @@ class Cola:
         z = z.view(-1, *hw, z.shape[-1]).permute(0, 3, 1, 2)                    # (B, Cz, h, w)
         return list(to_uint8(self.image_vae.decode(self.image_vae.denormalize(z))))
 
-    # a prefix that ends inside a block: what depends on first_block, except for flow.repaint
-
     def align(self, ids: list[int], cut: int) -> tuple[list[int], int, range]:
-        """Insert end tokens until the prefix, the first `cut` tokens, ends with a latent, and for
-        left and right with a block. Returns the ids, the cut among them, and the latents that hold
-        inserted tokens and are therefore not predicted (for repaint: none, they are predicted)."""
+        """Insert end tokens until the prefix, the first `cut` tokens, ends with a latent; for left
+        and right, with a block. Returns the new ids, the new cut, and the latents that hold
+        inserted tokens and are not predicted (none for repaint, which predicts them)."""
         p = self.text_vae.config.patch_size
         multiple = p * self.block_len if self.first_block in ("left", "right") else p
         count = -cut % multiple                             # end tokens to insert
@@ -249,8 +239,8 @@ class Cola:
         return ids, cut + count, range(0) if self.first_block == "repaint" else filled
 
     def stays_clean(self, index: np.ndarray, cut: int, filled: range) -> np.ndarray:
-        """Which latents of a text stay at t = 0 in its noisy copy, without a loss: bool, as index.
-        index: latents, counted from 0 in the text; cut: latents of the prefix; filled: of align."""
+        """Which latents of a text stay at t = 0 in its noisy copy and have no loss: bool (n,).
+        index (n,): their places in the text.   cut: latents in the prefix.   filled: from align."""
         clean = (filled.start <= index) & (index < filled.stop)
         if self.first_block != "repaint":
             clean |= (index < cut) & (index // self.block_len == cut // self.block_len)
@@ -271,7 +261,6 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 def read(path: str | Path) -> dict:
     """The dict of a checkpoint, its tensors mapped from the file. Loading runs no code of the file.
-
     FileNotFoundError or ValueError, one line, for a missing, damaged or foreign file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; `python train.py` writes out/ckpt.pt")
@@ -280,20 +269,17 @@ def read(path: str | Path) -> dict:
             if damaged := file.testzip():                   # torch.load compares no checksums
                 raise ValueError(f"{damaged} has a wrong checksum")
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
     except Exception as error:                              # torch.load raises errors of any class
-        raise ValueError(f"{path}: not a readable checkpoint ({error!r:.80}); take an earlier "
-                         "copy") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this program, whose format is {FORMAT}; "
-                         "make one with train.py")
+        raise ValueError(f"{path}: not a checkpoint of this program, or damaged ({error!r:.80}); "
+                         "take an earlier copy, or make one with train.py") from None
     return found
 
 
 def build(found: dict, weights: str = "ema") -> Cola:
-    """The system of a checkpoint in eval mode, its weights copied. ValueError, one line, if they do
-    not fit its configuration.
-
-    weights: "model", those in training, or "ema", their averages (where a weight has one)."""
+    """The system of a checkpoint in eval mode, with copies of the weights: "model" are those in
+    training, "ema" their averages if there are any. ValueError, one line, if they do not fit."""
     try:
         c, state = found["config"], found["model"] | (found["ema"] if weights == "ema" else {})
         with torch.device("meta"):                          # takes no memory and no random numbers
@@ -322,15 +308,12 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     caption = "a large red circle above a small blue square on a gray background"
     tokenizer = Tokenizer.train([caption] * 2, 400)
-    text_vae = TextVAE(TextVAEConfig(tokenizer.n_vocab, patch_size=2))
-    model = Cola(text_vae, ImageVAE(ImageVAEConfig()), MMDiT(MMDiTConfig()), tokenizer, block_len=4,
-                 image_hw=(32, 32), image_loc=1.0)
+    vae = TextVAE(TextVAEConfig(tokenizer.n_vocab, patch_size=2))
+    model = Cola(vae, ImageVAE(ImageVAEConfig()), MMDiT(MMDiTConfig()), tokenizer, 4, (32, 32), 1.0)
     ids = tokenizer.encode(caption)
     print(f"{caption!r}: {len(ids)} tokens (expect 13, one a word)")
     z, _ = model.encode_text([model.ids(caption, end=True)])
     print(f"2 tokens a latent, 4 latents a block: z {tuple(z.shape)} (expect 8 latents of 16)")
-    for model.first_block in FIRST_BLOCK:
-        moved, cut, filled = model.align(ids, 5)
-        clean = model.stays_clean(np.arange(len(moved) // 2), cut // 2, filled)
-        print(f"{model.first_block:8} a prefix of 5 tokens becomes {cut} tokens; latents "
-              f"{np.flatnonzero(clean).tolist()} stay clean")
+    for model.first_block, expected in zip(FIRST_BLOCK, (6, 6, 8, 8)):
+        cut = model.align(ids, 5)[1]
+        print(f"{model.first_block}: a prefix of 5 tokens becomes {cut} (expect {expected})")

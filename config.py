@@ -1,7 +1,5 @@
 """Config: every flag of a run in one table, one row each.
 
-    name, default, allowed, kind, why
-
 `allowed` is the lowest and the highest number, or the words to choose from; None allows any text.
 `kind` decides which value a flag has when a run starts from a checkpoint:
 
@@ -11,14 +9,10 @@
     DATA      the checkpoint's, unless given     the command line's
     RUN       the command line's                 the command line's
 
-A flag that is not given has the checkpoint's value if its kind says so, and its default otherwise:
-
-    flags of a run = defaults | flags of the checkpoint | flags given
+    flags of a run = defaults | flags of the checkpoint, if their kind says so | flags given
 
 Run: python config.py --help
 """
-from __future__ import annotations
-
 import argparse
 import math
 import sys
@@ -32,7 +26,7 @@ from cola import FIRST_BLOCK
 from cuda_attention import BACKENDS
 from data import SEEDS
 from masks import TASKS
-from scenes import pictures
+from scenes.pictures import check_size
 
 MODEL, RECIPE, DATA, RUN = "model", "recipe", "data", "run"
 INHERITED = {"resume": (MODEL, RECIPE, DATA), "init": (MODEL, RECIPE)}  # kinds a checkpoint sets
@@ -41,10 +35,10 @@ STAGES = ("text_vae", "image_vae", "mmdit")        # in the order in which they 
 
 class Flag(NamedTuple):
     name: str
-    default: Any                                   # None: depends on other flags
+    default: Any              # None: depends on other flags
     allowed: tuple | None
     kind: str
-    why: str
+    why: str                  # what the flag does and why one would change it
 
 
 # ---- Ranges that several flags share -----------------------------------------------------------
@@ -52,62 +46,64 @@ class Flag(NamedTuple):
 COUNT = (1, 10**9)
 STEPS = (0, 10**9)                                 # 0 leaves out a stage, a rest or the evaluation
 SIZE = (1, 1 << 16)
-LAYERS = (1, 1 << 10)
-BLOCK = (1, 1 << 12)
 SHARE = (0.0, 1.0)
 WEIGHT = (0.0, 1e6)                                # 0 switches a term of the loss off
 RATE = (1e-12, 1e6)                                # above 0
-LOGIT = (-100.0, 100.0)
-GUIDANCE = (-1e6, 1e6)
+REAL = (-100.0, 100.0)
 
 # ---- The table ---------------------------------------------------------------------------------
 
 FLAGS: dict[str, list[Flag]] = {
     "run": [
         Flag("out_dir", "out", None, RUN, "folder for ckpt.pt, log.jsonl, metrics.json and plots"),
-        Flag("stage", "all", (*STAGES, "all"), RUN, "train one stage alone"),
-        Flag("resume", "never", ("never", "auto"), RUN, "auto continues from out_dir/ckpt.pt"),
-        Flag("init_from", "", None, RUN, "start from the averaged weights of a checkpoint"),
+        Flag("stage", "all", (*STAGES, "all"), RUN, "train one stage alone, to tune it"),
+        Flag("resume", "never", ("never", "auto"), RUN, "auto continues the run in --out_dir"),
+        Flag("init_from", "", None, RUN, "start from the averaged weights of this checkpoint, for "
+             "other data or a larger image size"),
         Flag("init_official", "", None, RUN, "start from a public Cola DLM release, a folder with "
-             "cola_vae, cola_dit and tokenizer.json, and a fresh image side"),
+             "cola_vae, cola_dit and tokenizer.json; image weights are new"),
         Flag("dry_run", False, None, RUN, "print what would be trained, and write nothing"),
-        Flag("seed", 0, (0, SEEDS - 1), RECIPE, "the same seed gives the same run"),
+        Flag("seed", 0, (0, SEEDS - 1), RECIPE, "another seed measures how much results vary"),
         Flag("device", "auto", ("auto", "cuda", "cpu"), RUN, "auto takes a GPU if there is one"),
         Flag("procs", 0, (0, 4096), RUN, "workers on a CPU, one thread each; 0 is one per core"),
-        Flag("fsdp", False, None, RUN, "shard weights, gradients, moments and average of stage 2 "
-             "over the workers (FSDP2)"),
-        Flag("compile", False, None, RUN, "torch.compile the blocks of the prior"),
-        Flag("attention", "auto", BACKENDS, RUN, "backend of the masked attention"),
+        Flag("fsdp", False, None, RUN, "shard stage 2 over GPUs (FSDP2) if one cannot hold it"),
+        Flag("compile", False, None, RUN, "torch.compile the prior: slow to start, then faster"),
+        Flag("attention", "auto", BACKENDS, RUN, "auto is padded; others may be faster on GPUs"),
         Flag("bf16", "auto", ("auto", "on", "off"), RECIPE, "matrix products in bfloat16; auto: on "
-             "a GPU, and on a CPU where it makes a layer 1.5 times faster"),
-        Flag("save_every", 500, COUNT, RUN, "steps between checkpoints"),
+             "a GPU; on a CPU it pays only for a wide prior"),
+        Flag("save_every", 500, COUNT, RUN, "steps between checkpoints: what a crash can lose"),
     ],
     "data": [
         Flag("data", [], None, DATA, "folders, .jsonl or .tar files of captioned images; without "
-             "them and without --text, scenes are generated"),
-        Flag("text", [], None, DATA, ".txt, .txt.gz or .jsonl files for t2t; without them, t2t "
-             "has captions or stories"),
-        Flag("tasks", "t2t:1,t2i:2,it2t:3", None, RECIPE, "ratios of the tasks"),
+             "--data and --text, scenes are generated"),
+        Flag("text", [], None, DATA, ".txt or .jsonl files, also as .gz, for T2T; without them, "
+             "the texts of T2T are captions, or stories about scenes"),
+        Flag("tasks", "t2t:1,t2i:2,it2t:3", None, RECIPE, "ratios of samples: a task with a larger "
+             "one is learned better, at the cost of the others"),
         Flag("image_size", [32], (8, 1 << 12), RECIPE, "pixels: one number, or height and width"),
-        Flag("aspect", False, None, DATA, "keep aspect ratios, in buckets of the same area"),
-        Flag("seq_len", 128, SIZE, RECIPE, "longest text or caption in tokens"),
-        Flag("vocab_size", 512, COUNT, MODEL, "tokens of a byte-level BPE trained on the corpus"),
+        Flag("aspect", False, None, DATA, "keep each image's aspect ratio, from 1:2 to 2:1, in at "
+             "most the area of --image_size, instead of cropping it"),
+        Flag("seq_len", 128, SIZE, RECIPE, "longest text in tokens; longer captions are refused"),
+        Flag("vocab_size", 512, COUNT, MODEL, "tokens of a byte-level BPE trained on the corpus; "
+             "more make shorter sequences"),
         Flag("tokenizer", "", None, MODEL, "a tiktoken encoding instead, such as cl100k_base"),
-        Flag("pool", 20000, COUNT, RECIPE, "number of different generated scenes"),
+        Flag("pool", 20000, COUNT, RECIPE, "different generated scenes; few are memorized"),
         Flag("questions", 0.75, SHARE, RECIPE, "share of IT2T samples that ask a question; the "
              "others ask for a description"),
     ],
     "text VAE (stage 1)": [
-        Flag("text_latent_dim", 16, SIZE, MODEL, "channels of a text latent"),
-        Flag("text_patch", 1, SIZE, MODEL, "tokens per latent"),
+        Flag("text_latent_dim", 16, SIZE, MODEL, "channels: more keep more detail of the text"),
+        Flag("text_patch", 1, SIZE, MODEL, "tokens per text latent: more shorten the sequence"),
         Flag("text_vae_width", 96, SIZE, MODEL, "width; the paper has 1536"),
-        Flag("text_vae_layers", 2, LAYERS, MODEL, "blocks of encoder and of decoder; paper: 4"),
+        Flag("text_vae_layers", 2, SIZE, MODEL, "blocks of encoder and of decoder; paper: 4"),
         Flag("text_vae_heads", 3, SIZE, MODEL, "attention heads; the paper has 12"),
-        Flag("vae_block_len", 1, BLOCK, MODEL, "1 is strictly causal (the paper); release: 16"),
+        Flag("vae_block_len", 1, SIZE, MODEL, "latents per VAE block; paper: 1, release: 16"),
         Flag("vae_logsnr", "2.5", None, MODEL, "'learned', or a fixed log(mu^2 / sigma^2): a lower "
              "one gives noisier latents and a more robust decoder"),
-        Flag("beta", 1e-3, WEIGHT, RECIPE, "weight of KL(q || N(0, I)), and of E log q in stage 2"),
-        Flag("lambda_mask", 0.1, WEIGHT, RECIPE, "weight of the masking loss; 0 saves a pass"),
+        Flag("beta", 1e-3, WEIGHT, RECIPE, "weight of KL(q || N(0, I)), and of E log q in stage 2: "
+             "a larger one brings latents closer to a normal distribution"),
+        Flag("lambda_mask", 0.1, WEIGHT, RECIPE, "weight of the loss of masked tokens, which makes "
+             "latents describe their context; 0 saves a forward pass"),
         Flag("text_vae_steps", 200, STEPS, RECIPE, "steps of stage 1; 0 starts stage 2 with an "
              "untrained text VAE, and needs --vae_lr_ratio"),
         Flag("text_vae_batch", 48, SIZE, RECIPE, "texts per step"),
@@ -119,75 +115,76 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("image_vae_width", 64, SIZE, MODEL, "channels of the first level"),
         Flag("image_vae_levels", [1], SIZE, MODEL, "width of each level in units of the first; "
              "1 2 4 4 at 256 pixels"),
-        Flag("image_vae_blocks", 2, LAYERS, MODEL, "residual blocks per level; 3 at 256 pixels"),
-        Flag("image_vae_patch", 4, SIZE, MODEL, "side in pixels of the first patches; 2 at 256 "
-             "pixels"),
+        Flag("image_vae_blocks", 2, SIZE, MODEL, "residual blocks per level; 3 at 256 pixels"),
+        Flag("image_vae_patch", 4, SIZE, MODEL, "patch side in pixels; 2 at 256 pixels"),
         Flag("image_vae_steps", 1200, COUNT, RECIPE, "steps of stage 1b"),
         Flag("image_vae_batch", 32, SIZE, RECIPE, "images per step"),
         Flag("image_vae_lr", 4e-3, RATE, RECIPE, "peak learning rate of AdamW"),
     ],
     "prior (stage 2)": [
         Flag("width", 128, SIZE, MODEL, "width D; the release has 2048"),
-        Flag("layers", 4, LAYERS, MODEL, "blocks; the release has 24"),
+        Flag("layers", 4, SIZE, MODEL, "blocks; the release has 24"),
         Flag("heads", 8, SIZE, MODEL, "attention heads; the release has 16"),
-        Flag("dual_layers", None, (0, 1 << 10), MODEL, "first layers in which images have weights "
-             "of their own (default: a third of --layers)"),
-        Flag("as_released", False, None, MODEL, "the release's arithmetic, for export: no position "
-             "embedding at the input, no norm of the time embedding"),
-        Flag("block_len", 1, BLOCK, RECIPE, "text latents generated together; release: 16"),
+        Flag("dual_layers", None, (0, 1 << 16), MODEL, "first layers, in which text and images "
+             "have separate weights; all others share them (default: a third of --layers)"),
+        Flag("as_released", False, None, MODEL, "the architecture of the release, to export to it: "
+             "no position embedding at the input, no norm of the time embedding"),
+        Flag("block_len", 1, SIZE, RECIPE, "text latents generated together; release: 16"),
         Flag("steps", 3200, COUNT, RECIPE, "steps of stage 2"),
-        Flag("scale", 1.0, RATE, DATA, "multiplies the steps of every stage"),
+        Flag("scale", 1.0, RATE, DATA, "multiplies the steps of every stage, to train longer"),
         Flag("batch_size", 10, SIZE, RECIPE, "samples per micro-step, over all workers"),
         Flag("micro_steps", 6, SIZE, RECIPE, "micro-steps per step, each of one task"),
-        Flag("accumulate", False, None, RECIPE, "one pass per micro-step instead of one for all: "
-             "less memory, the same result"),
+        Flag("accumulate", False, None, RECIPE, "one pass per micro-step: slower, less memory"),
         Flag("optimizer", "muon", ("muon", "adamw"), RECIPE, "for the matrices inside the blocks "
-             "of the prior and the image VAE"),
+             "of the prior and the image VAE; AdamW trains all other weights"),
         Flag("muon_lr", 0.02, RATE, RECIPE, "peak learning rate of Muon"),
-        Flag("lr", 5e-3, RATE, RECIPE, "peak learning rate of AdamW"),
-        Flag("weight_decay", 0.01, WEIGHT, RECIPE, "decoupled, all optimizers"),
-        Flag("warmup", 0.03, SHARE, RECIPE, "first share of the steps: learning rates rise"),
-        Flag("cooldown", 0.5, SHARE, RECIPE, "last share of the steps: learning rates fall"),
-        Flag("clip", 1.0, RATE, RECIPE, "largest gradient norm"),
-        Flag("ema", 0.9999, SHARE, RECIPE, "limit of the decay min(ema, (1 + n) / (10 + n)) of the "
-             "averaged weights"),
-        Flag("vae_lr_ratio", 0.0, WEIGHT, RECIPE, "text VAE's learning rate / --lr: 0 frozen, 1 "
-             "joint (the paper's best)"),
+        Flag("lr", 5e-3, RATE, RECIPE, "peak learning rate of AdamW; lower it for a wide prior"),
+        Flag("weight_decay", 0.01, WEIGHT, RECIPE, "decoupled; a larger one limits overfitting"),
+        Flag("warmup", 0.03, SHARE, RECIPE, "first share of steps, with rising learning rates"),
+        Flag("cooldown", 0.5, SHARE, RECIPE, "last share of steps, with falling learning rates"),
+        Flag("clip", 1.0, RATE, RECIPE, "largest gradient norm: lower it if losses jump"),
+        Flag("ema", 0.9999, SHARE, RECIPE, "averaged weights have the decay min(ema, (1 + n) / (10 "
+             "+ n)); 0 averages nothing"),
+        Flag("vae_lr_ratio", 0.0, WEIGHT, RECIPE, "learning rate of the text VAE in stage 2, over "
+             "--lr: 0 freezes it, 1 trains both (the paper's best)"),
         Flag("vae_interval", [1, 0], STEPS, RECIPE, "the text VAE alternates between this many "
              "steps of training and of rest; the paper compares 22000 33000"),
         Flag("lambda_vae", 1.0, WEIGHT, RECIPE, "weight of the text VAE's own loss in stage 2"),
         Flag("lambda_fm", 1.0, WEIGHT, RECIPE, "weight of the flow-matching losses"),
-        Flag("lambda_ref", 0.0, WEIGHT, RECIPE, "weight of KL(q || q_ref) to stage 1's encoder"),
+        Flag("lambda_ref", 0.0, WEIGHT, RECIPE, "weight of KL(q || q_ref), to stay near stage 1"),
         Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
-        Flag("w_answer", 4.0, RATE, RECIPE, "weight of a position of an answer in L_text relative "
-             "to one of other text: answers are short"),
-        Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA (0.5 in the literature); 0 is off"),
-        Flag("repa_layer", 2, LAYERS, RECIPE, "layer that L_REPA reads, before the last"),
+        Flag("w_answer", 4.0, RATE, RECIPE, "weight of an answer's tokens in L_text, which are "
+             "few"),
+        Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA, which aligns hidden states with "
+             "clean latents; 0.5 in the literature, 0 is off"),
+        Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
         Flag("repa_until", 0.5, SHARE, RECIPE, "share of the steps after which L_REPA stops"),
-        Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples that also predict their "
-             "caption"),
-        Flag("cfg_drop", 0.1, SHARE, RECIPE, "share of samples trained without their condition"),
-        Flag("text_loc", None, LOGIT, RECIPE, "mean of the text's logit time (default: 1 + "
-             "ln(text_latent_dim / 16) / 2, and 1 more at block_len 1)"),
-        Flag("image_loc", 1.0, LOGIT, RECIPE, "mean of the image's logit time, before the shift "
-             "by size"),
+        Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples with a loss on the caption"),
+        Flag("cfg_drop", 0.1, SHARE, RECIPE, "share of samples without condition, for guidance"),
+        Flag("text_loc", None, REAL, RECIPE, "mean of the text's logit time; more trains at higher "
+             "noise (default: 1 + ln(text_latent_dim / 16) / 2, and 1 more at block_len 1)"),
+        Flag("image_loc", 1.0, REAL, RECIPE, "mean of the image's logit time, before the shift by "
+             "size"),
         Flag("time_scale", 1.0, RATE, RECIPE, "standard deviation of the logit time"),
-        Flag("time_law", "logit_normal", ("logit_normal", "uniform"), RECIPE, "law of the times"),
-        Flag("first_block", "clean", FIRST_BLOCK, RECIPE, "a prefix that ends inside a block: it "
-             "stays clean, is repainted, or is padded on its left or right"),
-        Flag("time_per", "block", ("block", "sample"), RECIPE, "what has a time of its own"),
+        Flag("time_law", "logit_normal", ("logit_normal", "uniform"), RECIPE, "distribution of t"),
+        Flag("first_block", "clean", FIRST_BLOCK, RECIPE, "whether a prefix that ends inside a "
+             "block stays clean there, is repainted, or is padded on its left or right"),
+        Flag("time_per", "block", ("block", "sample"), RECIPE, "draw a time for each text block, "
+             "or one for all blocks of a sample"),
     ],
     "evaluation": [
         Flag("eval_samples", 512, STEPS, RUN, "samples per rate; 0 skips the evaluation"),
-        Flag("guidance", 2.0, GUIDANCE, RUN, "guidance for images"),
-        Flag("text_guidance", 1.0, GUIDANCE, RUN, "guidance for text"),
-        Flag("text_temperature", 0.3, WEIGHT, RUN, "scale of the noise that text starts from"),
-        Flag("text_shift", 3.0, RATE, RUN, "shift of text's time grid: a larger one takes more "
-             "steps near noise"),
-        Flag("text_snap", True, None, RUN, "condition later text on decoded and re-encoded tokens"),
-        Flag("sample_steps", 16, COUNT, RUN, "solver steps"),
-        Flag("repaint_share", 1.0, SHARE, RUN, "with --first_block repaint: share of the steps in "
-             "which the prefix leads its block"),
+        Flag("guidance", 2.0, REAL, RUN, "guidance for images: more follows the caption closer, "
+             "with less variety; 1 is none"),
+        Flag("text_guidance", 1.0, REAL, RUN, "guidance for text; 1 is none"),
+        Flag("text_temperature", 0.3, WEIGHT, RUN, "scale of the noise that text starts from: less "
+             "gives likelier texts with less variety"),
+        Flag("text_shift", 3.0, RATE, RUN, "larger: more of text's solver steps are near noise"),
+        Flag("text_snap", True, None, RUN, "condition later text on decoded and re-encoded tokens, "
+             "so that errors of latents do not add up"),
+        Flag("sample_steps", 16, COUNT, RUN, "solver steps: more are slower and more exact"),
+        Flag("repaint_share", 1.0, SHARE, RUN, "with --first_block repaint: share of the steps "
+             "that reset the prefix in its block"),
         Flag("repaint_cycles", 1, COUNT, RUN, "how often each of these steps is repeated"),
     ],
 }
@@ -199,30 +196,29 @@ EVALUATE = {f.name for f in FLAGS["evaluation"]} | {"out_dir", "device", "procs"
 # ---- From the command line to the flags of a run -----------------------------------------------
 
 def parse(argv: list[str], prog: str = "train.py", only: set[str] | None = None) -> dict[str, Any]:
-    """The flags that the command line gives, and no others. only: the flags this program has.
-    A flag that does not exist, or has a value of another type, ends the program with status 2."""
+    """The flags that the command line gives, and no others. only: the flags that this program has.
+    An unknown flag, or a value of another type, ends the program with status 2."""
     parser = argparse.ArgumentParser(prog, f"{prog} [--flag value ..]", allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     for title, flags in FLAGS.items():
-        flags = [flag for flag in flags if only is None or flag.name in only]
-        group = parser.add_argument_group(title) if flags else None
+        group = parser.add_argument_group(title)            # not shown if it stays empty
         for flag in flags:
-            group.add_argument(f"--{flag.name}", **as_argparse(flag))
+            if only is None or flag.name in only:
+                group.add_argument(f"--{flag.name}", **as_argparse(flag))
     return vars(parser.parse_args(argv))
 
 
 def as_argparse(flag: Flag) -> dict[str, Any]:
-    """The keyword arguments of argparse's add_argument for a row of the table."""
+    """The arguments of argparse's add_argument for a row of the table."""
     many = isinstance(flag.default, list)
     shown = " ".join(map(str, flag.default)) if many else flag.default
-    why = flag.why if shown is None else f"{flag.why} (default: {'none' if shown == '' else shown})"
-    words = {"help": why.replace("%", "%%")}
+    words = {"help": flag.why if shown in (None, "") else f"{flag.why} (default: {shown})"}
     if isinstance(flag.default, bool):
         return words | {"action": argparse.BooleanOptionalAction}     # --no-x undoes a stored x
     kind = type(flag.allowed[0]) if flag.allowed else str
     if many:
         words["nargs"] = 2 if len(flag.default) == 2 else "+"
-    if kind is str and flag.allowed:
+    if kind is str:
         words["choices"] = flag.allowed
     return words | {"type": kind}
 
@@ -270,8 +266,7 @@ def check(a: Namespace) -> None:
                     raise ValueError(f"--{flag.name} {x}: expected {low:g} to {high:g}")
     gpu = a.device != "cpu" and torch.cuda.is_available()
     # Padding at the cut of a T2T text can fill a block: then its own tokens need a second one.
-    padded = "t2t" in task_shares(a.tasks) and a.first_block in ("left", "right")
-    blocks = 2 if padded else 1
+    blocks = 2 if "t2t" in task_shares(a.tasks) and a.first_block in ("left", "right") else 1
     for wrong, why in (
             (not a.out_dir, "--out_dir is empty"),
             (Path(a.out_dir).is_file(), f"--out_dir {a.out_dir}: expected a folder, not a file"),
@@ -280,6 +275,7 @@ def check(a: Namespace) -> None:
             (a.attention == "flex" and not gpu, "--attention flex trains on GPUs only"),
             (len(a.image_size) > 2, "--image_size takes one number, or height and width"),
             (a.aspect and not a.data, "--aspect is for --data; generated scenes have one shape"),
+            (a.aspect and len({*a.image_size}) > 1, "--aspect needs one number as --image_size"),
             (a.width % (2 * a.heads), f"--width {a.width}: expected a multiple of 2 x --heads"),
             (a.text_vae_width % (2 * a.text_vae_heads),
              f"--text_vae_width {a.text_vae_width}: expected a multiple of 2 x --text_vae_heads"),
@@ -297,10 +293,7 @@ def check(a: Namespace) -> None:
             raise ValueError(why)
     logsnr(a)
     if not a.data and not a.text:
-        try:
-            pictures.check_size(*image_hw(a))
-        except ValueError as error:
-            raise ValueError(f"--image_size: {error}") from None
+        check_size(*image_hw(a))
 
 
 # ---- Flags that hold more than one number ------------------------------------------------------
@@ -311,12 +304,12 @@ def task_shares(text: str) -> dict[str, float]:
         pairs = [pair.split(":") for pair in text.replace(" ", "").split(",")]
         ratios = {name: float(ratio) for name, ratio in pairs}
     except ValueError:
-        raise ValueError(f"--tasks {text!r}: expected ratios such as t2t:1,t2i:2") from None
+        pairs, ratios = [], {}
     total = sum(ratios.values())
-    if not ratios.keys() <= {*TASKS} or len(ratios) < len(pairs):
-        raise ValueError(f"--tasks {text!r}: expected each of {', '.join(TASKS)} at most once")
-    if min(ratios.values()) < 0 or not 0 < total < math.inf:
-        raise ValueError(f"--tasks {text!r}: ratios must be at least 0 and not all 0")
+    known = ratios.keys() <= {*TASKS} and len(ratios) == len(pairs)
+    if not known or not 0 < total < math.inf or min(ratios.values()) < 0:
+        raise ValueError(f"--tasks {text!r}: expected a ratio for each of some tasks of "
+                         f"{', '.join(TASKS)}, such as t2t:1,t2i:2")
     return {name: ratio / total for name, ratio in ratios.items() if ratio}
 
 
@@ -343,15 +336,8 @@ def image_time_loc(a: Namespace) -> float:
 
 def stages(a: Namespace) -> list[str]:
     """The stages that --stage asks for; no image VAE if no task has images."""
-    if a.stage != "all":
-        return [a.stage]
-    return [s for s in STAGES if s != "image_vae" or task_shares(a.tasks).keys() - {"t2t"}]
-
-
-def steps(a: Namespace, stage: str) -> int:
-    """Steps of a stage, multiplied by --scale; 0 stays 0."""
-    number = {"text_vae": a.text_vae_steps, "image_vae": a.image_vae_steps, "mmdit": a.steps}[stage]
-    return max(1, round(number * a.scale)) if number else 0
+    images = task_shares(a.tasks).keys() - {"t2t"}
+    return [a.stage] if a.stage != "all" else [s for s in STAGES if s != "image_vae" or images]
 
 
 def steps(a: Namespace, stage: str) -> int:
@@ -375,16 +361,14 @@ def show(a: Namespace) -> str:
 
 
 if __name__ == "__main__":
+    parse(sys.argv[1:], "config.py")                   # --help lists the flags
+    before = vars(merge({"width": 64, "steps": 500, "lr": 0.01, "data": ["photos"]}))
+    given = parse(["--lr", "0.001"])
+    print("resumed with --lr 0.001 (expect all else as before: width, steps, data):",
+          show(merge(given, before, "resume")))
+    print("changed flags (expect lr alone):", *changes(given, before))
+    print("another run from its checkpoint (expect no data):", show(merge(given, before, "init")))
     try:
-        given = parse(sys.argv[1:], "config.py")
-        print("flags:", show(merge(given)))
-        # A run that was started with --width 64 --steps 500 is resumed by this command line:
-        before = vars(merge({"width": 64, "steps": 500, "data": ["photos"], "stage": "text_vae"}))
-        resumed = merge(given, before, "resume", "out/ckpt.pt")
-        print("resumed, expect width, steps and data of the run before:", show(resumed))
-        print("changed flags, expect those given:", ", ".join(changes(given, before)) or "none")
-        print("as a start, expect no data:", show(merge(given, before, "init", "out/ckpt.pt")))
-        print("stages, expect all:", stages(resumed))
+        merge({"width": 32}, before, "resume", "out/ckpt.pt")
     except ValueError as error:
-        print(f"config.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        print("another width (expect to be refused):", error)

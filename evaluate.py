@@ -9,13 +9,10 @@ them, without a network. Every rate has its Wilson interval (95 %).
     samples.png    images drawn for captions; captions and answers given to images
     loss.png       every loss in log.jsonl
 
-train.py ends with the same evaluation. Networks compute in the float32 of their weights, as
-sample.py's do, so that the rates are those of what it draws.
+train.py ends with the same evaluation. Networks compute in float32, as in sample.py.
 
 Run: python evaluate.py --out_dir out   (a CPU with 2 cores: about a minute for the default model)
 """
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -30,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import cola
@@ -49,10 +46,11 @@ from workers import Worker
 
 GROUP = 64                                 # scenes that are sampled together
 Verdicts = Iterator[tuple[str, bool]]      # name of a rate, whether this sample is right
+Cells = list[tuple[np.ndarray, str]]       # images uint8 (H, W, 3) with their texts
 
 
 class Group(NamedTuple):
-    """Scenes that are sampled together. All random choices follow from seed and number."""
+    """Scenes with the seed and the numbers of their random choices."""
     scenes: list[Scene]
     seed: int
     numbers: range
@@ -79,9 +77,10 @@ def judge_images(model: Cola, group: Group, settings: Settings) -> Verdicts:
     for caption, image, scene in zip(captions, images, group.scenes):
         objects = len(scene.objects)
         found = language.matches(pictures.read_image(image), language.read_caption(caption))
+        if objects == 1:
+            del found["relation"]
         for name, right in found.items():
-            if name != "relation" or objects > 1:
-                yield f"t2i.{name}", right
+            yield f"t2i.{name}", right
         yield f"t2i.by_count.{objects}", found["scene"]
 
 
@@ -115,7 +114,7 @@ def judge_stories(model: Cola, group: Group, settings: Settings) -> Verdicts:
         yield "t2t.consistent", language.consistent(prefix, text)
 
 
-def judge_image_vae(model: Cola, group: Group) -> Verdicts:
+def judge_image_vae(model: Cola, group: Group, tasks: set[str]) -> Verdicts:
     """An upper bound for T2I: whether the scene is still read right after the image VAE."""
     h, w = (side // model.image_vae.downsample for side in model.image_hw)
     z = model.encode_images([pictures.render(scene, model.image_hw) for scene in group.scenes])
@@ -161,21 +160,21 @@ def rates(model: Cola, args: argparse.Namespace, tasks: set[str], worker: Worker
     objects for T2I. The workers share the samples; all of them return the same result."""
     seed, n = data.SEEDS + args.seed, args.eval_samples        # a seed that no run can have
     image, text = settings(args, seed)
-    judges = [(judge_images, (image,), 3 * n)] if "t2i" in tasks else []
-    judges += [(judge_answers, (text,), n)] if "it2t" in tasks else []
-    judges += [(judge_stories, (text,), n)] if "t2t" in tasks else []
-    work = [(split, *judge) for split in ("seen", "heldout") for judge in judges]
-    work += [("ceiling", judge_text_vae, (tasks,), n)]
-    work += [("ceiling", judge_image_vae, (), n)] if tasks - {"t2t"} else []
+    judges = {"t2i": (judge_images, image, 3 * n), "it2t": (judge_answers, text, n),
+              "t2t": (judge_stories, text, n)}                 # judge, its argument, scenes
+    work = [(split, *judges[task]) for split in ("seen", "heldout") for task in judges
+            if task in tasks]
+    work += [("ceiling", judge_text_vae, tasks, n)]
+    work += [("ceiling", judge_image_vae, tasks, n)] if tasks - {"t2t"} else []
     # A group has successive numbers, because sampling numbers its noise from the first one on.
-    groups = [(split, judge, more, range(first, min(first + GROUP, count)))
-              for split, judge, more, count in work for first in range(0, count, GROUP)]
+    groups = [(split, judge, argument, range(first, min(first + GROUP, count)))
+              for split, judge, argument, count in work for first in range(0, count, GROUP)]
     verdicts = []
-    for split, judge, more, numbers in tqdm(worker.share(groups), "evaluate",
-                                            disable=worker.rank > 0):
+    for split, judge, argument, numbers in tqdm(worker.share(groups), "evaluate",
+                                                disable=worker.rank > 0):
         group = draw_scenes(seed, numbers, heldout=split == "heldout")
         verdicts += [(f"{split}.{name}", bool(right))
-                     for name, right in judge(model, group, *more)]
+                     for name, right in judge(model, group, argument)]
 
     samples = defaultdict(list)
     for name, right in worker.gather(verdicts):
@@ -193,19 +192,16 @@ def rates(model: Cola, args: argparse.Namespace, tasks: set[str], worker: Worker
 def table(metrics: dict) -> str:
     """The rates with their intervals as lines of text: seen compositions and held-out ones."""
     n, tasks = metrics["n"], metrics["seen"].keys()
-    rows = [("t2i scene, 1-3 objects", "t2i.scene", 3 * n)]    # title, place in metrics, samples
-    rows += [(f"t2i scene, {c} object{'s' if c > 1 else ''}", f"t2i.by_count.{c}", n)
-             for c in (1, 2, 3)]
-    rows += [(f"t2i {name}", f"t2i.{name}", (2 if name == "relation" else 3) * n)
-             for name in ("count", "color", "shape", "size", "relation", "background")]
-    rows += [(name.replace(".", " "), name, n)
-             for name in ("it2t.exact", "it2t.true", "it2t.vqa", "t2t.consistent")]
     kinds = ("t2t" in tasks) + bool(tasks - {"t2t"})           # of texts: stories, captions
-    rows += [("ceiling image", "image", n), ("ceiling text", "text", kinds * n)]
+    # Number of samples behind each rate.
+    counts = {"t2i.scene": 3 * n, "t2i.by_count.1": n, "t2i.by_count.2": n, "t2i.by_count.3": n,
+              "t2i.count": 3 * n, "t2i.color": 3 * n, "t2i.shape": 3 * n, "t2i.size": 3 * n,
+              "t2i.relation": 2 * n, "t2i.background": 3 * n, "it2t.exact": n, "it2t.true": n,
+              "it2t.vqa": n, "t2t.consistent": n, "ceiling.image": n, "ceiling.text": kinds * n}
 
-    def cell(split: str, place: str, count: int) -> str:
-        rate = metrics.get(split, {})
-        for key in place.split("."):
+    def cell(path: str, count: int) -> str:
+        rate = metrics
+        for key in path.split("."):
             rate = rate.get(key, {})
         if rate == {}:
             return ""
@@ -213,139 +209,120 @@ def table(metrics: dict) -> str:
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
 
     lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
-    for title, place, count in rows:
-        seen = cell("seen", place, count) or cell("ceiling", place, count)
+    for name, count in counts.items():
+        seen = cell(f"seen.{name}", count) or cell(name, count)
         if seen:
-            lines.append(f"{title:26s}{seen:24s}{cell('heldout', place, count)}")
+            title, heldout = name.replace(".", " "), cell(f"heldout.{name}", count)
+            lines.append(f"{title:26s}{seen:24s}{heldout}")
     return "\n".join(lines)
 
 
 # ---- Pictures ----------------------------------------------------------------------------------
 
-def sample_grid(model: Cola, args: argparse.Namespace, tasks: set[str], dataset,
-                path: Path) -> None:
-    """A picture of images for captions and of texts for images; prints continued texts."""
-    (image, text), cells = settings(args), []
-    numbers = range(10**9, 10**9 + 6)      # samples that training does not reach
-    if "t2i" in tasks:
-        captions = [dataset.t2i(k)[0] for k in numbers]
-        cells += zip(sample.generate_images(model, captions, image), captions)
-    if "it2t" in tasks:
-        for prompt, index, _ in map(dataset.it2t, numbers):
-            picture = dataset.images([index])[0]
-            answer = sample.generate_text(model, [""], [prompt], [picture], text)[0]
-            cells.append((picture, f"{prompt} {answer}"))
-    if "t2t" in tasks:
-        for k in numbers[:3]:
-            prefix = " ".join(dataset.t2t(k).split()[:6])
-            print(f"{prefix} |{sample.generate_text(model, [prefix], settings=text)[0]}")
-    if cells:
-        captioned_grid(cells).save(path)
-
-
-def captioned_grid(cells: list[tuple[np.ndarray, str]], columns: int = 6,
-                   tile: int = 160) -> Image.Image:
-    """Images uint8 (H, W, 3), scaled to fit into tiles, each above its text."""
-    gap, room = 8, 72                      # pixels between tiles, and for the text of each
-    rows = -(-len(cells) // columns)
-    canvas = Image.new("RGB", (columns * (tile + gap) + gap, rows * (tile + room) + gap), "white")
+def captioned_grid(cells: Cells) -> Image.Image:
+    """Rows of six images, each scaled to fit into 160 x 160 pixels, above its text."""
+    canvas = Image.new("RGB", (6 * 168, math.ceil(len(cells) / 6) * 240), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (image, text) in enumerate(cells):
-        x, y = gap + i % columns * (tile + gap), gap + i // columns * (tile + room)
-        scale = tile / max(image.shape[:2])
-        width, height = round(image.shape[1] * scale), round(image.shape[0] * scale)
-        canvas.paste(Image.fromarray(image).resize((width, height), Image.NEAREST), (x, y))
-        pen.rectangle((x, y, x + width - 1, y + height - 1), outline="lightgray")
-        lines = textwrap.wrap(text, tile // 6)                 # a letter is about 6 pixels wide
-        pen.multiline_text((x, y + tile + 4), "\n".join(lines[:5]), fill="black")
+        x, y = i % 6 * 168, i // 6 * 240
+        picture = ImageOps.contain(Image.fromarray(image), (160, 160), Image.Resampling.NEAREST)
+        canvas.paste(picture, (x, y))
+        lines = textwrap.wrap(text, 26)    # a letter is about 6 pixels wide
+        pen.multiline_text((x, y + 164), "\n".join(lines[:5]), fill="black")
     return canvas
 
 
-def curves_of(entries: list[dict]) -> dict[str, np.ndarray]:
-    """Name of a loss -> its curve (n, 2) of steps and values, means over 2 % of the entries."""
+def loss_plot(stage: str, entries: list[dict]) -> Image.Image:
+    """Every loss in the log of a stage against its step, on a log scale."""
     other = {"stage", "step", "skipped", "lr", "norm", "seconds", "data_seconds", "positions",
              "logsnr", "log_q", "drift"}
-    curves = {}
+    curves = {}                            # name: (n, 2) steps and losses
     for name in sorted({name for entry in entries for name in entry} - other):
-        points = np.array([(entry["step"], entry[name]) for entry in entries
-                           if (entry.get(name) or 0) > 0])                           # (n, 2)
-        if len(points):
-            width = max(1, len(points) // 50)
-            curves[name] = np.array([points[i:i + width].mean(0)
-                                     for i in range(0, len(points), width)])
-    return curves
-
-
-def loss_plot(entries: list[dict], path: Path) -> None:
-    """Every loss of a log against its step, on a log scale, with a panel for each stage."""
-    colors = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
-    width, top, bottom = 350, 24, 290      # pixels of a panel's frame
-    stages = list(dict.fromkeys(entry["stage"] for entry in entries))
-    canvas = Image.new("RGB", (max(len(stages), 1) * (width + 70), bottom + 30), "white")
+        points = [(entry["step"], entry[name]) for entry in entries if (entry.get(name) or 0) > 0]
+        if points:                         # at most 50, each the mean of successive steps
+            parts = np.array_split(points, min(50, len(points)))
+            curves[name] = np.array([part.mean(0) for part in parts])
+    values = [value for curve in curves.values() for value in curve[:, 1]]
+    low, high = min(values, default=1.0), 1.01 * max(values, default=1.0)
+    last, colors = entries[-1]["step"], ("red", "blue", "green", "purple", "orange", "brown")
+    canvas = Image.new("RGB", (420, 320), "white")
     pen = ImageDraw.Draw(canvas)
-    for panel, stage in enumerate(stages):
-        left = panel * (width + 70) + 50
-        pen.text((left, 6), stage, fill="black")
-        pen.rectangle((left, top, left + width, bottom), outline="gray")
-        own = [entry for entry in entries if entry["stage"] == stage]
-        last, curves = own[-1]["step"], curves_of(own)
-        if not curves:
-            continue
-        values = np.log10(np.concatenate([curve[:, 1] for curve in curves.values()]))
-        low, high = values.min(), values.max() + 1e-6
-        for i, (name, curve) in enumerate(curves.items()):
-            x = left + width * curve[:, 0] / last
-            y = bottom - (bottom - top) * (np.log10(curve[:, 1]) - low) / (high - low)
-            pen.line(list(zip(x, y)), fill=colors[i % 6], width=2)
-            pen.text((left + 260, 30 + 12 * i), f"{name} {curve[-1, 1]:.3g}", fill=colors[i % 6])
-        pen.text((left - 45, top - 4), f"{10 ** high:.2g}", fill="gray")
-        pen.text((left - 45, bottom - 10), f"{10 ** low:.2g}", fill="gray")
-        pen.text((left + width - 50, bottom + 4), f"step {last}", fill="gray")
-    canvas.save(path)
+    pen.text((10, 6), f"{stage}: losses from {low:.2g} to {high:.2g}, {last} steps", fill="black")
+    pen.rectangle((10, 24, 410, 310), outline="gray")
+    for i, (name, curve) in enumerate(curves.items()):
+        x = 10 + 400 * curve[:, 0] / last
+        y = 310 - 286 * np.log(curve[:, 1] / low) / math.log(high / low)
+        pen.line(list(zip(x, y)), fill=colors[i % 6], width=2)
+        pen.text((320, 30 + 12 * i), f"{name} {curve[-1, 1]:.3g}", fill=colors[i % 6])
+    return canvas
 
 
 # ---- The report of a run -----------------------------------------------------------------------
 
 def report(args: argparse.Namespace, worker: Worker, dataset=None) -> None:
-    """Evaluates out_dir/ckpt.pt with its averaged weights. All workers call it, and share the
+    """Evaluates out_dir/ckpt.pt with its averaged weights. All workers call it and share the
     samples; worker 0 writes metrics.json, samples.png and loss.png, and prints the table."""
-    out = Path(args.out_dir)
-    found, tasks = cola.read(out / "ckpt.pt"), set(config.task_shares(args.tasks))
-    generated, trained = not (args.data or args.text), found["progress"]["mmdit"] > 0
-    model = cola.build(found).to(worker.device) if trained else None
-    judged = trained and generated and args.eval_samples
-    metrics = rates(model, args, tasks, worker) if judged else None
-    if worker.rank > 0:
-        return
-    if (out / "log.jsonl").exists():
-        loss_plot(read_log(out / "log.jsonl"), out / "loss.png")
+    found, tasks = cola.read(Path(args.out_dir, "ckpt.pt")), set(config.task_shares(args.tasks))
+    metrics, cells, lines = {}, [], []
+    if found["progress"]["mmdit"]:
+        model = cola.build(found).to(worker.device)
+        if args.eval_samples and not (args.data or args.text):
+            metrics = rates(model, args, tasks, worker)
+            metrics |= {"seconds": round(found["seconds"], 1), "config": vars(args)}
+        if worker.rank == 0:
+            cells, lines = draw(model, args, tasks, dataset or data.open_data(args))
+    if worker.rank == 0:
+        write(Path(args.out_dir), metrics, cells)
+        show(metrics, lines, found["seconds"])
+
+
+def draw(model: Cola, args: argparse.Namespace, tasks: set[str],
+         dataset) -> tuple[Cells, list[str]]:
+    """Images drawn for captions and texts written for images; lines to print, with continued texts
+    and a command to try for every task."""
+    (image, text), cells, lines, commands = settings(args), [], [], []
+    numbers = range(10**9, 10**9 + 6)      # samples that training does not reach
+    if "t2i" in tasks:
+        captions = [dataset.t2i(k)[0] for k in numbers]
+        cells += zip(sample.generate_images(model, captions, image), captions)
+        commands.append(["t2i", captions[0], "--out", "a.png"])
+    if "it2t" in tasks:
+        for prompt, index, _ in map(dataset.it2t, numbers):
+            picture = dataset.images([index])[0]
+            answer = sample.generate_text(model, [""], [prompt], [picture], text)[0]
+            cells.append((picture, f"{prompt} {answer}"))
+        commands.append(["it2t", "a.png" if "t2i" in tasks else "YOUR.png"])
+    if "t2t" in tasks:
+        prefixes = [" ".join(dataset.t2t(k).split()[:6]) for k in numbers[:3]]
+        for prefix in prefixes:
+            continuation = sample.generate_text(model, [prefix], settings=text)[0]
+            lines.append(f"{prefix} |{continuation}")
+        commands.append(["t2t", prefixes[0]])
+    for command in commands:
+        words = shlex.join([*command, "--checkpoint", f"{args.out_dir}/ckpt.pt"])
+        lines.append(f"try: python sample.py {words}")
+    return cells, lines
+
+
+def write(out: Path, metrics: dict, cells: Cells) -> None:
+    """Writes those of the three files for which there is something to write."""
     if metrics:
-        metrics |= {"seconds": round(found["seconds"], 1), "config": vars(args)}
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        print(table(metrics))
-    elif not generated:
-        print("no metrics.json: only generated scenes can be judged")
-    if trained:
-        dataset = dataset or data.open_data(args)
-        sample_grid(model, args, tasks, dataset, out / "samples.png")
-        print_commands(args, tasks, dataset)
-    print(f"{found['seconds'] / 60:.1f} minutes of training; see "
-          f"{', '.join(str(path) for path in sorted(out.glob('[!.]*')) if path.is_file())}")
+    if cells:
+        captioned_grid(cells).save(out / "samples.png")
+    stages = defaultdict(list)
+    for entry in read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []:
+        stages[entry["stage"]].append(entry)
+    if stages:
+        plots = [loss_plot(stage, entries) for stage, entries in stages.items()]
+        Image.fromarray(np.hstack(plots)).save(out / "loss.png")
 
 
-def print_commands(args: argparse.Namespace, tasks: set[str], dataset) -> None:
-    """Prints a command to try for every task that was trained."""
-    caption = "a large red circle above a small blue square on a gray background"
-    prefix = "there is a red circle."
-    if args.data or args.text:
-        caption = dataset.t2i(0)[0] if "t2i" in tasks else ""
-        prefix = " ".join(dataset.t2t(0).split()[:6]) if "t2t" in tasks else ""
-    image = "a.png" if "t2i" in tasks else "YOUR.png"
-    for task, words in (("t2i", [caption, "--out", "a.png"]),
-                        ("it2t", [image, "describe the image."]), ("t2t", [prefix])):
-        if task in tasks:
-            words = [task, *words, "--checkpoint", f"{args.out_dir}/ckpt.pt"]
-            print(f"try: python sample.py {shlex.join(words)}")
+def show(metrics: dict, lines: list[str], seconds: float) -> None:
+    """Prints the rates and the lines of `draw`."""
+    print(table(metrics) if metrics else "no rates: they need a trained prior, generated scenes "
+          "and --eval_samples")
+    print(*lines, f"{seconds / 60:.1f} minutes of training", sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:

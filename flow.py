@@ -8,8 +8,8 @@
     z_0 = z_1 + integral of v dt from t = 1 to 0     sampling (Eq. 10.2)
     v   = v_u + w (v_c - v_u)                        classifier-free guidance
 
-The whole repository uses these conventions. Clean context has t = 0, so every position may have its
-own time. This file draws no random numbers: noise is always an argument.
+Clean context has t = 0, so every position may have its own time. This file draws no random numbers:
+noise is always an argument.
 
 Shapes: B samples, L positions, Dz channels. z is (..., Dz). t has the leading dimensions of z, or
 is a float.    Run: python flow.py   (CPU, 2 s)
@@ -52,8 +52,7 @@ def velocity(z0: Tensor, eps: Tensor) -> Tensor:
 def shift_time(t: Tensor, shift: float | Tensor) -> Tensor:
     """Moves times towards noise if shift > 1; 0 and 1 stay. ValueError unless shift > 0.
 
-    Large images need it: at equal noise, more correlated latents are easier to read. A shift s of
-    logit-normal times is the same as adding ln s to their loc.
+    Large images need it: at equal noise, more correlated latents are easier to read.
     """
     if not torch.as_tensor(shift > 0).all():
         raise ValueError(f"time shift {shift}: expected a positive number; 1 changes nothing")
@@ -64,10 +63,9 @@ def sample_time(normal: Tensor, law: str = "logit_normal", loc: float | Tensor =
                 scale: float = 1.0, shift: float | Tensor = 1.0) -> Tensor:
     """Training times in [0, 1], made from standard normal numbers of any shape.
 
-    law: "logit_normal" is sigmoid(loc + scale n) (paper, Eq. 16.5, 16.6); a larger loc trains
-    noisier inputs. "uniform" is Phi(n), without loc and scale. Both start from normal numbers, so
-    the random stream does not depend on the law. loc and shift are floats or have normal's shape.
-    Raises ValueError for an unknown law.
+    law: "logit_normal" (paper, Eq. 16.5, 16.6), where a larger loc trains noisier inputs, or
+    "uniform" without loc and scale; ValueError for another. loc and shift are floats or have
+    normal's shape.
     """
     if law == "logit_normal":
         t = torch.sigmoid(loc + scale * normal)
@@ -81,10 +79,9 @@ def sample_time(normal: Tensor, law: str = "logit_normal", loc: float | Tensor =
 def text_loc(channels: int, block_len: int) -> float:
     """loc of the times of text latents: 1 + ln(channels / 16) / 2, plus 1 if block_len is 1.
 
-    The paper's law is a ln d + b (Eq. 15.38): more channels carry the same meaning through more
-    noise. a = 1/2, b = 1 gives 1.0, 1.69, 2.04 at 16, 64, 128 channels; the paper measured optima
-    of 1.0, 1.7, 2.3, with blocks of 16. The extra 1 is ours: in a block of one latent no neighbour
-    helps, and the choice between meanings is made near noise.
+    More channels carry the same meaning through more noise, by a ln d + b in the paper (Eq. 15.38);
+    it measured optima of 1.0, 1.7, 2.3 at 16, 64, 128 channels, in blocks of 16. The extra 1 is
+    ours: without neighbours in the block, a latent's meaning is decided near noise.
     """
     return 1.0 + 0.5 * math.log(channels / 16) + (block_len == 1)
 
@@ -111,8 +108,8 @@ def flow_matching_loss(v_pred: Tensor, v: Tensor, count: int, mask: Tensor | Non
     """Flow-matching loss (paper, Eq. 3.7, 9.33), a float32 scalar.
 
     v_pred, v: (..., Dz). mask: (...) bool, the positions that bear loss; all of them if None.
-    count: loss positions x channels of the whole optimizer step, over all workers and micro-steps.
-    So the parts of a step add up to the mean of the step. A count of 0 gives 0, not NaN.
+    count: loss positions x channels of a whole step, over all workers and micro-steps, so that the
+    losses of its batches add up to the mean of the step. A count of 0 gives 0, not NaN.
     """
     error = (v_pred.float() - v.float()).square()                   # (..., Dz)
     if mask is not None:
@@ -128,21 +125,18 @@ def solve(velocity_fn: Velocity, z: Tensor, grid: Tensor, solver: str = "euler",
 
     z: (..., Dz) at time grid[0]; kept in float32 for any precision of the network (float64 stays).
     grid: monotone times. time_grid(n) generates; time_grid(n).flip(0) encodes data into noise.
-    solver: euler has order 1, heun 2, rk4 4. heun and rk4 also evaluate v at t = 0, which is finite
-    but seldom trained.
-    known: (...) bool, positions that keep their z: the clean repaint of a first block (paper,
-    Sec. 5.2). velocity_fn must itself give the network t = 0 there. It receives t as a float.
-    Raises ValueError for an unknown solver.
+    solver: of order 1, 2 or 4. heun and rk4 also evaluate v at t = 0, which is seldom trained.
+    known: (...) bool, positions that keep their z, as in the clean repaint of a first block (paper,
+    Sec. 5.2); velocity_fn must itself give the network t = 0 there. ValueError: unknown solver.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
     if z.dtype != torch.float64:
         z = z.float()
-    fixed = None if known is None else over_channels(known, z)
 
     def f(z: Tensor, t: float) -> Tensor:
         v = velocity_fn(z, t).to(z.dtype)
-        return v if fixed is None else torch.where(fixed, 0.0, v)
+        return v if known is None else v.masked_fill(over_channels(known, v), 0.0)
 
     for t, t_next in pairwise(grid.tolist()):
         h = t_next - t                                              # negative when generating
@@ -164,7 +158,7 @@ def repaint(velocity_fn: Velocity, z: Tensor, grid: Tensor, known: Tensor,
     z: (..., Dz), noise where unknown, clean latents where known (...) is True.
     noise: returns fresh noise of z's shape at every call.
     fraction: share of the steps, at least the first, in which known positions are reset to their
-    clean latents plus the noise of time t. In the later steps they move like the others.
+    clean latents with the noise of time t. In later steps they move like the others.
     cycles: how often each of these steps is taken; noise takes z back to t before a repetition.
     """
     clean = z = z.float()
@@ -184,10 +178,8 @@ def repaint(velocity_fn: Velocity, z: Tensor, grid: Tensor, known: Tensor,
 
 
 def guide(v_c: Tensor, v_u: Tensor, w: float) -> Tensor:
-    """Classifier-free guidance v_u + w (v_c - v_u).
-
-    w = 0 is the unconditional velocity v_u, 1 the conditional v_c; above 1 sharpens.
-    """
+    """Classifier-free guidance: w = 0 gives the unconditional velocity v_u, 1 the conditional v_c;
+    above 1, samples follow the condition more closely and vary less."""
     return v_u + w * (v_c - v_u)
 
 

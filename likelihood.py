@@ -7,15 +7,11 @@
     log p(response | prefix) = log p(prefix, response) - log p(prefix)       (Eq. 10.12 - 10.14)
     perplexity = exp(-sum of log p / sum of tokens)                          (Eq. 10.7, 10.10)
 
-All in nats. The flow is solved for the prior p(z), it does not define it: a low training loss is
-not a high log p (Sec. 9.4).
+All in nats. A low training loss does not imply a high log p (Sec. 9.4).
 
 Shapes: K draws, n latents of a text, Dz channels, bl latents in a block, B samples of D numbers.
 Run: python likelihood.py "there is a red circle." " the circle is red." --checkpoint out/ckpt.pt
 """
-from __future__ import annotations
-
-import argparse
 import math
 import sys
 
@@ -28,9 +24,9 @@ import data
 import flow
 from cola import Cola, pad_to_multiple
 from masks import T2T, Sample, pack
-from sample import COUNT, Context, Parser, add_model_flags, number, open_model
+from sample import COUNT, Context, Parser, add_model_flags, draw_noise, open_model, within
 
-EXACT = 64                                 # numbers of a block up to which the divergence is exact
+EXACT = 64         # up to so many numbers in a block, the divergence is exact by default
 
 
 # ---- The density of a flow, and bounds ---------------------------------------------------------
@@ -42,8 +38,8 @@ def log_normal(z: Tensor, mean: Tensor | float = 0.0, logvar: Tensor | float = 0
 
 
 def divergence(v: Tensor, z: Tensor, probe: Tensor | None) -> Tensor:
-    """div v, (B,), of v (B, ..), a function of z (B, ..): with one backward pass the estimate
-    e^T (dv/dz) e of the probe, without a probe exactly, with D passes."""
+    """div v, (B,), of v (B, ..), a function of z (B, ..). With a probe e it is the estimate
+    e^T (dv/dz) e, in one backward pass; without, it is exact and takes D passes."""
     B, D = len(z), z[0].numel()
     if probe is not None:
         return (torch.autograd.grad(v, z, probe)[0] * probe).reshape(B, D).sum(1)
@@ -52,32 +48,26 @@ def divergence(v: Tensor, z: Tensor, probe: Tensor | None) -> Tensor:
 
 
 def log_prob(velocity_fn: flow.Velocity, z0: Tensor, grid: Tensor, probe: Tensor | None = None,
-             known: Tensor | None = None, solver: str = "rk4") -> Tensor:
+             known: Tensor | None = None) -> Tensor:
     """log p(z_0) under the flow, (B,), without a gradient (Eq. 10.23, 10.24).
 
     z0: (B, .., Dz); samples must not see each other inside velocity_fn.
     grid: times from 1 to 0, as for sampling, or to the time of z0. They are run backwards.
     probe: None for the exact divergence, or noise like z0; random signs vary least.
-    known: (B, ..) bool, positions that are fixed and not counted: log p(unknown | known).
-    ValueError if the velocity cannot be differentiated, as in inference_mode.
-    """
-    if z0.dtype != torch.float64:
-        z0 = z0.float()
-    B, D = z0.shape[0], z0[0].numel()
+    known: (B, ..) bool, positions that are fixed and not counted: log p(unknown | known)."""
+    B, D = len(z0), z0[0].numel()
     moves = 1.0 if known is None else flow.over_channels(~known, z0)
-    probe = None if probe is None else probe.to(z0.dtype) * moves
+    probe = None if probe is None else probe * moves
 
     def augmented(state: Tensor, t: float) -> Tensor:          # d/dt of (z, integral of div v)
         with torch.enable_grad():
             z = state[:, :D].detach().reshape(z0.shape).requires_grad_()
-            v = velocity_fn(z, t).to(z.dtype) * moves                                # (B, .., Dz)
-            if not v.requires_grad:
-                raise ValueError("the velocity does not depend on z differentiably")
+            v = velocity_fn(z, t) * moves                                            # (B, .., Dz)
             div = divergence(v, z, probe)                                            # (B,)
         return torch.cat([v.detach().reshape(B, D), div[:, None]], 1)                # (B, D + 1)
 
     state = torch.cat([z0.detach().reshape(B, D), z0.new_zeros(B, 1)], 1)            # (B, D + 1)
-    state = flow.solve(augmented, state, grid.flip(0), solver)
+    state = flow.solve(augmented, state, grid.flip(0), "rk4")
     base = log_normal(state[:, :D].reshape(z0.shape)) * moves                        # (B, .., Dz)
     return base.reshape(B, D).sum(1) + state[:, D]
 
@@ -88,9 +78,8 @@ def elbo(log_px: Tensor, log_pz: Tensor, log_q: Tensor) -> Tensor:
 
 
 def iwae(log_px: Tensor, log_pz: Tensor, log_q: Tensor) -> Tensor:
-    """The log of the mean of w, (K, ..) each -> (..); at least the ELBO, and tighter with K (10.9).
-
-    Hutchinson's noise in log_pz enters the exponent: with it this is no lower bound any more."""
+    """The log of the mean of w, (K, ..) each -> (..): tighter than the ELBO (Eq. 10.9). Noise of
+    Hutchinson's estimate in log_pz enters the exponent: then this is not a lower bound."""
     log_w = log_px + log_pz - log_q                                                  # (K, ..)
     return torch.logsumexp(log_w, 0) - math.log(len(log_w))
 
@@ -105,34 +94,30 @@ def perplexity(log_p: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def log_weights(model: Cola, ids: list[int], samples: int, grid: Tensor, known: int = 0,
-                exact: bool = True, solver: str = "rk4", seed: int = 0
-                ) -> tuple[Tensor, Tensor, Tensor]:
+                exact: bool = True, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """log p(x_b | z), log p(z_b | z_<b) and log q(z_b | x) of every block b of a text, for K =
     samples draws z ~ q(z | x): (K, blocks) each (Algorithm A.1, Eq. 10.16).
 
     ids: tokens in whole blocks. known: latents at the front that are given and have no terms.
     grid: times from 1 to t_min. With t_min > 0 the latents have further noise of variance
         (t_min / (1 - t_min))^2, in p and in q: another model, of times that training has seen.
-    exact: the exact divergence, or else the estimate of one probe.
-    """
+    exact: the exact divergence, or else the estimate of one probe."""
     vae, K, n = model.text_vae, samples, len(ids) // model.text_vae.config.patch_size
-    tokens, lengths = torch.tensor(ids * K, device=model.device), [n] * K
+    tokens = torch.tensor(ids * K, device=model.device)                              # (K n patch,)
     given = torch.arange(n, device=model.device).repeat(K) < known                   # (K n,)
     mean, logvar = (x.repeat(K, 1) for x in posterior(model, ids, known, grid[-1].item()))
     generators = [data.rng(seed, k, data.Purpose.POSTERIOR) for k in range(K)]
-    eps = np.concatenate([g.standard_normal((n, mean.shape[1]), np.float32) for g in generators])
-    z = mean + (logvar / 2).exp() * torch.from_numpy(eps).to(mean)                   # (K n, Dz)
-    log_px = -F.cross_entropy(vae.decode(z, lengths), tokens, reduction="none")      # (K n patch,)
-    log_q = log_normal(z, mean, logvar)                                              # (K n, Dz)
+    z = mean + (logvar / 2).exp() * draw_noise(generators, n, mean.shape[1]).to(mean)   # (K n, Dz)
     signs = None
     if not exact:
         signs = np.concatenate([g.choice([-1.0, 1.0], (n, z.shape[1])) for g in generators])
         signs = torch.from_numpy(signs).to(z)                                        # (K n, Dz)
-    log_pz = prior_log_prob(model, z, given.view(K, n), grid, signs, solver)         # (K blocks,)
+    log_pz = prior_log_prob(model, z, given.view(K, n), grid, signs)                 # (K blocks,)
+    log_px = -F.cross_entropy(vae.decode(z, [n] * K), tokens, reduction="none")      # (K n patch,)
     log_px = torch.where(given.repeat_interleave(vae.config.patch_size), 0.0, log_px)
-    log_q = torch.where(given[:, None], 0.0, log_q)
+    log_q = torch.where(given[:, None], 0.0, log_normal(z, mean, logvar))            # (K n, Dz)
     by_block = (K, n // model.block_len, -1)
-    return (log_px.view(by_block).sum(-1), log_pz.view(K, -1), log_q.view(by_block).sum(-1))
+    return log_px.view(by_block).sum(-1), log_pz.view(K, -1), log_q.view(by_block).sum(-1)
 
 
 def posterior(model: Cola, ids: list[int], known: int, t_min: float) -> tuple[Tensor, Tensor]:
@@ -151,8 +136,8 @@ def posterior(model: Cola, ids: list[int], known: int, t_min: float) -> tuple[Te
     return vae.scale_latents(mean), torch.logaddexp(logvar, added.log())
 
 
-def prior_log_prob(model: Cola, z: Tensor, given: Tensor, grid: Tensor, signs: Tensor | None,
-                   solver: str) -> Tensor:
+def prior_log_prob(model: Cola, z: Tensor, given: Tensor, grid: Tensor,
+                   signs: Tensor | None) -> Tensor:
     """log p(z_b | z_<b) of every block of K texts, (K blocks,). z (K n, Dz), given (K, n) bool.
 
     One solve gives all: noisy blocks do not see each other, only the clean blocks before."""
@@ -164,14 +149,14 @@ def prior_log_prob(model: Cola, z: Tensor, given: Tensor, grid: Tensor, signs: T
     plan = context.plan(noisy)
 
     def velocity(z: Tensor, t: float) -> Tensor:
-        flat = z.flatten(0, 1).float()                                               # (K n, Dz)
+        flat = z.flatten(0, 1)                                                       # (K n, Dz)
         v, _ = context.velocity(flat, context.no_image, [0.0, t], (~given).long(), noisy, plan)
         return v.view_as(z)
 
     # The flow ends at (1 - t_min) z, whose density differs by the determinant of this factor.
     factor = torch.where(given, 1.0, 1 - t_min)[:, None]                             # (K n, 1)
     probe = None if signs is None else signs.view(blocks)
-    log_pz = log_prob(velocity, (factor * z).view(blocks), grid, probe, given.view(-1, bl), solver)
+    log_pz = log_prob(velocity, (factor * z).view(blocks), grid, probe, given.view(-1, bl))
     return log_pz + channels * factor.log().view(-1, bl).sum(1)
 
 
@@ -179,12 +164,11 @@ def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int 
           t_min: float = 0.1, **options) -> list[tuple[str, float, int]]:
     """Rows (name, log p in nats, tokens or 0): ELBO and IWAE of the text, of the prefix and of the
     response, their difference; then the response given latents of the prefix (Eq. 10.21), and its
-    three terms. options: exact, solver and seed of log_weights.
+    three terms. options: exact and seed of log_weights.
 
-    Of the end tokens that fill the last block one counts as a token. Only whole blocks have a
-    likelihood: the end of a prefix that shares a block with the response counts as response, but in
-    the last score only if the model was not trained with clean latents in a noisy block.
-    """
+    All end tokens count as one. Only whole blocks have a likelihood: in the first rows the end of
+    a prefix that shares a block with the response counts as response. In the last score it is
+    given, if the model was trained with clean latents in a noisy block (first_block clean)."""
     head, tail = model.tokenizer.encode(prefix), model.tokenizer.encode(response)
     patch, bl, rows = model.text_vae.config.patch_size, model.block_len, []
     ids = pad_to_multiple(head + tail, patch * bl, model.tokenizer.end)
@@ -201,48 +185,44 @@ def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int 
     if known > cut * bl:
         terms = log_weights(model, ids, samples, grid, known, **options)
     px, pz, q = (x[:, cut:].sum(1) for x in terms)                                   # (K,) each
-    return rows + [("response | latents of the prefix", elbo(px, pz, q).item(),
-                    total - known * patch),
+    own = elbo(px, pz, q).item()
+    return rows + [("response | latents of the prefix", own, total - known * patch),
                    ("    log p(x | z)", px.mean().item(), 0),
                    ("    log p(z | z of the prefix)", pz.mean().item(), 0),
                    ("    - log q(z | x)", -q.mean().item(), 0)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    p = Parser(prog="likelihood.py", description=__doc__.partition("\n")[0],
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The exit status: 0, or 2 for a user's mistake."""
+    p = Parser(prog="likelihood.py", description=__doc__.partition("\n")[0])
     p.add_argument("prefix", help='"" for none')
     p.add_argument("response", help="what follows it, letter for letter")
-    p.add_argument("--steps", type=COUNT, default=16, help="solver steps")
-    p.add_argument("--solver", choices=flow.SOLVERS, default="rk4", help="rk4 is most exact")
-    p.add_argument("--t_min", type=number(float, 0, 0.999), default=0.1, help="flow time at which "
+    p.add_argument("--steps", type=COUNT, default=16, help="steps of the rk4 solver")
+    p.add_argument("--t_min", type=within(0, 0.999), default=0.1, help="flow time at which "
                    "latents are scored; the paper has 0, but times near it are seldom trained; "
-                   "each is another model, and their scores do not compare")
+                   "scores of different t_min do not compare")
     p.add_argument("--samples", type=COUNT, default=8, help="draws K; more make IWAE tighter")
-    p.add_argument("--divergence", choices=("exact", "hutchinson"), help="exact takes a backward "
-                   "pass for every number of a block, hutchinson one, but its noise biases IWAE "
-                   f"(default: exact up to {EXACT} numbers)")
+    p.add_argument("--divergence", choices=("auto", "exact", "hutchinson"), default="auto",
+                   help="exact takes a backward pass for every number of a block, hutchinson one, "
+                   f"but its noise biases IWAE; auto is exact for blocks of up to {EXACT} numbers")
     add_model_flags(p)
+    args = p.parse_args(argv)
     try:
-        args = p.parse_args(argv)
         if not args.response:
             raise ValueError("the response is empty")
         model = open_model(args, "t2t")
         small = model.block_len * model.text_vae.config.latent_dim <= EXACT
-        exact = small if args.divergence is None else args.divergence == "exact"
+        exact = small if args.divergence == "auto" else args.divergence == "exact"
         rows = score(model, args.prefix, args.response, args.samples, args.steps, args.t_min,
-                     exact=exact, solver=args.solver, seed=args.seed)
+                     exact=exact, seed=args.seed)
     except (ValueError, OSError) as error:
         print(f"likelihood.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     print(f"{'':34}{'log p':>10}  tokens  nats/token  perplexity")
     for name, value, tokens in rows:
         print(f"{name:34}{value:10.4f}", end="" if tokens else "\n")
         if tokens:
-            print(f"{tokens:8}{-value / tokens:12.4f}{perplexity(value, tokens):12.4f}")
+            print(f"{tokens:8}{-value / tokens:12.4f}{perplexity(value, tokens):12.5g}")
     return 0
 
 

@@ -1,8 +1,8 @@
 """Masks: the attention mask is the task.
 
-A packed sequence holds several samples, each with a task. A position has its sample, a segment
-type s, a block id b and coordinates. Query i may attend to key j only inside one sample, and only
-if the rule of the task and the two segment types allows it (blog, section 3):
+A packed sequence holds several samples, each with a task. A position has a sample, a segment type
+s, a block id b and coordinates. Query i may attend to key j of the same sample if the rule for its
+task and the two segment types allows it (blog, section 3):
 
     M_ij = 1  <=>  sample_i = sample_j  and  b_j stands to b_i as RULES[task][s_i][s_j] says
 
@@ -14,14 +14,13 @@ if the rule of the task and the two segment types allows it (blog, section 3):
     P instruction   C clean text   I image (one block)
     N noisy text: the same blocks and coordinates as its clean copy C
 
-A new task is one more 4 x 4 table; this code and the attention stay as they are. Only `dense`
-builds an L x L array; it is for tests, pictures and small runs.
+A new task is one more 4 x 4 table; this code and the attention stay as they are.
 
 Shapes: L positions, S samples.    Run: python masks.py   (CPU, 2 s; draws masks.png)
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,33 +66,36 @@ class Layout:
     def __len__(self) -> int:
         return self.sample.numel()
 
+    def positions(self) -> list[Tensor]:
+        """The fields of shape (L,)."""
+        return [self.sample, self.segment, self.block, self.row, self.col]
+
     def to(self, device) -> Layout:
-        return Layout(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        tensors = *self.positions(), self.task
+        return Layout(*(x.to(device, non_blocking=True) for x in tensors))
 
     def select(self, index: Tensor) -> Layout:
         """The layout of some of the positions; index is (n,) positions or (L,) bool."""
-        return Layout(self.sample[index], self.segment[index], self.block[index], self.row[index],
-                      self.col[index], self.task)
+        return Layout(*(x[index] for x in self.positions()), self.task)
 
 
 def concat(a: Layout, b: Layout) -> Layout:
     """Positions of a, then of b. a's samples are the first of b's: an append to a KV cache."""
-    joined = (torch.cat([getattr(a, f.name), getattr(b, f.name)]) for f in fields(Layout)[:-1])
-    return Layout(*joined, b.task)
+    return Layout(*(torch.cat(pair) for pair in zip(a.positions(), b.positions())), b.task)
 
 
 def duplicate(a: Layout) -> Layout:
     """The positions of a, then the same positions again as further samples."""
     task = torch.cat([a.task, a.task])
-    return concat(a, Layout(a.sample + a.task.numel(), a.segment, a.block, a.row, a.col, task))
+    return concat(a, replace(a, sample=a.sample + a.task.numel(), task=task))
 
 
 # ---- Packing -----------------------------------------------------------------------------------
 
 @dataclass
 class Sample:
-    """One sample to be packed; lengths are in latents. 0 leaves a segment out and moves no other,
-    which makes the unconditional layouts of guidance: T2I [I], IT2T [N], T2T [N]."""
+    """One sample to be packed. A segment of length 0 is left out and the others keep their
+    coordinates, as in the unconditional layouts of guidance: T2I [I], IT2T [N], T2T [N]."""
     task: int
     prompt: int = 0                        # positions of P
     image: tuple[int, int] = (0, 0)        # rows and columns of I
@@ -101,15 +103,12 @@ class Sample:
     noisy: int = 0                         # positions of N, including the skipped ones
     start: int = 0                         # coordinate of the text's latent 0: behind P
     first: int = 0                         # index in the text of the first latent packed
-    skip: int = 0                          # positions left out at the front of N: noisy blocks of
-                                           # a given prefix, which would bear no loss in training
+    skip: int = 0                          # positions left out at the front of N: a given prefix
 
 
 def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
-    """Lays samples one after another, each as [P][I][C][N] or, without P, [C][I][N].
-
-    The order inside a sample does not matter: attention reads segments, blocks and coordinates.
-    """
+    """Lays samples one after another, each as [P][I][C][N] or, without P, [C][I][N]. The order
+    inside a sample does not matter: attention reads segments, blocks and coordinates."""
     pieces = []      # a row a segment: sample, type, length, first coordinate, first index, columns
     for number, s in enumerate(samples):
         h, w = s.image
@@ -119,16 +118,16 @@ def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
         c = number, C, s.clean, s.start + s.first, s.first, 1
         n = number, N, s.noisy - s.skip, s.start + noisy_first, noisy_first, 1
         pieces += (p, i, c, n) if s.prompt else (c, i, n)
-    sample, segment, length, start, first, w = np.array(pieces, dtype=np.int64).reshape(-1, 6).T
+    pieces = np.array(pieces, dtype=np.int64).reshape(-1, 6)
+    length = pieces[:, 2]
     begin = np.cumsum(length) - length                                      # (pieces,)
-    sample, segment, start, first, w, begin = (
-        np.repeat(x, length) for x in (sample, segment, start, first, w, begin))    # (L,) each
-    offset = np.arange(len(sample)) - begin                                 # in its segment
+    sample, segment, _, start, first, w = pieces.repeat(length, 0).T        # (L,) each
+    offset = np.arange(len(sample)) - begin.repeat(length)                  # in its segment
     block = np.where((segment == C) | (segment == N), (first + offset) // block_len, 0)
     row = np.where(segment == I, offset // w, start + offset)
     col = np.where(segment == I, offset % w, start + offset)
     arrays = sample, segment, block, row, col, np.array([s.task for s in samples], dtype=np.int64)
-    return Layout(*(torch.from_numpy(x).to(device) for x in arrays))
+    return Layout(*(torch.tensor(x, device=device) for x in arrays))
 
 
 def text_layout(lengths, block_len: int, device=None) -> Layout:
@@ -160,9 +159,7 @@ def dense(q: Layout, k: Layout, rules: Tensor = RULES) -> Tensor:
 
 def draw(layout: Layout, cell: int = 10) -> Image.Image:
     """The mask as in the blog's Figure 2: rows are queries, columns keys, red pairs are allowed.
-
-    Strips on top and left show the segment: green P, blue C, orange I, purple N.
-    """
+    Strips on top and left show the segment: green P, blue C, orange I, purple N."""
     colors = np.array([(80, 170, 90), (70, 120, 200), (240, 150, 50), (150, 90, 190)], np.uint8)
     strip = colors[layout.segment.cpu()]
     mask = dense(layout, layout).cpu().numpy()[..., None]                   # (L, L, 1)
@@ -178,15 +175,11 @@ if __name__ == "__main__":
     examples = [Sample(T2T, clean=6, noisy=6), Sample(T2I, clean=4, image=(2, 3), noisy=4),
                 Sample(IT2T, prompt=3, image=(2, 2), clean=4, noisy=4, start=3)]
     canvas = Image.new("RGB", (540, 170), "white")
+    print("blocks of 2; expect queries in rows, keys in columns, # where a query may attend")
     for number, example in enumerate(examples):
         layout = pack([example], block_len=2)
-        print(f"{TASKS[example.task]}, blocks of 2: expect queries in rows, keys in columns, "
-              "# where a query may attend")
-        print("   " + "".join(SEGMENTS[s] for s in layout.segment))
+        print(f"{TASKS[example.task]:4}  " + "".join(SEGMENTS[s] for s in layout.segment))
         for segment, row in zip(layout.segment, dense(layout, layout)):
-            print(f" {SEGMENTS[segment]} " + "".join("#" if m else "." for m in row))
+            print(f"  {SEGMENTS[segment]}   " + "".join("#" if m else "." for m in row))
         canvas.paste(draw(layout), (180 * number, 0))
     canvas.save("masks.png")
-    together = pack(examples, block_len=2)
-    crossing = dense(together, together) & (together.sample[:, None] != together.sample)
-    print(f"packed together: {int(crossing.sum())} pairs cross two samples (expect 0)")

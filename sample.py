@@ -9,9 +9,9 @@ Clean context (instruction, input image, caption, text so far) is encoded by its
 passes through the prior once, at t = 0; its keys and values stay in a cache. An image is one block.
 Text is generated block by block, and each finished block joins the context. By default it joins as
 the posterior mean of the tokens it decodes to ("snap", cf. the clamping of Diffusion-LM,
-2205.14217), because the prior was trained on encoded tokens only; the paper goes on from the
-generated latents. If a prefix ends inside a block, its last latents keep their value while the rest
-of that block is generated (clean repaint, Sec. 5.2); Cola.align has the paper's other strategies.
+2205.14217), because the prior was trained on encoded tokens only; the paper adds the generated
+latents. If a prefix ends inside a block, its last latents keep their value while the rest of that
+block is generated (clean repaint, Sec. 5.2); cola.FIRST_BLOCK lists the paper's other strategies.
 
 Run:
     python sample.py t2i  "a large red circle above a small blue square on a gray background"
@@ -20,13 +20,11 @@ Run:
 
 Shapes: B samples, L positions, Dz and Cz text and image latent channels, bl latents in a block.
 """
-from __future__ import annotations
-
 import argparse
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +45,14 @@ from mmdit import Cache
 
 @dataclass
 class Settings:
-    """How to integrate the flow. The defaults of images and of text are below."""
+    """How to integrate the flow."""
     steps: int = 16                        # solver steps for an image, or for each block of text
     guidance: float = 1.0                  # w; 1 needs no unconditional velocity
     interval: tuple[float, float] = (0.0, 1.0)     # flow times at which guidance acts
     solver: str = "euler"                  # one of flow.SOLVERS; repainting always takes euler
     shift: float | None = None             # of the time grid; None: for images as in training
-    temperature: float = 1.0               # scale of the initial noise; at 0 all samples are equal
-    repaint_share: float = 1.0             # share of the steps that set the prefix (flow.repaint)
+    temperature: float = 1.0               # scale of the initial noise
+    repaint_share: float = 1.0             # share of the steps that reset the prefix (flow.repaint)
     repaint_cycles: int = 1                # how often each of these steps is taken
     snap: bool = True                      # finished text joins the context as encoded tokens
     seed: int = 0
@@ -72,10 +70,10 @@ RELEASED = Settings(guidance=7.0, shift=1.0, snap=False)       # the paper's, fo
 class Context:
     """Clean positions that later queries attend to, kept as keys and values of every layer."""
     def __init__(self, model: Cola):
-        config, device = model.mmdit.config, model.device
+        config = model.mmdit.config
         self.model, self.cache = model, Cache()
-        self.no_text = torch.zeros(0, config.text_channels, device=device)
-        self.no_image = torch.zeros(0, config.image_channels, device=device)
+        self.no_text = torch.zeros(0, config.text_channels, device=model.device)
+        self.no_image = torch.zeros(0, config.image_channels, device=model.device)
 
     def plan(self, layout: Layout) -> Plan:
         """Attention plan of queries in this layout; the same for all their solver steps."""
@@ -99,15 +97,15 @@ class Context:
 
 def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: Tensor | None = None,
               fresh_noise: Callable[[], Tensor] | None = None) -> Tensor:
-    """Integrates noise z of one modality to clean latents. Both are (L, Dz), or (L, Cz) for images.
+    """Integrates noise z of one modality, (L, Dz) or (L, Cz), to clean latents of the same shape.
 
-    known (L,) bool: positions of z that are clean already. They stay as they are. With fresh_noise,
-    a function that returns new noise of z's shape, they are repainted instead (flow.repaint)."""
+    known (L,) bool: positions of z that are clean already and stay as they are; or, if fresh_noise
+    is given, a function that returns new noise of z's shape, they are repainted (flow.repaint)."""
     is_image = bool((layout.segment == masks.I).any())
     is_guided = s.guidance != 1.0 and context.cache.layout is not None
-    # t_index: 0 at known positions (t = 0), 1 where z moves. Repainting moves all of them.
-    keeps = known is not None and fresh_noise is None
-    t_index = (~known).long() if keeps else torch.ones_like(layout.segment)          # (L,)
+    t_index = torch.ones_like(layout.segment)                                        # (L,)
+    if known is not None and fresh_noise is None:
+        t_index[known] = 0                 # the network gets t = 0 there
     single = t_index, layout, context.plan(layout)
     if is_guided:
         # Every sample twice, the second time without context: one pass gives v_c and v_u.
@@ -152,47 +150,23 @@ def generate_images(model: Cola, captions: list[str], settings: Settings = IMAGE
 
     captions: of B samples, whose numbers are first, first + 1, ..; hw: height and width in pixels,
     by default the trained size. ValueError for a size the image VAE cannot take."""
-    height, width = hw or model.image_hw
-    model.image_vae.check_size(height, width)
-    h, w = height // model.image_vae.downsample, width // model.image_vae.downsample
-    channels = model.image_vae.channels
-    context = Context(model)
+    vae, hw, context = model.image_vae, hw or model.image_hw, Context(model)
+    vae.check_size(*hw)
+    h, w = (side // vae.downsample for side in hw)
     z_text, lengths = model.encode_text([model.ids(caption, end=True) for caption in captions])
     context.add(z_text, context.no_image,
                 pack([Sample(T2I, clean=n) for n in lengths], model.block_len, model.device))
     layout = pack([Sample(T2I, image=(h, w))] * len(captions), model.block_len, model.device)
     sources = generators(settings.seed, first, len(captions))
-    noise = settings.temperature * draw_noise(sources, h * w, channels).to(model.device)
+    noise = settings.temperature * draw_noise(sources, h * w, vae.channels).to(model.device)
     if settings.shift is None:             # as in training, where image_loc shifts times as well
-        shift = math.exp(model.image_loc) * flow.image_shift(h * w * channels)
+        shift = math.exp(model.image_loc) * flow.image_shift(h * w * vae.channels)
         settings = replace(settings, shift=shift)
     z = transport(context, layout, noise, settings)                                  # (B h w, Cz)
     return model.decode_images(z, (h, w))
 
 
 # ---- Text --------------------------------------------------------------------------------------
-
-@dataclass
-class State:
-    """B texts in the making. Every list has one entry per text."""
-    context: Context
-    task: int                              # T2T or IT2T
-    starts: list[int]                      # coordinate of the first latent, after the instruction
-    given: list[list[int]]                 # tokens of the prefixes, in whole latents
-    z_given: list[Tensor]                  # (n, Dz) their latents
-    ids: list[list[int]]                   # tokens so far, prefixes included
-    z: list[Tensor]                        # (n, Dz) latents so far, prefixes included
-    block: list[int]                       # index of the block that is generated next
-    sources: list[np.random.Generator]     # of the noise
-    repaint: bool                          # whether the next block repaints its known latents
-
-    def pack_block(self, **segment: int) -> Layout:
-        """The layout of the current block of every text; segment: clean=bl or noisy=bl."""
-        model = self.context.model
-        return pack([Sample(self.task, start=start, first=block * model.block_len, **segment)
-                     for start, block in zip(self.starts, self.block)],
-                    model.block_len, model.device)
-
 
 @torch.inference_mode()
 def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = None,
@@ -202,166 +176,156 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
 
     Continues each of B prefixes, whose numbers are first, first + 1, .., until an end token or
     max_tokens new tokens. images: uint8 (H, W, 3) of one size. Returns the continuations alone."""
-    sources = generators(settings.seed, first, len(prefixes))
-    state = prefill(model, prefixes, prompts, images, sources)
+    context, sources = Context(model), generators(settings.seed, first, len(prefixes))
+    task, bl, patch = T2T, model.block_len, model.text_vae.config.patch_size
+    starts = [0] * len(prefixes)           # coordinate of the first latent, after the instruction
+    if images is not None:
+        task, starts = IT2T, add_question(context, prompts, images)
+    repaints = task == T2T and model.first_block == "repaint"
+
+    # Each list has one entry per text: tokens, latents (n, Dz), number of latents in the context.
+    prefix_ids = [model.align(ids, len(ids))[0] for ids in map(model.tokenizer.encode, prefixes)]
+    z, lengths = model.encode_text(prefix_ids)                                       # (sum n, Dz)
+    prefix_z = z.split(lengths)
+    ids, z, done = prefix_ids, prefix_z, [0] * len(prefixes)
     while True:
-        generate_block(state, settings)
-        new = [ids[len(given):] for ids, given in zip(state.ids, state.given)]
-        if all(model.tokenizer.end in ids or len(ids) >= max_tokens for ids in new):
-            return [model.tokenizer.decode(ids[:max_tokens]) for ids in new]
-        add_block(state, settings.snap)
+        # Whole blocks join the context: first those of the prefixes, then one block at a time.
+        whole = [len(x) // bl * bl for x in z]
+        layout = pack([Sample(task, clean=end - begin, start=start, first=begin)
+                       for start, begin, end in zip(starts, done, whole)], bl, model.device)
+        if len(layout):
+            finished = [x[begin:end] for x, begin, end in zip(z, done, whole)]
+            context.add(torch.cat(finished), context.no_image, layout)
+        done = whole
+
+        layout = pack([Sample(task, noisy=bl, start=start, first=begin)
+                       for start, begin in zip(starts, done)], bl, model.device)
+        known = [x[begin:] for x, begin in zip(z, done)]   # a prefix may end inside this block
+        blocks = generate_block(context, layout, known, sources, settings, repaints)
+        repaints = False                   # only the first block contains a part of a prefix
+        z = [torch.cat([x[:begin], block]) for x, begin, block in zip(z, done, blocks)]
+        lengths = [len(x) for x in z]
+        tokens = model.text_vae.decode(torch.cat(z), lengths).argmax(-1)
+        # Decoded tokens never change: only those of the new block are appended.
+        ids = [old + decoded[len(old):].tolist()
+               for old, decoded in zip(ids, tokens.split([n * patch for n in lengths]))]
+
+        new = [x[len(prefix):] for x, prefix in zip(ids, prefix_ids)]
+        if all(model.tokenizer.end in x or len(x) >= max_tokens for x in new):
+            return [model.tokenizer.decode(x[:max_tokens]) for x in new]
+        if settings.snap:                  # a prefix keeps the latents it has when encoded alone
+            z, lengths = model.encode_text(ids)
+            z = [torch.cat([prefix, x[len(prefix):]])
+                 for prefix, x in zip(prefix_z, z.split(lengths))]
 
 
-def prefill(model: Cola, prefixes: list[str], prompts: list[str] | None,
-            images: list[np.ndarray] | None, sources: list[np.random.Generator]) -> State:
-    """A new context with instruction, image and the whole blocks of every prefix."""
-    context, task, bl = Context(model), T2T if images is None else IT2T, model.block_len
-    starts = [0] * len(prefixes)
-    if task == IT2T:
-        z_prompt, starts = model.encode_text([model.ids(prompt, end=False) for prompt in prompts])
-        h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
-        layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in starts], bl, model.device)
-        context.add(z_prompt, model.encode_images(images), layout)
-
-    tokens = [model.tokenizer.encode(prefix) for prefix in prefixes]
-    given = [model.align(ids, len(ids))[0] for ids in tokens]
-    z_given, lengths = model.encode_text(given)                                      # (sum n, Dz)
-    z = list(z_given.split(lengths))
-    block = [n // bl for n in lengths]
-    if any(block):
-        layout = pack([Sample(task, clean=b * bl, start=start) for b, start in zip(block, starts)],
-                      bl, model.device)
-        whole = torch.cat([x[:b * bl] for x, b in zip(z, block)])
-        context.add(whole, context.no_image, layout)
-    repaint = model.first_block == "repaint" and task == T2T
-    return State(context, task, starts, given, z, given, z, block, sources, repaint)
+def add_question(context: Context, prompts: list[str], images: list[np.ndarray]) -> list[int]:
+    """Adds instructions and images to the context. Returns the latents of each instruction."""
+    model = context.model
+    z, lengths = model.encode_text([model.ids(prompt, end=False) for prompt in prompts])
+    h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
+    layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in lengths], model.block_len,
+                  model.device)
+    context.add(z, model.encode_images(images), layout)
+    return lengths
 
 
-def generate_block(state: State, s: Settings) -> None:
-    """Generates the next block of every text: its latents, and from them its tokens."""
-    model = state.context.model
-    B, bl, dz = len(state.z), model.block_len, model.text_vae.config.latent_dim
-    z = s.temperature * draw_noise(state.sources, bl, dz).to(model.device).view(B, bl, dz)
-    known = torch.zeros(B, bl, dtype=torch.bool, device=model.device)
-    for i in range(B):                     # a prefix may end inside this block
-        rest = state.z[i][state.block[i] * bl:]
-        z[i, :len(rest)] = rest
-        known[i, :len(rest)] = True
-    z, known = z.flatten(0, 1), known.flatten()                          # (B bl, Dz), (B bl,)
-
+def generate_block(context: Context, layout: Layout, known: list[Tensor],
+                   sources: list[np.random.Generator], s: Settings, repaints: bool) -> Tensor:
+    """The next block of every text, latents (B, bl, Dz). known: the (n, Dz) at its beginning that
+    are clean already, n < bl; repaints: by flow.repaint instead of staying as they are."""
+    model = context.model
+    bl, dz = model.block_len, model.text_vae.config.latent_dim
+    lengths = torch.tensor([len(x) for x in known])
+    is_known = (torch.arange(bl) < lengths[:, None]).flatten().to(model.device)      # (B bl,)
+    z = s.temperature * draw_noise(sources, bl, dz).to(model.device)                 # (B bl, Dz)
+    z[is_known] = torch.cat(known)
     # Known latents get the full noise of their time, whatever the temperature of the others.
-    scale = torch.where(known, 1.0, s.temperature)[:, None]                          # (B bl, 1)
-    fresh_noise = lambda: scale * draw_noise(state.sources, bl, dz).to(model.device)
-    z = transport(state.context, state.pack_block(noisy=bl), z, s, known,
-                  fresh_noise if state.repaint else None)
-    state.repaint = False                  # only the first block contains a part of a prefix
-
-    state.z = [torch.cat([past[:b * bl], new])
-               for past, b, new in zip(state.z, state.block, z.view(B, bl, dz))]
-    lengths = [len(x) for x in state.z]
-    tokens = model.text_vae.decode(torch.cat(state.z), lengths).argmax(-1)
-    tokens = tokens.split([n * model.text_vae.config.patch_size for n in lengths])
-    # Decoded tokens never change: only those of the new block are appended.
-    state.ids = [old + all_[len(old):].tolist() for old, all_ in zip(state.ids, tokens)]
-
-
-def add_block(state: State, snap: bool) -> None:
-    """Adds the block that was just generated to the context, and moves on to the next."""
-    model, bl = state.context.model, state.context.model.block_len
-    if snap:                               # a prefix keeps the latents it has when encoded alone
-        z, lengths = model.encode_text(state.ids)
-        state.z = [torch.cat([given, x[len(given):]])
-                   for given, x in zip(state.z_given, z.split(lengths))]
-    finished = torch.cat([x[b * bl:] for x, b in zip(state.z, state.block)])         # (B bl, Dz)
-    state.context.add(finished, state.context.no_image, state.pack_block(clean=bl))
-    state.block = [b + 1 for b in state.block]
+    scale = torch.where(is_known, 1.0, s.temperature)[:, None]                       # (B bl, 1)
+    fresh_noise = lambda: scale * draw_noise(sources, bl, dz).to(model.device)
+    z = transport(context, layout, z, s, is_known, fresh_noise if repaints else None)
+    return z.view(-1, bl, dz)
 
 
 # ---- Command line ------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations of flags, and with errors of one line."""
+    """argparse with exact flags, defaults in the help, and errors of one line."""
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, **options,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog.split()[0]}: {message}\n")
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """A `type` for argparse: an int or a float from low to high."""
-    def convert(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:       # also NaN
+def within(low: float, high: float, kind: type = float) -> Callable[[str], float]:
+    """A `type` for argparse: a number from low to high."""
+    def number(text: str) -> float:        # argparse shows this name for what is no number
+        if not low <= kind(text) <= high:  # also NaN
             raise argparse.ArgumentTypeError(f"{text}: expected {low:g} to {high:g}")
-        return value
-    convert.__name__ = kind.__name__       # argparse calls the type by its name in errors
-    return convert
+        return kind(text)
+    return number
 
 
-COUNT, SHARE, POSITIVE = number(int, 1, 1e9), number(float, 0, 1), number(float, 1e-6, 1e6)
+COUNT = within(1, 1e9, int)
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     """The flags of every command that takes a model; likelihood.py has them too."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     p.add_argument("--checkpoint", default="out/ckpt.pt", help="file that train.py wrote")
-    p.add_argument("--official", default="", help="folder of a public Cola DLM release instead of "
-                   "a checkpoint: text alone, sampled with the paper's settings")
+    p.add_argument("--official", metavar="DIR", help="a public Cola DLM release instead of a "
+                   "checkpoint: text alone, sampled with the paper's settings")
     p.add_argument("--device", choices=devices, default=devices[-1], help="where to run")
-    p.add_argument("--seed", type=number(int, 0, data.SEEDS - 1), default=0,
+    p.add_argument("--seed", type=within(0, data.SEEDS - 1, int), default=0,
                    help="same seed, same samples")
 
 
-def add_settings(p: argparse.ArgumentParser, default: Settings) -> None:
-    """One flag for each field of Settings. Flags that are not given do not appear in the result."""
-    def flag(name: str, why: str, **options) -> None:
-        p.add_argument(f"--{name}", default=argparse.SUPPRESS, **options,
-                       help=f"{why} (default: {getattr(default, name)})")
-    flag("steps", "solver steps; fewer is faster and coarser", type=COUNT)
-    flag("guidance", "w; 1 is conditional, more follows the prompt more",
-         type=number(float, -1e6, 1e6))
-    flag("interval", "flow times between which guidance acts; narrower is faster", type=SHARE,
-         nargs=2, metavar=("LOW", "HIGH"))
-    flag("solver", "heun and rk4 call the model 2 and 4 times a step", choices=flow.SOLVERS)
-    flag("shift", "shift of the time grid; more takes more steps near noise; None shifts by the "
-         "size of the image", type=POSITIVE)
-    flag("temperature", "scale of the initial noise", type=number(float, 0, 1e6))
-    flag("snap", "continue a text from its decoded tokens; off, as in the paper, from its latents",
-         action=argparse.BooleanOptionalAction)
-    flag("repaint_share", "for models trained with --first_block repaint: share of the steps that "
-         "set the prefix", type=SHARE)
-    flag("repaint_cycles", "and how often each of these steps is taken", type=COUNT)
+def build_parser(of_text: Settings) -> Parser:
+    """The commands and their flags. of_text: the default settings for text."""
+    parser = Parser(prog="sample.py", description=__doc__.partition("\n")[0])
+    tasks = parser.add_subparsers(dest="task", required=True)
+    t2i = tasks.add_parser("t2i", help="text to image")
+    t2i.add_argument("prompt", help="what to draw")
+    t2i.add_argument("--out", type=Path, default="sample.png", help="PNG file; --n numbers it")
+    t2i.add_argument("--size", type=COUNT, nargs="+", metavar="PIXELS",
+                     help="height and width, or one number for both; None is the trained size")
+    it2t = tasks.add_parser("it2t", help="image and text to text")
+    it2t.add_argument("image", help="a picture of any size")
+    it2t.add_argument("prompt", nargs="?", default="describe the image.", help="or a question")
+    t2t = tasks.add_parser("t2t", help="continue a text")
+    t2t.add_argument("prompt", help="the text so far")
+    for p in (it2t, t2t):
+        p.add_argument("--max_tokens", type=COUNT, default=64, help="longest text")
+        p.add_argument("--snap", action=argparse.BooleanOptionalAction, help="continue a text from "
+                       "its decoded tokens; off, as in the paper, from its latents")
+    for p, settings in ((t2i, IMAGE), (it2t, of_text), (t2t, of_text)):
+        add_model_flags(p)
+        p.add_argument("--n", type=COUNT, default=1, help="samples to draw")
+        p.add_argument("--steps", type=COUNT, help="solver steps; fewer is faster and coarser")
+        p.add_argument("--guidance", type=within(-1e6, 1e6), help="w; more follows the prompt more")
+        p.add_argument("--solver", choices=flow.SOLVERS, help="heun, rk4: 2 and 4 calls a step")
+        p.add_argument("--temperature", type=within(0, 1e6), help="scale of the initial noise")
+        p.set_defaults(**asdict(settings))
+    return parser
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. args.settings: the Settings of the task, with the flags that are given."""
-    parser = Parser(prog="sample.py", description=__doc__.partition("\n")[0])
-    tasks = parser.add_subparsers(dest="task", required=True)
-    for task, default, what in (("t2i", IMAGE, "text to image"), ("t2t", TEXT, "continue a text"),
-                                ("it2t", TEXT, "image and text to text")):
-        p = tasks.add_parser(task, help=what)
-        if task == "it2t":
-            p.add_argument("image", help="a picture of any size")
-            p.add_argument("prompt", nargs="?", default="describe the image.", help="or a question")
-        else:
-            p.add_argument("prompt", help="what to draw" if task == "t2i" else "the text so far")
-        if task == "t2i":
-            p.add_argument("--out", type=Path, default="sample.png", help="PNG file to write; "
-                           "with --n, a number is added to its name")
-            p.add_argument("--size", type=COUNT, nargs=2, metavar=("HEIGHT", "WIDTH"),
-                           help="in pixels (default: the trained size)")
-        else:
-            p.add_argument("--max_tokens", type=COUNT, default=64, help="longest text (default 64)")
-        p.add_argument("--n", type=COUNT, default=1, help="samples to draw (default 1)")
-        add_model_flags(p)
-        add_settings(p, default)
-    args = parser.parse_args(argv)
-    default = IMAGE if args.task == "t2i" else RELEASED if args.official else TEXT
-    args.settings = replace(default, **{f.name: getattr(args, f.name) for f in fields(Settings)
-                                        if hasattr(args, f.name)})
-    if args.settings.interval[0] > args.settings.interval[1]:
-        parser.error(f"--interval: {args.settings.interval} does not rise")
+    """The command line, with args.settings. ValueError, one line, if its flags do not fit."""
+    args = build_parser(TEXT).parse_args(argv)
+    if args.official:                      # other defaults
+        args = build_parser(RELEASED).parse_args(argv)
+    args.settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+    if args.n > 1 and args.temperature == 0:
+        raise ValueError(f"--n {args.n}: at temperature 0 all samples are equal; draw one")
+    if args.task == "t2i":
+        if not args.prompt.strip():
+            raise ValueError("the prompt is empty; say what to draw")
+        if args.size and len(args.size) > 2:
+            raise ValueError(f"--size {args.size}: expected one number, or height and width")
+        if args.out.is_dir() or not args.out.parent.is_dir():
+            raise ValueError(f"--out {args.out}: expected a file in a folder that exists")
     return args
 
 
@@ -375,8 +339,9 @@ def open_model(args: argparse.Namespace, task: str) -> Cola:
 
 
 def draw(model: Cola, args: argparse.Namespace) -> None:
-    """Command t2i: writes PNG files, with the caption in their text chunk."""
-    images = generate_images(model, [args.prompt] * args.n, args.settings, args.size)
+    """Command t2i: writes PNG files that contain their caption as text."""
+    hw = (args.size[0], args.size[-1]) if args.size else None
+    images = generate_images(model, [args.prompt] * args.n, args.settings, hw)
     for i, image in enumerate(images):
         path = args.out.with_stem(f"{args.out.stem}_{i}") if args.n > 1 else args.out
         info = PngImagePlugin.PngInfo()
@@ -385,26 +350,30 @@ def draw(model: Cola, args: argparse.Namespace) -> None:
         print(f"{path}  {image.shape[1]} x {image.shape[0]}  {args.prompt}")
 
 
+def write(model: Cola, args: argparse.Namespace) -> None:
+    """Commands t2t and it2t: prints a prompt with its continuation, or an answer."""
+    prefix, prompts, images = args.prompt, None, None
+    if args.task == "it2t":
+        try:
+            image = data.load_image(args.image, model.image_hw)
+        except ValueError as error:        # an OSError already names the file
+            raise ValueError(f"{args.image}: {error}") from None
+        prefix, prompts, images = "", [args.prompt] * args.n, [image] * args.n
+    texts = generate_text(model, [prefix] * args.n, prompts, images, args.settings,
+                          args.max_tokens)
+    print(*(prefix + text for text in texts), sep="\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    """The exit status: 0, or 2 for a user's mistake."""
     try:
         args = parse(argv)
         model = open_model(args, args.task)
-        if args.task == "t2i":
-            draw(model, args)
-        elif args.task == "it2t":
-            images = [data.load_image(args.image, model.image_hw)] * args.n
-            print(*generate_text(model, [""] * args.n, [args.prompt] * args.n, images,
-                                 args.settings, args.max_tokens), sep="\n")
-        else:
-            texts = generate_text(model, [args.prompt] * args.n, settings=args.settings,
-                                  max_tokens=args.max_tokens)
-            print(*(args.prompt + text for text in texts), sep="\n")
+        command = draw if args.task == "t2i" else write
+        command(model, args)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

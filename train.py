@@ -26,11 +26,12 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -68,12 +69,11 @@ class TextStage(nn.Module):
         self.text_vae, self.args = vae, args
 
     def forward(self, b: TextBatch, counts: dict[str, float]) -> tuple[Tensor, Terms]:
-        a, share = self.args, b.ids.numel() / counts["tokens"]
-        loss, terms = text_vae_loss(
-            self.text_vae, b.ids, b.lengths, b.noise, b.masked if a.lambda_mask else None,
+        a = self.args
+        return text_vae_loss(
+            self.text_vae, b.ids, b.lengths, b.posterior_noise, b.masked if a.lambda_mask else None,
             beta=a.beta, lambda_mask=a.lambda_mask, count=counts["tokens"],
             mask_count=max(counts["masked"], 1))
-        return loss, terms | {"logsnr": terms["logsnr"] * share}
 
 
 class ImageStage(nn.Module):
@@ -169,9 +169,6 @@ class PriorStage(nn.Module):
                 beta=a.beta, lambda_mask=a.lambda_mask, learned_prior=True,
                 posterior=(mean, logvar), count=tokens, mask_count=max(counts["masked"], 1),
                 plan=plan)
-            # A batch may have no text at all, whose logSNR is not a number.
-            share = b.ids.numel() / tokens
-            terms["logsnr"] = terms["logsnr"] * share if share else mean.new_zeros(())
         with torch.no_grad():
             mean_ref, logvar_ref = self.ref.encode(b.ids, b.lengths, plan)
         numbers = tokens * vae.config.latent_dim / vae.config.patch_size
@@ -304,16 +301,16 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
     """Trains one stage from where it stands, saving on the way. make(step) -> this worker's
     micro-batches; average: keep an EMA; at_end is called before the last save.
 
-    KeyboardInterrupt after saving, if a signal has asked for the end."""
+    KeyboardInterrupt after saving, if a signal has asked for the end.
+    """
     a, worker, state = run.args, run.worker, run.state
     start, lost = state.progress[name], 0
-    if start >= steps:
-        return
     wrapped = workers.wrap(stage, worker, a)               # DDP, FSDP2, or the stage itself
     weights = {n: p for n, p in stage.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(a, stage, lr, muon)
     groups = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
-    checkpoint.restore_moments(optimizers, weights, state.moments)
+    if start:
+        checkpoint.restore_moments(optimizers, weights, state.moments)
     if average:
         state.ema = {n: workers.like(state.ema.get(n, workers.full(p.detach())), p)
                      for n, p in weights.items() if n.startswith(("mmdit.", "text_vae."))}
@@ -329,7 +326,8 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
         terms = forward_backward(wrapped, micro, worker, autocast)
         norm = workers.full(nn.utils.clip_grad_norm_(weights.values(), a.clip))
         terms["norm"] = norm / worker.world                # the same on all: their sum is the norm
-        values, positions, stop = worker.sum_step(terms, sum(b.positions for b in micro))
+        values, positions, stop = worker.sum_step(
+            terms, sum(b.counts()["positions"] for b in micro))
         lost = 0 if math.isfinite(values["norm"]) else lost + 1
         for optimizer in optimizers:
             if not lost:                                   # a step without a number is not taken
@@ -363,19 +361,20 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
 def train(run: Run) -> None:
     """Stage 1, 1b and 2, as far as they are open."""
     a, worker, model, make = run.args, run.worker, run.model, run.batches
-    open_, left = checkpoint.open_stages(a, run.state)
+    open_, closed = checkpoint.open_stages(a, run.state)
     muon = a.optimizer == "muon"
-    if left and worker.rank == 0:
-        print(f"{', '.join(left)}: not trained further, as the prior learns from it")
+    mine = lambda step, size: worker.share(range(step * size, (step + 1) * size))
+    if closed and worker.rank == 0:
+        print(f"{', '.join(closed)}: not trained further, as the prior learns from it")
 
     if "text_vae" in open_:
         fit(run, "text_vae", TextStage(model.text_vae, a), config.steps(a, "text_vae"),
-            lambda step: [make.text(worker.share(numbers(step, a.text_vae_batch)))], a.text_vae_lr)
+            lambda step: [make.text(mine(step, a.text_vae_batch))], a.text_vae_lr)
 
     if "image_vae" in open_:
         model.image_vae.train()
         fit(run, "image_vae", ImageStage(model.image_vae), config.steps(a, "image_vae"),
-            lambda step: make.images(worker.share(numbers(step, a.image_vae_batch))),
+            lambda step: make.images(mine(step, a.image_vae_batch)),
             a.image_vae_lr, muon,
             at_end=lambda: model.image_vae.set_statistics(make.pixels(range(1024))))
     model.image_vae.eval().requires_grad_(False)
@@ -388,17 +387,12 @@ def train(run: Run) -> None:
             workers.compile_blocks(model.mmdit)
 
         def make_step(step: int) -> list[Batch]:
-            tasks = batches.step_tasks(a, step)
-            work = [(tasks[k // a.batch_size], step * len(tasks) * a.batch_size + k)
-                    for k in range(len(tasks) * a.batch_size)]
-            mine, passes = worker.share(work), a.micro_steps if a.accumulate else 1
-            return [make.prior(mine[i::passes]) for i in range(passes)]
+            first = step * a.micro_steps * a.batch_size
+            tasks = np.repeat(batches.step_tasks(a, step), a.batch_size).tolist()
+            work = worker.share([(task, first + k) for k, task in enumerate(tasks)])
+            passes = a.micro_steps if a.accumulate else 1
+            return [make.prior(work[i::passes]) for i in range(passes)]
         fit(run, "mmdit", stage, config.steps(a, "mmdit"), make_step, a.lr, muon, average=True)
-
-
-def numbers(step: int, size: int) -> range:
-    """The samples of a step of stage 1."""
-    return range(step * size, (step + 1) * size)
 
 
 # ---- Main --------------------------------------------------------------------------------------
@@ -420,19 +414,19 @@ def check_data(args: Namespace, dataset, model: Cola) -> None:
 
 
 def describe(run: Run) -> None:
-    """--dry_run: every flag, the sizes of the parts, and the first samples of stage 2."""
-    a, worker = run.args, run.worker
+    """--dry_run: every flag, the sizes of the parts, and a sample of each task."""
+    if run.worker.rank:
+        return
+    a, shares = run.args, config.task_shares(run.args.tasks)
     print("\n".join(f"  {config.in_words(name, value)}" for name, value in sorted(vars(a).items())))
     for name, part in run.model.parts().items():
         print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
-    print(f"a step: {a.micro_steps} micro-steps of {a.batch_size} samples, {worker.world} workers; "
-          "shares of the samples: " + ", ".join(
-              f"{name} {share:.2f}" for name, share in config.task_shares(a.tasks).items()))
-    work = [(task, m * a.batch_size) for m, task in enumerate(batches.step_tasks(a, 0))]
-    layout = run.batches.prior(work).layout
-    for s, (task, k) in enumerate(work):
-        count = Counter(masks.SEGMENTS[i] for i in layout.segment[layout.sample == s].tolist())
-        print(f"  {TASKS[task]:4s} sample {k}: " + ", ".join(f"{n} {x}" for x, n in count.items()))
+    print(f"a step: {a.micro_steps} micro-steps of {a.batch_size} samples; shares of the samples: "
+          + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()))
+    for task, name in enumerate(TASKS):
+        if name in shares:
+            segment = run.batches.prior([(task, 0)]).layout.segment.tolist()
+            print(f"the first sample of {name}: {''.join(masks.SEGMENTS[i] for i in segment)}")
     print("nothing was written")
 
 
@@ -456,23 +450,22 @@ def main(argv: list[str] | None = None) -> int:
             for change in config.changes(given, found["args"]) if found else []:
                 print("changed:", change)
         if args.dry_run:
-            if worker.rank == 0:
-                describe(run)
+            describe(run)
             return worker.leave(0)
         with workers.claimed(args.out_dir, worker), workers.signals(worker):
             if worker.rank == 0:
                 checkpoint.trim_log(args.out_dir, state.progress)
             train(run)
+            if worker.sum_counts([{"stop": worker.stop}])["stop"]:     # since the last step
+                raise KeyboardInterrupt
         evaluate.report(args, worker, dataset)             # of what is in out_dir now
         return worker.leave(0)
     except (ValueError, OSError) as error:
-        return worker.leave(2, str(error), own=isinstance(error, OSError))
+        return worker.leave(2, error)
     except KeyboardInterrupt:
         return worker.leave(130, "stopped; continue with --resume auto")
     except RuntimeError as error:
-        if not workers.lost_worker(error):
-            raise
-        return worker.leave(1)
+        return worker.leave(1, error)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ import math
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
-import timeit
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
@@ -41,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 import config
 
 
-# ---- one worker --------------------------------------------------------------------------------
+# ---- One worker --------------------------------------------------------------------------------
 
 @dataclass
 class Worker:
@@ -85,18 +83,24 @@ class Worker:
         *values, positions, stop = self.sum(values).tolist()
         return dict(zip(terms, values)), positions, stop > 0
 
-    def leave(self, status: int, line: str = "", own: bool = False) -> int:
-        """Ends this worker with a line for the user; returns the exit status.
+    def leave(self, status: int, error: Exception | str = "") -> int:
+        """Ends this worker, with a line for the user if there is an error; returns the status.
 
-        own: the error may be of this worker alone, as that of a full disk. Other errors come to
-        all workers alike, and the first one prints them.
+        An OSError while training, such as a full disk, may be of this worker alone. All other
+        errors come to all workers alike, and worker 0 prints them. A RuntimeError about a
+        connection says that another worker has ended, which prints its own reason.
         """
+        if isinstance(error, RuntimeError):
+            if not dist.is_initialized() or "onnection" not in str(error):
+                raise error
+            error = ""
+        line, own = str(error), self.training and isinstance(error, OSError)
         codes = [process.poll() for process in self.started]
         if any(code and code < 0 for code in codes) and not self.stop:
             line = "a worker was killed; continue with --resume auto"
         elif status == 1:                                  # that worker has printed why
             status = next(filter(None, codes), 1)
-        if line and (self.rank == 0 or own and self.training):
+        if line and (self.rank == 0 or own):
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         for process in self.started:
             if status:
@@ -110,12 +114,7 @@ class Worker:
         return status
 
 
-def lost_worker(error: RuntimeError) -> bool:
-    """Whether an error only says that another worker has gone: that one prints the reason."""
-    return dist.is_initialized() and "onnection" in str(error)
-
-
-# ---- starting ----------------------------------------------------------------------------------
+# ---- Starting ----------------------------------------------------------------------------------
 
 def join(args: Namespace) -> Worker:
     """This process's place among the workers; on a CPU it starts the others first.
@@ -125,8 +124,8 @@ def join(args: Namespace) -> Worker:
     """
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    if args.bf16 == "auto":        # a CPU builds code for each new number of rows, which costs more
+        args.bf16 = "on" if args.device == "cuda" else "off"
     alone, on_cpu = "RANK" not in os.environ, args.device == "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -143,9 +142,6 @@ def join(args: Namespace) -> Worker:
     if on_cpu:
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")             # TF32 where bfloat16 is not used
-    if args.bf16 == "auto":                                # all workers agree
-        faster = all(worker.gather([not on_cpu or bf16_is_faster(args.width)]))
-        args.bf16 = "on" if faster else "off"
     return worker
 
 
@@ -189,22 +185,7 @@ def join_group(device: str) -> torch.device:
     return torch.device(device)
 
 
-def bf16_is_faster(width: int) -> bool:
-    """Whether this CPU takes a batch through a layer and back 1.5 times faster in bfloat16. Packed
-    batches differ in their rows, for which some CPUs build code anew: so do the measurements."""
-    layer = nn.Linear(width, 4 * width)
-
-    def seconds(rows: int, on: bool) -> float:
-        x = torch.randn(rows, width, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=on):
-            return timeit.timeit(lambda: layer(x).sum().backward(), number=1)
-
-    fp32, bf16 = (statistics.median(seconds(640 + 24 * i, on) for i in range(12))
-                  for on in (False, True))
-    return fp32 > 1.5 * bf16
-
-
-# ---- training together -------------------------------------------------------------------------
+# ---- Training together -------------------------------------------------------------------------
 
 def wrap(stage: nn.Module, worker: Worker, args: Namespace) -> nn.Module:
     """The stage with gradients averaged over the workers; alone, the stage itself."""
@@ -249,7 +230,7 @@ def like(x: Tensor, p: Tensor) -> Tensor:
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
 
 
-# ---- signals and the folder --------------------------------------------------------------------
+# ---- Signals and the folder --------------------------------------------------------------------
 
 @contextlib.contextmanager
 def signals(worker: Worker) -> Iterator[None]:

@@ -19,7 +19,6 @@ Shapes: Nq, Nk query and key positions, nh heads, hd head width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +32,7 @@ from masks import RULES, Layout, allowed, dense
 
 BACKENDS = ("auto", "reference", "padded", "flex", "cuda")
 default_backend = "auto"       # of `attention`; changed by set_backend (--attention)
+compile_once = functools.cache(torch.compile)
 
 
 # ---- Plans -------------------------------------------------------------------------------------
@@ -52,17 +52,14 @@ class Plan:
 
     @functools.cached_property
     def rows(self) -> Rows:
-        """For padded."""
         return make_rows(self.q, self.k, self.rules)
 
     @functools.cached_property
     def tiles(self) -> list[Tensor]:
-        """For the operators of the kernels."""
         return ops.flat(make_tiles(self.q, self.k, self.rules))
 
     @functools.cached_property
     def block_mask(self) -> BlockMask:
-        """For FlexAttention."""
         q, k, rules = self.q, self.k, self.rules.to(self.q.segment.device)
 
         def visible(batch, head, i, j):
@@ -72,9 +69,7 @@ class Plan:
 
 def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = RULES) -> Plan:
     """The plan for queries laid out as q and keys as k (default: the same positions).
-
-    rules: (tasks, 4, 4) integers. Raises ValueError for layouts of different samples.
-    """
+    rules: (tasks, 4, 4) integers. Raises ValueError for layouts of different samples."""
     k = q if k is None else k
     if q.task is not k.task and not torch.equal(q.task, k.task):
         raise ValueError(f"q has samples of tasks {q.task.tolist()}, k of {k.task.tolist()}: "
@@ -85,10 +80,8 @@ def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = RULES) -> Plan
 # ---- Attention ---------------------------------------------------------------------------------
 
 def set_backend(name: str, device: torch.device) -> str:
-    """Makes `name` the default backend on this device; returns a line for the user.
-
-    Falls back to padded where the kernels cannot be built.
-    """
+    """Makes `name` the default backend, or padded where the kernels cannot be built for this
+    device; returns a line for the user."""
     global default_backend
     default_backend = name
     if name == "cuda" and device.type == "cuda":
@@ -102,19 +95,18 @@ def set_backend(name: str, device: torch.device) -> str:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None = None) -> Tensor:
-    """Masked attention with scale 1 / sqrt(hd).
+    """q (Nq, nh, hd), k and v (Nk, nh, hd) -> (Nq, nh, hd). A query without visible keys gives 0.
 
-    q (Nq, nh, hd), k and v (Nk, nh, hd) -> (Nq, nh, hd). A query without visible keys gives 0.
     backend: one of BACKENDS; None takes the default, or padded where the kernels do not support
-    these heads. Raises ValueError for shapes and types that do not fit each other or the plan, for
-    an unknown backend, and for what the kernels do not support.
+    these heads. Raises ValueError for shapes and types that do not fit each other, the plan or the
+    backend, and for an unknown backend.
     """
-    one_type = q.dtype == k.dtype == v.dtype
-    one_shape = q.dim() == 3 and q.shape[1:] == k.shape[1:] and k.shape == v.shape
-    if not one_type or not one_shape or (len(q), len(k)) != (len(plan.q), len(plan.k)):
+    nq, nk = len(plan.q), len(plan.k)
+    fits = q.dim() == 3 and len(q) == nq and k.shape == v.shape == (nk, *q.shape[1:])
+    if not fits or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q {q.dtype} {tuple(q.shape)}, k {k.dtype} {tuple(k.shape)}, v {v.dtype} "
-                         f"{tuple(v.shape)}: expected one type, and (N, heads, width) with N = "
-                         f"{len(plan.q)} for q and {len(plan.k)} for k and v")
+                         f"{tuple(v.shape)}: expected one type, q ({nq}, heads, width), k and v "
+                         f"({nk}, heads, width)")
     if backend is None:
         use_padded = default_backend == "cuda" and not ops.supports(q, k)
         backend = "padded" if use_padded else default_backend
@@ -124,7 +116,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None =
         return reference_attention(q, k, v, plan)
     if backend == "flex":
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))               # (1, nh, N, hd)
-        run = flex_attention if q.device.type == "cpu" else compiled_flex_attention()
+        run = flex_attention if q.device.type == "cpu" else compile_once(flex_attention)
         return run(q, k, v, block_mask=plan.block_mask)[0].transpose(0, 1)
     if backend == "cuda":
         return ops.forward(*(x.contiguous() for x in (q, k, v)), plan.tiles)[0]
@@ -139,9 +131,3 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     p = s.masked_fill(~mask, float("-inf")).softmax(-1)                      # (nh, Nq, Nk)
     p = p.masked_fill(~mask, 0.0)                                            # no keys: 0, not NaN
     return torch.einsum("hij,jhd->ihd", p, v.to(dtype)).to(q.dtype)
-
-
-@functools.cache
-def compiled_flex_attention() -> Callable[..., Tensor]:
-    """FlexAttention as one GPU kernel, compiled once."""
-    return torch.compile(flex_attention)

@@ -5,8 +5,7 @@
                per key tile, over its query tiles:   dV = p^T dO,   dK = scale dS^T q
                per query tile, over its key tiles:   dQ = scale dS k
 
-lse is the base-2 logarithm of a row's sum. A row without keys gives 0, and its lse is +inf, so that
-its p is 0.
+lse is the base-2 logarithm of a row's sum. A row without keys gives o = 0 and lse = +inf: p is 0.
 
 Shapes: q (Nq, nh, hd), k and v (Nk, nh, hd), lse and D (nh, Nq). Products are in fp32 at least.
 """
@@ -21,12 +20,9 @@ from torch import Tensor
 from cuda_attention.tiles import TILE, Tiles, Visits, unpack_bits
 
 
-def steps(visits: Visits, bits: Tensor, n: int,
-          m: int) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Yields the positions of a tile, those of a tile it visits, and their mask, None if all True.
-
-    n, m: positions on the side of the tiles and on the visited side.
-    """
+def steps(visits: Visits, bits: Tensor, n: int, m: int
+          ) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """The n positions of a tile, those of a tile it visits, of m, and their mask, None if full."""
     for tile in visits.schedule.tolist():
         for i in range(int(visits.start[tile]), int(visits.start[tile + 1])):
             other, number = int(visits.tile_index[i]), int(visits.bits[i])
@@ -34,8 +30,8 @@ def steps(visits: Visits, bits: Tensor, n: int,
             columns = slice(TILE * other, min(TILE * (other + 1), m))
             mask = None
             if number >= 0:
-                whole = unpack_bits(bits[number][None])[0]            # (128, 128)
-                mask = whole[:rows.stop - rows.start, :columns.stop - columns.start]
+                mask = unpack_bits(bits[number:number + 1])[0]        # (128, 128)
+                mask = mask[:rows.stop - rows.start, :columns.stop - columns.start]
             yield rows, columns, mask
 
 

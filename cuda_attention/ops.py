@@ -3,8 +3,8 @@
     o, lse = forward(q, k, v, flat(tiles))                       with gradients for q, k and v
     dq, dk, dv = backward(q, k, v, o, lse, do, flat(tiles))
 
-On a CPU the operators run blockwise.py, the same algorithm on the same tiles, in any floating type.
-So torch.compile, checkpointing and autograd are tested without a GPU.
+On a CPU the operators run blockwise.py, so that torch.compile, checkpointing and autograd are
+tested without a GPU.
 
 Shapes: q, o, do (Nq, nh, hd), k and v (Nk, nh, hd), lse (nh, Nq) fp32.
 """
@@ -36,11 +36,8 @@ MAX_HEADS = 65535                          # the second dimension of a grid
 
 @functools.cache
 def library(capability: tuple[int, int], source: Path | None = None) -> ctypes.CDLL:
-    """The kernels for a GPU of this compute capability: hopper.cu for 9.0, plain.cu for others.
-
-    source: another file to build. Raises RuntimeError, one line, if they cannot be built, and
-    OSError if they cannot be stored or loaded.
-    """
+    """The kernels for a GPU of this compute capability: hopper.cu for 9.0, plain.cu for others, or
+    `source`. Raises RuntimeError, one line, if they cannot be built, OSError if not stored."""
     if capability < (8, 0):
         raise RuntimeError(f"the attention kernels need compute capability 8.0, got {capability}")
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -61,9 +58,8 @@ def library(capability: tuple[int, int], source: Path | None = None) -> ctypes.C
             built = f"{folder}/out.so"
             done = subprocess.run([*command, "-o", built], capture_output=True, text=True)
             if done.returncode:
-                lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
-                errors = [x for x in lines if "error" in x or "fatal" in x]
-                raise RuntimeError(f"nvcc: {(errors or lines[-1:])[0]}")
+                errors = (x for x in done.stderr.splitlines() if "error" in x or "fatal" in x)
+                raise RuntimeError(f"nvcc: {next(errors, f'exit status {done.returncode}')}")
             os.replace(built, path)
     return ctypes.CDLL(str(path))
 
@@ -94,7 +90,7 @@ def check(tiles: Sequence[Tensor], **tensors: Tensor) -> None:
 
 class VisitsPointer(ctypes.Structure):
     """struct Visits of the sources. The tensors must outlive the call."""
-    _fields_ = [(name, ctypes.c_void_p) for name in ("start", "tile_index", "bits", "schedule")]
+    _fields_ = [(name, ctypes.c_void_p) for name in Visits._fields]
 
     def __init__(self, *tensors: Tensor):
         super().__init__(*(x.data_ptr() for x in tensors))
@@ -102,22 +98,17 @@ class VisitsPointer(ctypes.Structure):
 
 def flat(tiles: Tiles) -> list[Tensor]:
     """The ten tensors of a plan, in the order in which the operators take them."""
-    sides = [[v.start, v.tile_index, v.bits, v.schedule]
-             for v in (tiles.row_tiles, tiles.column_tiles)]
-    return [*sides[0], *sides[1], tiles.bits, tiles.bits_t]
+    return [*tiles.row_tiles, *tiles.column_tiles, tiles.bits, tiles.bits_t]
 
 
 def unflat(tensors: Sequence[Tensor]) -> Tiles:
-    """The inverse of flat, without the number of visible pairs, which kernels do not need."""
+    """The inverse of flat, but for the number of visible pairs, which kernels do not need."""
     return Tiles(Visits(*tensors[:4]), Visits(*tensors[4:8]), *tensors[8:], visible_pairs=0)
 
 
 def call(name: str, q: Tensor, k: Tensor, arguments: list) -> None:
-    """Calls a function of the library on the current stream.
-
-    arguments: tensors, passed by address, and lists of four tensors, passed as struct Visits.
-    Raises RuntimeError for an error of CUDA.
-    """
+    """Calls a function of the library on the current stream; RuntimeError for an error of CUDA.
+    arguments: tensors, passed by address, and lists of four tensors, passed as struct Visits."""
     pointers = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else VisitsPointer(*x)
                 for x in arguments]
     sizes, scale = [len(q), len(k), q.shape[1], q.shape[2]], ctypes.c_float(q.shape[2] ** -0.5)
@@ -129,8 +120,8 @@ def call(name: str, q: Tensor, k: Tensor, arguments: list) -> None:
         raise RuntimeError(f"{name}: CUDA error {code} for q {tuple(q.shape)}, k {tuple(k.shape)}")
 
 
-def launch_forward(q: Tensor, k: Tensor, v: Tensor,
-                   tiles: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor]
+                   ) -> tuple[Tensor, Tensor]:
     """o and lse by the kernels. Raises ValueError as `check`, RuntimeError as `call`."""
     check(tiles, q=q, k=k, v=v)
     o, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)

@@ -1,8 +1,7 @@
 """Padded attention: the samples of a packed sequence as rows of about equal length, group by group.
 
-Samples whose keys round up to one multiple of GROUP_STEP form a group. The positions of a group
-are gathered into a padded batch, which one dense attention processes, and scattered back. Time and
-memory are linear in the number of samples. This is the backend of CPUs.
+Samples whose keys round up to one multiple of GROUP_STEP form a group, a padded batch for one dense
+attention. Time and memory are linear in the number of samples. This is the backend of CPUs.
 
 Shapes: Nq, Nk query and key positions of the packed sequence, S samples, n samples of a group, Wq
 and Wk their slots, nh heads, hd head width.
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masks import RULES, Layout, relation_allows
+from masks import Layout, relation_allows
 
 GROUP_STEP = 32         # keys; fastest on a CPU
 SHORT = 256             # keys up to which plain products beat the fused kernel's backward on a CPU
@@ -26,32 +25,29 @@ SHORT = 256             # keys up to which plain products beat the fused kernel'
 @dataclass
 class Padded:
     """Some samples of a packed sequence as n rows of W slots, one row a sample."""
-    index: Tensor       # (n, W) the position in each slot; an arbitrary one where `valid` is False
-    valid: Tensor       # (n, W) bool
+    index: Tensor       # (n, W) the position in each slot
+    valid: Tensor       # (n, W) bool, False: padding with an arbitrary position
 
 
 def pad(layout: Layout, groups: list[Tensor]) -> list[Padded]:
-    """The rows of each group (n,) of sample numbers, as wide as its longest, rounded up to 8.
-
-    The positions of a sample need not be contiguous: a KV cache appends to all samples.
-    """
+    """The rows of each group (n,) of sample numbers, as wide as its longest, rounded up to 8. The
+    positions of a sample need not be contiguous: a KV cache appends to all samples."""
     counts = torch.bincount(layout.sample, minlength=layout.task.numel())    # (S,)
-    starts = counts.cumsum(0) - counts                                       # (S,)
-    order = torch.argsort(layout.sample, stable=True)                        # (L,) by sample
+    starts = counts.cumsum(0) - counts
+    order = torch.argsort(layout.sample, stable=True)
     rows = []
     for group in groups:
         width = -(-int(counts[group].max()) // 8) * 8 if len(group) else 0   # W
         slot = torch.arange(width, device=order.device)
-        valid = slot < counts[group, None]                                   # (n, W)
+        valid = slot < counts[group, None]
         rows.append(Padded(order[torch.where(valid, starts[group, None] + slot, 0)], valid))
     return rows
 
 
-def padded_mask(q: Layout, k: Layout, q_rows: Padded, k_rows: Padded,
-                rules: Tensor = RULES) -> Tensor:
+def padded_mask(q: Layout, k: Layout, q_rows: Padded, k_rows: Padded, rules: Tensor) -> Tensor:
     """The mask of every sample of a group: bool (n, Wq, Wk), False at padding."""
     s_i, b_i = q.segment[q_rows.index], q.block[q_rows.index].int()          # (n, Wq)
-    s_j, b_j = k.segment[k_rows.index], k.block[k_rows.index].int()          # (n, Wk)
+    s_j, b_j = k.segment[k_rows.index], k.block[k_rows.index].int()
     rule = rules.to(s_i.device)[q.task[q.sample[q_rows.index]], s_i]         # (n, Wq, 4)
     relation = rule.gather(2, s_j[:, None].expand(-1, s_i.shape[1], -1))     # (n, Wq, Wk)
     mask = relation_allows(relation, b_i[:, :, None], b_j[:, None, :])
@@ -68,17 +64,16 @@ class Rows:
     inverse: Tensor                 # (Nq,) the slot of each query
     mask: list[Tensor]              # bool (n, 1, Wq, Wk) a group; a query without keys sees all
     bias: list[Tensor]              # the mask as 0 and -inf in fp32, for short rows on a CPU; or []
-    no_visible_key: Tensor | None   # bool (Nq,), queries whose output is 0; None if there are none
+    no_key: Tensor | None           # bool (Nq,), queries whose output is 0; None if there are none
 
 
 def make_rows(q: Layout, k: Layout, rules: Tensor) -> Rows:
-    """The rows and masks for queries laid out as q and keys as k."""
     step = -(-torch.bincount(k.sample, minlength=k.task.numel()) // GROUP_STEP)         # (S,)
     groups = [(step == x).nonzero()[:, 0] for x in step.unique().tolist()] or [step]
     q_rows = pad(q, groups)
     k_rows = q_rows if k is q else pad(k, groups)
     mask = [padded_mask(q, k, *rows, rules) for rows in zip(q_rows, k_rows)]
-    empty = [~m.any(-1) for m in mask]                                       # each (n, Wq)
+    empty = [~m.any(-1) for m in mask]                                       # (n, Wq)
     mask = [(m | e[..., None])[:, None] for m, e in zip(mask, empty)]        # (n, 1, Wq, Wk)
 
     def flat(parts: list[Tensor]) -> Tensor:
@@ -89,7 +84,7 @@ def make_rows(q: Layout, k: Layout, rules: Tensor) -> Rows:
     slot = flat([r.valid for r in q_rows]).nonzero()[:, 0]                   # (Nq,)
     inverse = torch.empty_like(slot)
     inverse[q_index[slot]] = slot
-    no_key = flat(empty)[inverse]                                            # (Nq,)
+    no_key = flat(empty)[inverse]
     short = slot.device.type == "cpu" and all(m.shape[3] <= SHORT for m in mask)
     bias = [torch.zeros(m.shape).masked_fill_(~m, float("-inf")) for m in mask] if short else []
     return Rows(q_index, k_index, inverse, mask, bias, no_key if bool(no_key.any()) else None)
@@ -115,6 +110,4 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask[group])
         outputs.append(o.transpose(1, 2).flatten(0, 1))                      # (n Wq, nh, hd)
     o = torch.cat(outputs).index_select(0, rows.inverse)
-    if rows.no_visible_key is not None:
-        o = o.masked_fill(rows.no_visible_key[:, None, None], 0.0)
-    return o
+    return o if rows.no_key is None else o.masked_fill(rows.no_key[:, None, None], 0.0)

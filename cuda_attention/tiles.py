@@ -1,20 +1,19 @@
 """Tiles: which 128 x 128 tiles of the mask are empty, full or partial, and bits of partial ones.
 
-The rules depend on sample, segment and block only. So the positions of a tile form runs of equal
-ones, and visibility is constant on a rectangle run x run. For every tile, the areas of the visible
-rectangles add up to its number of visible pairs: 0 is empty, 128 x 128 full, else partial. Kernels
-visit the tiles that are not empty, and read bits only where a tile is partial.
+The rules depend on sample, segment and block only. So the positions of a tile form runs, and a
+rectangle run x run is visible as a whole or not at all. The areas of the visible rectangles of a
+tile add up to its number of visible pairs: 0 is empty, 128 x 128 full, else partial. Kernels visit
+the tiles that are not empty, and read bits only where a tile is partial.
 
-    bits   one bit a pair of a partial tile, in the order in which a WGMMA accumulator lies in
-           registers: of a 128 x 128 tile, thread 128 h + 32 w + 4 u + x holds rows
-           64 h + 16 w + 8 r + u and columns 8 i + 2 x + c, as bit 4 (i % 8) + 2 r + c of its word
-           i / 8.    (8 warps, 256 threads, 2 KiB)
+    bits   one bit a pair of a partial tile, in the order of a WGMMA accumulator in registers:
+           thread 128 h + 32 w + 4 u + x of 256 holds rows 64 h + 16 w + 8 r + u and columns
+           8 i + 2 x + c, as bit 4 (i % 8) + 2 r + c of its word i / 8
 
 Shapes: Nq, Nk queries and keys, Tq, Tk tiles of them, n visited tiles, P partial tiles.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ from masks import RULES, Layout, allowed
 TILE = 128
 
 
-@dataclass
-class Visits:
+class Visits(NamedTuple):
     """The tiles of the other side that each tile of one side visits, in CSR form. All int32."""
     start: Tensor       # (T + 1,) where the visits of a tile begin
     tile_index: Tensor  # (n,) the visited tile
@@ -33,14 +31,13 @@ class Visits:
     schedule: Tensor    # (T,) the tiles in the order of their processing: most visits first
 
 
-@dataclass
-class Tiles:
+class Tiles(NamedTuple):
     """The mask of a pair of layouts, as the kernels read it."""
     row_tiles: Visits       # of each tile of queries, the tiles of keys
     column_tiles: Visits    # of each tile of keys, the tiles of queries
     bits: Tensor            # (P, 256, 2) int32
-    bits_t: Tensor          # (P, 256, 2) int32, of the transposed tiles
-    visible_pairs: int      # True entries of the mask
+    bits_t: Tensor          # the same of the transposed tiles
+    visible_pairs: int
 
 
 def runs(layout: Layout) -> tuple[Tensor, Tensor]:
@@ -55,9 +52,9 @@ def runs(layout: Layout) -> tuple[Tensor, Tensor]:
 
 def within_samples(q: Tensor, k: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """All pairs (a, b) with q[a] == k[b], both (n,), of sample numbers q (Rq,) and k (Rk,)."""
-    count = torch.bincount(k, minlength=samples)                              # (S,)
+    count = torch.bincount(k, minlength=samples)
     first, each = count.cumsum(0) - count, count[q]
-    a = torch.repeat_interleave(each)                                         # (n,)
+    a = torch.repeat_interleave(each)
     nth = torch.arange(len(a), device=a.device) - (each.cumsum(0) - each)[a]
     return a, k.argsort(stable=True)[first[q[a]] + nth]
 
@@ -86,16 +83,13 @@ def visits(visited: Tensor, number: Tensor) -> Visits:
 
 
 def make_tiles(q: Layout, k: Layout, rules: Tensor = RULES) -> Tiles:
-    """The tiles for queries laid out as q and keys as k, on their device.
-
-    Raises ValueError if a layout has no position.
-    """
+    """The tiles of queries laid out as q and keys as k. ValueError if a layout has no position."""
     if not len(q) or not len(k):
         raise ValueError(f"{len(q)} queries and {len(k)} keys: expected at least one of each")
     (q_start, q_length), (k_start, k_length) = runs(q), runs(k)
     a, b = within_samples(q.sample[q_start], k.sample[k_start], q.task.numel())
     visible = allowed(q, q_start[a], k, k_start[b], rules)
-    a, b = a[visible], b[visible]                                     # pairs of runs, (n,) each
+    a, b = a[visible], b[visible]                                     # pairs of runs
     tq, tk = -(-len(q) // TILE), -(-len(k) // TILE)
     tile = q_start[a] // TILE * tk + k_start[b] // TILE
     pairs = torch.zeros(tq * tk, dtype=torch.long, device=a.device)   # visible pairs of each tile
@@ -104,9 +98,9 @@ def make_tiles(q: Layout, k: Layout, rules: Tensor = RULES) -> Tiles:
     number = torch.where(partial, partial.flatten().cumsum(0).view_as(partial) - 1, -1)
 
     row, column = (torch.arange(TILE, device=pairs.device) + TILE * at[:, None]
-                   for at in partial.nonzero().T)                     # (P, 128) each
+                   for at in partial.nonzero().T)                     # (P, TILE) each
     inside = (row < len(q))[:, :, None] & (column < len(k))[:, None, :]
     row, column = row.clamp_max(len(q) - 1), column.clamp_max(len(k) - 1)
-    mask = inside & allowed(q, row[:, :, None], k, column[:, None, :], rules)    # (P, 128, 128)
+    mask = inside & allowed(q, row[:, :, None], k, column[:, None, :], rules)
     return Tiles(visits(pairs > 0, number), visits(pairs.T > 0, number.T),
                  pack_bits(mask), pack_bits(mask.mT), int(pairs.sum()))

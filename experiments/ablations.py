@@ -142,8 +142,6 @@ def call(program: str, folder: Path, flags: list[str], more: tuple[str, ...] = (
     with open(folder / "log.txt", "a") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode and not (folder / "ckpt.pt").exists():
-        flags_file.unlink()                # refused: the folder may be used with other flags
     print(f"{folder.name}: exit status {done.returncode}", flush=True)
     return done.returncode
 

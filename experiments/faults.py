@@ -119,7 +119,7 @@ def kill_a_worker(folder: Path, kills: int, steps: int, seed: int = 0) -> dict[s
                 children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
                 saved = path.stat().st_mtime_ns
                 if counts < kills and children and saved > last:
-                    last = saved                               # a new checkpoint since the last kill
+                    last = saved                               # it has saved since the last kill
                     os.kill(int(draw.choice(children)), signal.SIGKILL)
                     counts += 1
                     time.sleep(3)                              # until torchrun has restarted both

@@ -30,7 +30,7 @@ STEP = 120                    # samples of a step
 
 def write_data(folder: Path, pictures: int, text_bytes: int) -> None:
     """100 shards of captioned pictures (1000 different ones), and a text."""
-    scenes, files = data.Scenes(0, SIZE, 1000), []
+    scenes, files = data.Scenes(0, (SIZE, SIZE), 1000), []
     for pixels in scenes.images(range(1000)):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         model, seed = cola.load(args.checkpoint), data.SEEDS - 1     # a seed that runs seldom have
-        texts = data.TextFiles(args.text, seed, TOKENS) if args.text else data.Scenes(seed, 32)
+        texts = data.TextFiles(args.text, seed, TOKENS) if args.text else data.Scenes(seed)
     except (ValueError, OSError) as error:
         print(f"robustness.py: {error}", file=sys.stderr)
         return 2

@@ -115,7 +115,7 @@ class Step:
         for step, micro, _ in batches.ahead(self.make, steps, self.worker.device):
             terms = train.forward_backward(self.stage, micro, self.worker, self.autocast)
             self.finish(step)
-            self.worker.sum_step(terms, sum(batch.positions for batch in micro))
+            self.worker.sum_step(terms, sum(batch.counts()["positions"] for batch in micro))
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -6,8 +6,7 @@ A scene is one to three objects (shape, color, size, place) on a plain backgroun
 fraction of the picture's width and height, so that a scene can be drawn at any size and aspect
 ratio. Lengths are in units: a unit is 1 / 32 of the shorter side, a pixel of a 32 x 32 picture.
 The reader judges generated pictures: it draws the scene that it has read and refuses a picture
-that differs too much from the drawing (analysis by synthesis). Held-out compositions occur only
-in scenes sampled with heldout=True, to measure generalization.
+that differs too much from the drawing (analysis by synthesis).
 
 Shapes: H, W picture height and width; n pixels of one object.
 Run: python -m scenes.pictures   (CPU, 1 s)
@@ -19,7 +18,7 @@ import itertools
 
 import numpy as np
 
-# Any two of these eleven colors have a distance of at least 120 in RGB (0..255).
+# RGB, 0..255. Any two of the eleven colors have a distance of at least 120.
 COLORS = {"red": (205, 0, 40), "green": (0, 160, 50), "blue": (0, 85, 255),
           "yellow": (250, 235, 50), "orange": (255, 125, 0), "purple": (125, 0, 185),
           "cyan": (70, 225, 255), "pink": (255, 105, 195)}
@@ -30,6 +29,7 @@ SHAPES = {"circle": (0.5, 0.5, 0.5), "square": (0.5, 0.5, 0.5), "triangle": (0.5
           "cross": (0.58, 0.58, 0.58), "star": (0.57, 0.6, 0.49)}
 COUNTS = ("one", "two", "three")              # the possible numbers of objects
 
+# Only scenes sampled with heldout=True have these, to measure generalization to new compositions.
 HELDOUT_PAIRS = (("green", "circle"), ("yellow", "square"), ("purple", "triangle"))
 HELDOUT_COUNT = (3, "star")                   # three stars in one scene
 
@@ -79,8 +79,7 @@ def main_relation(a: Object, b: Object) -> str:
 def reading_order(objects) -> tuple[Object, ...]:
     """Sort objects by rows from top to bottom, and each row from left to right.
 
-    A row begins with the topmost object that is left and has all objects less than ROW below it.
-    """
+    The topmost remaining object and all objects less than ROW below it are the next row."""
     order, rest = [], sorted(objects, key=lambda o: o.y)
     while rest:
         row = [o for o in rest if o.y - rest[0].y < ROW / 32]
@@ -102,13 +101,10 @@ def pick(rng: np.random.Generator, items):
 
 
 def sample_scene(rng: np.random.Generator, heldout=False, count: int | None = None) -> Scene:
-    """Draw a scene of `count` objects (None: 1, 2 or 3, equally likely).
+    """Sample a scene of 1, 2 or 3 objects (count=None: equally likely).
 
     heldout=False: no held-out composition. heldout=True: at least one, either a held-out pair or,
-    in a quarter of the scenes with three objects, the held-out count. ValueError for another count.
-    """
-    if count not in (None, 1, 2, 3):
-        raise ValueError(f"count is {count}, expected 1, 2, 3 or None")
+    in a quarter of the scenes with three objects, the held-out count."""
     count = count or int(rng.integers(1, 4))
     objects = []
     while not objects or is_heldout(objects):
@@ -155,19 +151,19 @@ def is_inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return c + 2.1 * np.sqrt(np.maximum(u * u + v * v - c * c, 0)) <= 0.6
 
 
-def reach_of(size: str, unit: float) -> int:
-    """Pixels to each side of its central pixel that a drawing may touch; unit in pixels."""
-    return int(0.68 * SIZES[size] * unit) + 1
+def reach_of(unit: float) -> int:
+    """Pixels to each side of its central pixel that an object may touch; unit in pixels."""
+    return int(0.68 * SIZES["large"] * unit) + 1
 
 
-def coverage(shape: str, size: str, fx: float, fy: float, unit: float, reach: int) -> np.ndarray:
+def coverage(shape: str, size: str, fx: float, fy: float, unit: float) -> np.ndarray:
     """Fraction of each pixel that a shape covers, from 8 x 8 points -> (2 reach + 1, 2 reach + 1).
     (fx, fy), 0..1, is the place of the centroid within the central pixel."""
-    n, points, diameter = 2 * reach + 1, 8, np.float32(SIZES[size] * unit)
+    reach, points, diameter = reach_of(unit), 8, np.float32(SIZES[size] * unit)
+    n = 2 * reach + 1
     grid = (np.arange(n * points, dtype=np.float32) + 0.5) / points - reach
     u, v = (grid[None] - np.float32(fx)) / diameter, (grid[:, None] - np.float32(fy)) / diameter
-    hit = is_inside(shape, u, v)                                           # (8 n, 8 n)
-    return hit.reshape(n, points, n, points).mean((1, 3), dtype=np.float32)
+    return is_inside(shape, u, v).reshape(n, points, n, points).mean((1, 3), dtype=np.float32)
 
 
 def check_size(H: int, W: int) -> None:
@@ -176,22 +172,20 @@ def check_size(H: int, W: int) -> None:
         raise ValueError(f"a scene needs at least 24 x 24 pixels, got {H} x {W}; enlarge the image")
 
 
-def render(scene: Scene, size: int | tuple[int, int] = 32) -> np.ndarray:
-    """Draw a scene, anti-aliased: size (side, or height and width), 24 or more -> (H, W, 3)."""
-    H, W = (size, size) if isinstance(size, int) else size
-    check_size(H, W)
-    unit = min(H, W) / 32
-    frame = reach_of("large", unit)           # pixels around the picture, so that no patch is cut
+def render(scene: Scene, hw: tuple[int, int] = (32, 32)) -> np.ndarray:
+    """Draw a scene with smooth edges -> uint8 (H, W, 3). ValueError below 24 x 24 pixels."""
+    check_size(*hw)
+    (H, W), unit = hw, min(hw) / 32
+    reach = reach_of(unit)
     background = np.array(BACKGROUNDS[scene.background], np.float32)
-    image = np.tile(background, (H + 2 * frame, W + 2 * frame, 1))
+    # With a frame of `reach` pixels, every patch is whole and begins at (row, column).
+    image = np.tile(background, (H + 2 * reach, W + 2 * reach, 1))
     for o in scene.objects:
         (column, fx), (row, fy) = divmod(o.x * W, 1), divmod(o.y * H, 1)
-        reach = reach_of(o.size, unit)
-        top, left, n = int(row) + frame - reach, int(column) + frame - reach, 2 * reach + 1
-        patch = image[top:top + n, left:left + n]                                   # a view
-        share = coverage(o.shape, o.size, fx, fy, unit, reach)[..., None]           # (n, n, 1)
+        share = coverage(o.shape, o.size, fx, fy, unit)[..., None]                  # (n, n, 1)
+        patch = image[int(row):, int(column):][:len(share), :len(share)]            # a view
         patch += share * (COLORS[o.color] - background)
-    return (image[frame:frame + H, frame:frame + W] + 0.5).astype(np.uint8)
+    return (image[reach:reach + H, reach:reach + W] + 0.5).astype(np.uint8)
 
 
 # ---- Reading -----------------------------------------------------------------------------------
@@ -207,76 +201,75 @@ AMBIGUITY = 0.02             # least difference in error to the best other shape
 LOCAL_ERROR = 0.1            # mean squared residual in a 3 x 3 window, over the largest contrast^2
 STRAY_ERROR = 0.03           # mean square of what lies outside all objects in a 3 x 3 window
 
+RGB = {name: np.array(c, np.float32) / 255 for name, c in (COLORS | BACKGROUNDS).items()}
+
 
 def read_image(image: np.ndarray) -> Scene | None:
     """Read a picture: uint8 (H, W, 3) -> its Scene, or None if it is not a picture of this world.
 
     Each connected component that differs from the background becomes the object whose drawing
-    leaves the smallest residual. ValueError for another dtype or shape.
-    """
+    leaves the smallest residual. ValueError for another dtype or shape."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected a uint8 image (H, W, 3), got {image.dtype} {image.shape}")
-    (H, W), unit = image.shape[:2], min(image.shape[:2]) / 32
+    H, W, unit = *image.shape[:2], min(image.shape[:2]) / 32
     pixels = image / np.float32(255)
-    background, foreground = background_of(pixels)
-    owner = label_components(foreground, SPECK * unit ** 2)                         # (H, W)
-    if background is None or not 1 <= owner.max() <= len(COUNTS):
+    background = background_of(pixels)
+    if background is None:
         return None
-    color, frame = rgb(BACKGROUNDS, background), reach_of("large", unit) + 1
-    palette = np.stack([rgb(COLORS, name) - color for name in COLORS])              # (8, 3)
-    signal = np.pad(pixels - color, ((frame, frame), (frame, frame), (0, 0)))
-    owner = np.pad(owner, frame)
+    frame = reach_of(unit) + 1                # pixels added around the picture
+    signal = np.pad(pixels - RGB[background], ((frame, frame), (frame, frame), (0, 0)))
+    foreground = (signal ** 2).sum(-1) >= FOREGROUND ** 2
+    owner = label_components(foreground, SPECK * unit ** 2)            # 0: no object
+    if not 1 <= owner.max() <= len(COUNTS):
+        return None
     for shift, axis in ((1, 0), (-1, 0), (1, 1), (-1, 1)):      # adds the faint rim of each object
         owner = np.where(owner == 0, np.roll(owner, shift, axis), owner)
+
+    palette = np.stack([RGB[color] - RGB[background] for color in COLORS])          # (8, 3)
     objects = [fit(signal, owner == i, palette, unit) for i in range(1, owner.max() + 1)]
     if None in objects:
         return None
     objects = [dataclasses.replace(o, x=(o.x - frame) / W, y=(o.y - frame) / H) for o in objects]
     scene = Scene(background, reading_order(objects))
-    stray = signal * (owner == 0)[..., None]
-    return scene if explains(scene, pixels, stray, unit) else None
+
+    residual = pixels - soften(render(scene, (H, W)) / np.float32(255))             # (H, W, 3)
+    contrast = max(((RGB[o.color] - RGB[background]) ** 2).sum() for o in objects)
+    stray = signal * (owner == 0)[..., None]                           # outside all objects
+    explained = (worst_window(residual, unit) <= LOCAL_ERROR * contrast
+                 and worst_window(stray, unit) <= STRAY_ERROR)
+    return scene if explained else None
 
 
-def rgb(table: dict, name: str) -> np.ndarray:
-    return np.array(table[name], np.float32) / 255
-
-
-def background_of(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
-    """The most frequent background color -> its name, mask (H, W) of the pixels of other colors.
-
-    The name is None if no pixel has such a color, or if the mean of those that do is too far off.
-    """
-    signals = {name: pixels - rgb(BACKGROUNDS, name) for name in BACKGROUNDS}
-    near = {name: (s ** 2).sum(-1) < FOREGROUND ** 2 for name, s in signals.items()}    # (H, W)
-    name = max(near, key=lambda name: near[name].sum())
-    mine = signals[name][near[name]]                                                # (pixels, 3)
-    plain = len(mine) > 0 and np.linalg.norm(mine.mean(0)) <= BACKGROUND_ERROR
-    return name if plain else None, ~near[name]
+def background_of(pixels: np.ndarray) -> str | None:
+    """The background color near which most pixels are; None if their mean is too far from it."""
+    signals = {name: pixels - RGB[name] for name in BACKGROUNDS}
+    near = {name: s[(s ** 2).sum(-1) < FOREGROUND ** 2] for name, s in signals.items()}
+    name = max(near, key=lambda name: len(near[name]))                 # near: (pixels, 3) each
+    if len(near[name]) == 0 or np.linalg.norm(near[name].mean(0)) > BACKGROUND_ERROR:
+        return None
+    return name
 
 
 def label_components(foreground: np.ndarray, smallest: float) -> np.ndarray:
     """Number the 4-connected components of `smallest` or more pixels: bool (H, W) -> int (H, W)."""
-    rest = set(zip(*(axis.tolist() for axis in np.nonzero(foreground))))
-    labels, number = np.zeros(foreground.shape, int), 0                # 0: no component
+    rest = set(map(tuple, np.argwhere(foreground).tolist()))
+    labels = np.zeros(foreground.shape, int)                           # 0: no component
     while rest:
         component = [rest.pop()]
         for y, x in component:                # the list grows while the loop runs over it
-            for p in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                if p in rest:
-                    rest.remove(p)
-                    component.append(p)
+            neighbors = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & rest
+            component += neighbors
+            rest -= neighbors
         if len(component) >= smallest:
-            number += 1
-            labels[tuple(np.array(component).T)] = number
+            labels[tuple(np.array(component).T)] = labels.max() + 1
     return labels
 
 
 @functools.lru_cache(maxsize=128)
 def templates(fx: int, fy: int, unit: float) -> np.ndarray:
     """Every shape in every size, centroid (fx, fy) eighths into its pixel -> (10, patch pixels)."""
-    reach = reach_of("large", unit)
-    drawings = [coverage(shape, size, fx / 8, fy / 8, unit, reach)
-                for shape in SHAPES for size in SIZES]
+    drawings = [coverage(shape, size, fx / 8, fy / 8, unit)
+                for shape, size in itertools.product(SHAPES, SIZES)]
     return soften(np.stack(drawings, -1)).reshape(-1, len(drawings)).T
 
 
@@ -291,8 +284,7 @@ def fit(signal: np.ndarray, mask: np.ndarray, palette: np.ndarray, unit: float) 
     """The object whose drawing leaves the smallest residual in the mask, or None if none fits.
 
     signal (H, W, 3) is the framed picture minus its background color, palette (8, 3) the colors
-    minus the background color. x and y of the result are in pixels of `signal`.
-    """
+    minus the background color. x and y of the result are in pixels of `signal`."""
     y, x = np.nonzero(mask)
     s = signal[y, x]                                                                # (n, 3)
     weight = np.maximum(s @ (s.T @ (s ** 2).sum(1)), 0)     # (n,) along the object's mean color
@@ -302,15 +294,14 @@ def fit(signal: np.ndarray, mask: np.ndarray, palette: np.ndarray, unit: float) 
     centers = [(round(8 * cx) + dx, round(8 * cy) + dy)                  # in eighths of a pixel
                for dx, dy in itertools.product((-2, 0, 2), repeat=2)]
     masked, energy = signal * mask[..., None], (s ** 2).sum()
-    errors = [residuals(masked, energy, *center, palette, unit) for center in centers]
-    best = int(np.argmin([error.min() for error in errors]))
-    error, (cx, cy) = errors[best], centers[best]                                   # (10, 8)
-    i, j = np.unravel_index(error.argmin(), error.shape)
-    margin = np.delete(error, i, 0).min() - error[i, j]
+    errors = np.stack([residuals(masked, energy, *center, palette, unit) for center in centers])
+    k, i, j = np.unravel_index(errors.argmin(), errors.shape)                       # (9, 10, 8)
+    error, (cx, cy) = errors[k, i, j], centers[k]
+    margin = np.delete(errors[k], i, 0).min() - error
     # The sum over the area gives the same mean color for a sharp and for a soft picture.
     color = s.sum(0) / templates(cx % 8, cy % 8, unit)[i].sum()
     is_wrong_color = np.linalg.norm(color - palette[j]) > COLOR_ERROR
-    if error[i, j] > OBJECT_ERROR or margin < AMBIGUITY or is_wrong_color:
+    if error > OBJECT_ERROR or margin < AMBIGUITY or is_wrong_color:
         return None
     shape, size = list(itertools.product(SHAPES, SIZES))[i]
     return Object(shape, list(COLORS)[j], size, cx / 8, cy / 8)
@@ -319,7 +310,7 @@ def fit(signal: np.ndarray, mask: np.ndarray, palette: np.ndarray, unit: float) 
 def residuals(signal, energy: float, cx: int, cy: int, palette, unit: float) -> np.ndarray:
     """|s - t c|^2 / |t c|^2 of every template t in every color c at (cx, cy) / 8 -> (10, 8).
     s (H, W, 3) is the signal of one object, energy its |s|^2."""
-    reach, (column, fx), (row, fy) = reach_of("large", unit), divmod(cx, 8), divmod(cy, 8)
+    reach, (column, fx), (row, fy) = reach_of(unit), divmod(cx, 8), divmod(cy, 8)
     t = templates(fx, fy, unit)                                                     # (10, p)
     patch = signal[row - reach:row + reach + 1, column - reach:column + reach + 1]
     product = t @ patch.reshape(-1, 3) @ palette.T                     # <s, t c>, (10, 8)
@@ -327,31 +318,21 @@ def residuals(signal, energy: float, cx: int, cy: int, palette, unit: float) -> 
     return (energy - 2 * product + drawn) / drawn
 
 
-def explains(scene: Scene, pixels: np.ndarray, stray: np.ndarray, unit: float) -> bool:
-    """Whether the drawing of a scene is like the picture everywhere; stray: outside its objects."""
-    residual = pixels - soften(render(scene, pixels.shape[:2]) / np.float32(255))   # (H, W, 3)
-    background = rgb(BACKGROUNDS, scene.background)
-    contrast = max(((rgb(COLORS, o.color) - background) ** 2).sum() for o in scene.objects)
-    return (worst_window(residual, unit) <= LOCAL_ERROR * contrast
-            and worst_window(stray, unit) <= STRAY_ERROR)
-
-
 def worst_window(difference: np.ndarray, unit: float) -> float:
     """Largest mean of a squared difference (H, W, 3), summed over channels, in a 3 x 3 window."""
     n = max(3, round(3 * unit))
     squares = (difference ** 2).sum(-1, dtype=np.float64)                           # (H, W)
-    total = np.pad(squares, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-    return (total[n:, n:] - total[:-n, n:] - total[n:, :-n] + total[:-n, :-n]).max() / n ** 2
+    return np.lib.stride_tricks.sliding_window_view(squares, (n, n)).mean((2, 3)).max()
 
 
 if __name__ == "__main__":
     scene = Scene("gray", (Object("circle", "red", "large", 0.4, 0.3),
                            Object("square", "blue", "small", 0.6, 0.75)))
-    print("expect large red circle 0.40 0.30, small blue square 0.60 0.75, gray:")
-    for size in (32, (48, 80)):
-        read = read_image(render(scene, size))
+    for hw in ((32, 32), (48, 80)):
+        read = read_image(render(scene, hw))
         found = [f"{' '.join(o.attributes)} {o.x:.2f} {o.y:.2f}" for o in read.objects]
-        print(f"    drawn at {size} and read: {', '.join(found)}, {read.background}")
+        print(f"drawn at {hw} and read: {', '.join(found)}, {read.background} (expect large red "
+              "circle 0.40 0.30, small blue square 0.60 0.75, gray)")
     half = render(scene)
     half[:10] = BACKGROUNDS["gray"]
     print("a picture with half a circle is refused (expect None):", read_image(half))

@@ -142,6 +142,7 @@ def test_an_existing_run_is_not_overwritten(tiny, capsys):
 def test_tasks_of_a_model_are_those_of_all_its_runs(tmp_path):
     out = trained(tmp_path / "out", *TINY, "--tasks", "t2t:1", "--eval_samples", "0")
     trained(out, "--resume", "auto", "--tasks", "t2i:1", "--steps", "6", "--eval_samples", "0")
+    assert [e["stage"] for e in log_of(out)].count("image_vae") == 3      # the first to need it
     assert set(cola.load(out / "ckpt.pt").tasks) == {"t2t", "t2i"}
 
 

@@ -32,18 +32,15 @@ def tokenizer() -> Tokenizer:
 
 def test_any_text_round_trips(tokenizer):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("a red")] == ["a", " red"]
-    everything = "".join(chr(i) for i in range(0x20000) if not 0xD800 <= i < 0xE000)
-    assert tokenizer.decode(tokenizer.encode(everything)) == everything
     draw = random.Random(0)
-    for _ in range(300):
-        text = "".join(draw.choices("ab \n\t'é漢😀\u0301\u3000\0.!1२", k=draw.randrange(40)))
+    texts = ["".join(draw.choices("ab \n\t'é漢😀\u0301\u3000\0.!1२", k=k)) for k in range(100)]
+    texts += ["".join(chr(i) for i in range(0x20000) if not 0xD800 <= i < 0xE000)]
+    texts += [letter * 100_000 for letter in "a \n!漢9"]    # long runs are split in linear time
+    for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    for letter in "a \n!漢9":                               # long runs are split in linear time
-        assert tokenizer.decode(tokenizer.encode(letter * 100_000)) == letter * 100_000
 
 
 def test_no_text_encodes_to_the_end_token(tokenizer):
-    assert tokenizer.end == tokenizer.n_vocab - 1
     ids = tokenizer.encode("a<|endoftext|>b")
     assert tokenizer.end not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
     assert tokenizer.decode([*tokenizer.encode("a red"), tokenizer.end, *ids]) == "a red"
@@ -54,6 +51,7 @@ def test_training_is_the_naive_algorithm():
     """The heap finds the pairs that a maximum over all pairs finds; it stops if none repeats."""
     trained = Tokenizer.train(["abab abab cd cd cd xy"], 300)
     assert trained.tokens[256:] == [b"ab", b" c", b" cd", b"abab"]           # 4, 3, 3 and 2 times
+    assert trained.end == trained.n_vocab - 1 == 260
     with pytest.raises(ValueError, match="257"):
         Tokenizer.train(["a"], 256)
     draw = random.Random(1)
@@ -82,17 +80,8 @@ def test_encodings_by_name(tokenizer, monkeypatch):
     def offline(name):
         raise ConnectionError("no\nroute")
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(ValueError, match="cl100k_base.*online") as error:
+    with pytest.raises(ValueError, match="^.*cl100k_base.*online$"):
         Tokenizer.named("cl100k_base")
-    assert "\n" not in str(error.value)
-
-
-def test_pad_to_multiple():
-    assert pad_to_multiple([1, 2, 3], 4, 9) == [1, 2, 3, 9]
-    assert pad_to_multiple([1, 2, 3, 4], 4, 9) == [1, 2, 3, 4, 9, 9, 9, 9]
-    assert pad_to_multiple([1, 2, 3, 4], 4, 9, ended=False) == [1, 2, 3, 4]
-    assert pad_to_multiple([1, 2, 3], 2, 9, ended=False) == [1, 2, 3, 9]
-    assert pad_to_multiple([], 2, 9, ended=False) == []
 
 
 # ---- The system --------------------------------------------------------------------------------
@@ -111,16 +100,15 @@ def system(tokenizer, seed=0, patch_size=2, **changes) -> Cola:
 def test_a_prefix_ends_with_a_latent_or_a_block(tokenizer, first_block, patch_size):
     model = system(tokenizer, patch_size=patch_size, first_block=first_block)
     p, block = patch_size, 3 * patch_size
+    ids = [*range(14)]
     for cut in range(15):
-        ids = [*range(14)]
         out, new_cut, filled = model.align(ids, cut)
         added = new_cut - cut
-        assert [i for i in out if i != tokenizer.end] == ids and len(out) == len(ids) + added
+        at = cut if first_block == "right" else 0
+        assert out == [*ids[:at], *[tokenizer.end] * added, *ids[at:]]
         assert new_cut % (block if first_block in ("left", "right") else p) == 0 <= added < block
         inserted = {j // p for j, i in enumerate(out) if i == tokenizer.end}
         assert {*filled} == (set() if first_block == "repaint" else inserted)
-        at = cut if first_block == "right" else 0
-        assert out[at:at + added] == [tokenizer.end] * added
 
         # Latents that stay clean, by the definition of each strategy.
         n = -(-len(out) // p)
@@ -129,37 +117,42 @@ def test_a_prefix_ends_with_a_latent_or_a_block(tokenizer, first_block, patch_si
         assert {*np.flatnonzero(clean)} == {*filled, *prefix}
 
 
-def test_images_and_texts_to_latents(tokenizer):
-    model, rng = system(tokenizer), np.random.default_rng(0)
-    ids, end = tokenizer.encode("a red circle"), tokenizer.end
+def test_ids_are_padded(tokenizer):
+    model, ids, end = system(tokenizer), tokenizer.encode("a red circle"), tokenizer.end
     assert model.ids("a red circle", end=False) == [*ids, end]               # 4 tokens, 2 latents
     assert model.ids("a red circle", end=True) == [*ids, end, end, end]      # 6 tokens, 1 block
     assert model.ids("", end=False) == []
-    images = [rng.integers(0, 256, (16, 24, 3), np.uint8) for _ in range(2)]
-    assert np.array_equal(cola.to_uint8(cola.to_float(np.stack(images))), np.stack(images))
-    with torch.no_grad():
-        z = model.encode_images(images)
-        assert z.shape == (2 * 2 * 3, 4)
-        torch.testing.assert_close(model.encode_images(images[1:]), z[6:])
-        out = model.decode_images(z, (2, 3))
-        assert [x.shape for x in out] == [(16, 24, 3)] * 2 and out[0].dtype == np.uint8
-        ids = [model.ids("a red", end=False), model.ids(CAPTION, end=True)]
-        z, lengths = model.encode_text(ids)
-        assert lengths == [len(i) // 2 for i in ids]
-        torch.testing.assert_close(model.encode_text(ids[1:])[0], z[lengths[0]:])
-        assert model.encode_text([[], []])[0].shape == (0, 8)
+    assert pad_to_multiple([1, 2, 3, 4], 4, 9) == [1, 2, 3, 4, 9, 9, 9, 9]
+    assert pad_to_multiple([1, 2, 3, 4], 4, 9, ended=False) == [1, 2, 3, 4]
+
+
+@torch.no_grad()
+def test_images_and_texts_to_latents(tokenizer):
+    model, rng = system(tokenizer), np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 16, 24, 3), np.uint8)
+    assert np.array_equal(cola.to_uint8(cola.to_float(images)), images)
+    z = model.encode_images([*images])
+    assert z.shape == (2 * 2 * 3, 4)
+    torch.testing.assert_close(model.encode_images([images[1]]), z[6:])
+    out = model.decode_images(z, (2, 3))
+    assert [x.shape for x in out] == [(16, 24, 3)] * 2 and out[0].dtype == np.uint8
+    ids = [model.ids("a red", end=False), model.ids(CAPTION, end=True)]
+    z, lengths = model.encode_text(ids)
+    assert lengths == [len(i) // 2 for i in ids]
+    torch.testing.assert_close(model.encode_text(ids[1:])[0], z[lengths[0]:])
+    assert model.encode_text([[], []])[0].shape == (0, 8)
 
 
 def test_parts_must_fit(tokenizer):
     model = system(tokenizer)
-    with pytest.raises(ValueError, match="blocks of 0"):
-        replace(model, block_len=0)
-    with pytest.raises(ValueError, match="whole blocks of 2"):
-        replace(model, text_vae=TextVAE(replace(model.text_vae.config, block_len=2)))
-    with pytest.raises(ValueError, match="tokens in the tokenizer"):
-        replace(model, tokenizer=Tokenizer.train(["".join(map(chr, range(900))) * 2], 900))
-    with pytest.raises(ValueError, match="8 channels in the text VAE, 6 in the prior"):
-        replace(model, mmdit=MMDiT(replace(model.mmdit.config, text_channels=6)))
+    vae, prior = model.text_vae.config, model.mmdit.config
+    many = Tokenizer.train(["".join(map(chr, range(900))) * 2], 900)
+    for change, match in (({"block_len": 0}, "blocks of 0"),
+                          ({"text_vae": TextVAE(replace(vae, block_len=2))}, "multiple of 2"),
+                          ({"tokenizer": many}, "tokens"),
+                          ({"mmdit": MMDiT(replace(prior, text_channels=6))}, "8 channels.* 6")):
+        with pytest.raises(ValueError, match=match):
+            replace(model, **change)
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------
@@ -193,10 +186,7 @@ def test_build_gives_back_the_system(saved):
     assert torch.equal(cola.load(path).mmdit.text_in.weight, model.mmdit.text_in.weight + 1)
     assert path.read_bytes() == before and torch.equal(torch.get_rng_state(), random_state)
 
-
-def test_without_an_image_vae(saved):
-    found = cola.read(saved[1])
-    del found["config"]["image_vae"]
+    del found["config"]["image_vae"]                        # as in the public release
     found["model"] = {k: v for k, v in found["model"].items() if not k.startswith("image_vae.")}
     assert cola.build(found).image_vae is None
 
@@ -209,13 +199,12 @@ class Harmful:
 
 def test_wrong_files_are_one_line(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    whole, bad = saved[1].read_bytes(), tmp_path / "bad.pt"
+    whole, found, bad = saved[1].read_bytes(), cola.read(saved[1]), tmp_path / "bad.pt"
 
-    def refused(kind, match):
-        with pytest.raises(kind, match=match) as error:
+    def refused(match, kind=ValueError):
+        with pytest.raises(kind, match=f"^.*bad.pt.*{match}.*$"):
             cola.load(bad)
-        assert "bad.pt" in str(error.value) and "\n" not in str(error.value)
-    refused(FileNotFoundError, "train.py")
+    refused("train.py", FileNotFoundError)
     with zipfile.ZipFile(saved[1]) as file:
         largest = max(file.infolist(), key=lambda entry: entry.file_size)
     flipped = bytearray(whole)
@@ -223,15 +212,14 @@ def test_wrong_files_are_one_line(saved, tmp_path, monkeypatch):
     for content in (b"", b"hello", whole[:len(whole) // 2], whole[:-1], flipped,
                     pickle.dumps(Harmful())):
         bad.write_bytes(content)
-        refused(ValueError, "not a readable checkpoint")
-    torch.save({"format": cola.FORMAT, "config": Harmful()}, bad)
-    refused(ValueError, "not a readable checkpoint")
-    assert not Path("ran").exists()                         # loading runs no code
-    for foreign in ({"weight": torch.zeros(3)}, torch.zeros(3), {"format": "unified-cola-3"}):
+        refused("not a checkpoint")
+    for foreign in ({"format": cola.FORMAT, "config": Harmful()}, {"weight": torch.zeros(3)},
+                    torch.zeros(3), {"format": "unified-cola-3"}):
         torch.save(foreign, bad)
-        refused(ValueError, "not a checkpoint of this program")
-    torch.save(cola.read(saved[1]) | {"progress": {"mmdit": 0}}, bad)
-    refused(ValueError, "never trained")
+        refused("not a checkpoint")
+    assert not Path("ran").exists()                         # loading runs no code
+    torch.save(found | {"progress": {"mmdit": 0}}, bad)
+    refused("never trained")
 
 
 @pytest.mark.parametrize("change", (
@@ -244,6 +232,5 @@ def test_wrong_files_are_one_line(saved, tmp_path, monkeypatch):
 def test_weights_must_fit_the_configuration(saved, change):
     found = cola.read(saved[1])
     change(found)
-    with pytest.raises(ValueError, match="another architecture") as error:
+    with pytest.raises(ValueError, match="^.*another architecture.*$"):
         cola.build(found)
-    assert "\n" not in str(error.value)

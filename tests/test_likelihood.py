@@ -6,14 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributions import MultivariateNormal, Normal
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import checkpoint
 import config
 import data
 import flow
 import likelihood
-from closed_form import mixture_velocity
 from conftest import TINY
 from likelihood import elbo, iwae, log_normal, log_prob
 
@@ -58,25 +57,15 @@ def test_log_normal():
 
 
 @pytest.mark.parametrize("dtype", (F64, torch.float32))
-@pytest.mark.parametrize("solver, steps, t", (("rk4", 16, 0.0), ("heun", 200, 0.0),
-                                              ("rk4", 16, 0.3)))
-def test_density_of_a_gaussian(solver, steps, t, dtype):
+@pytest.mark.parametrize("t", (0.0, 0.3))
+def test_density_of_a_gaussian(t, dtype):
     """Also of what the data has become at a time t above 0, where the grid ends."""
     z = draw(40, 3)
-    got = log_prob(rotated_flow(COV.to(dtype)), z.to(dtype), t + (1 - t) * flow.time_grid(steps),
-                   solver=solver)
+    got = log_prob(rotated_flow(COV.to(dtype)), z.to(dtype), t + (1 - t) * flow.time_grid(16))
     cov = (1 - t) ** 2 * COV + t ** 2 * torch.eye(3, dtype=F64)
     want = MultivariateNormal(torch.zeros(3, dtype=F64), cov).log_prob(z)
     assert got.dtype == dtype and got.shape == (40,)
     assert ((got - want).abs() / 3).max() < 1e-3           # nats per number
-
-
-def test_density_of_a_mixture():
-    means = torch.tensor([[0.0, 1.0], [0.0, -1.0]], dtype=F64)
-    stds, z = torch.tensor([0.4, 0.2], dtype=F64), draw(50, 2)
-    got = log_prob(mixture_velocity(means, stds), z, flow.time_grid(64))
-    parts = [Normal(m, s).log_prob(z).sum(1) for m, s in zip(means, stds)]
-    assert ((got - torch.logaddexp(*parts) + math.log(2)).abs() / 2).max() < 1e-3
 
 
 def test_an_isotropic_flow_needs_one_probe_of_signs():
@@ -112,25 +101,6 @@ def test_known_positions_condition_the_density(hutchinson):
     assert (got - want).abs().max() < 1e-3
 
 
-def test_blocks_factorize():
-    """Eq. 10.16: log p(z_1) + log p(z_2 | z_1), from one solve, is the joint Gaussian's density."""
-    a, s, z = 0.8, 0.5, draw(20, 2)            # z_1 ~ N(0, 1), z_2 | z_1 ~ N(a z_1, s^2)
-    m = torch.stack([torch.zeros(20, dtype=F64), a * z[:, 0]], 1).reshape(40, 1)
-    sd = torch.tensor([1.0, s], dtype=F64).expand(20, 2).reshape(40, 1)
-    blocks = log_prob(gaussian_flow(m, sd), z.reshape(40, 1), flow.time_grid(32))
-    cov = torch.tensor([[1.0, a], [a, a ** 2 + s ** 2]], dtype=F64)
-    want = MultivariateNormal(torch.zeros(2, dtype=F64), cov).log_prob(z)
-    torch.testing.assert_close(blocks.reshape(20, 2).sum(1), want, atol=1e-4, rtol=0)
-
-
-def test_log_prob_leaves_no_graph_and_refuses_a_cut_one():
-    net, grid = torch.nn.Linear(3, 3), flow.time_grid(2)
-    with torch.no_grad():
-        assert not log_prob(lambda z, t: net(z), torch.zeros(2, 3), grid).requires_grad
-    with pytest.raises(ValueError, match="differentiably"):
-        log_prob(lambda z, t: net(z).detach(), torch.zeros(2, 3), grid)
-
-
 # ---- Bounds: z ~ N(0, 1) and x | z ~ N(z, NOISE), so that x ~ N(0, 1 + NOISE) ------------------
 
 NOISE = 0.25
@@ -143,21 +113,15 @@ def weights(x, mean, var, K, n):
             log_normal(z, mean, math.log(var)))
 
 
-def test_bounds_are_tight_for_the_exact_posterior():
+def test_bounds_are_tight_for_the_exact_posterior_and_else_short_by_the_kl():
     x = torch.tensor(1.3, dtype=F64)
-    terms = weights(x, x / (1 + NOISE), NOISE / (1 + NOISE), K=5, n=7)
-    want = Normal(0.0, math.sqrt(1 + NOISE)).log_prob(x).expand(7)
-    torch.testing.assert_close(elbo(*terms), want)
-    torch.testing.assert_close(iwae(*terms), want)
-
-
-def test_the_elbo_falls_short_by_the_kl():
-    x, mean, var = torch.tensor(1.0, dtype=F64), 0.6, 0.3
-    got = elbo(*weights(x, mean, var, K=200_000, n=1)).item()
-    posterior = Normal(x / (1 + NOISE), math.sqrt(NOISE / (1 + NOISE)))
-    gap = torch.distributions.kl_divergence(Normal(mean, math.sqrt(var)), posterior)
-    want = Normal(0.0, math.sqrt(1 + NOISE)).log_prob(x) - gap
-    assert got == pytest.approx(want.item(), abs=0.01)
+    truth = Normal(0.0, math.sqrt(1 + NOISE)).log_prob(x)
+    mean, var = x / (1 + NOISE), NOISE / (1 + NOISE)           # of the posterior
+    for bound in (elbo, iwae):
+        torch.testing.assert_close(bound(*weights(x, mean, var, K=5, n=7)), truth.expand(7))
+    got = elbo(*weights(x, 0.6, 0.3, K=200_000, n=1)).item()
+    gap = kl_divergence(Normal(0.6, math.sqrt(0.3)), Normal(mean, math.sqrt(var)))
+    assert got == pytest.approx((truth - gap).item(), abs=0.01)
 
 
 def test_the_iwae_is_above_the_elbo_and_rises_with_k():
@@ -172,19 +136,6 @@ def test_the_iwae_is_above_the_elbo_and_rises_with_k():
     assert truth - 0.01 < means[-1] < truth + 0.005
     log_w, zero = torch.tensor([-2000.0, -2001.0]), torch.zeros(2)       # w itself would be 0
     assert iwae(log_w, zero, zero).item() == pytest.approx(-2000 + math.log((1 + math.exp(-1)) / 2))
-
-
-def test_single_block_response_score():
-    """Eq. 10.22 with z_2 | z_1 ~ N(0.8 z_1, 1) by the ODE: log p(x_2 | z_1) for the exact q."""
-    prior_mean, x = 0.8 * torch.tensor(0.7, dtype=F64), torch.tensor(-0.2, dtype=F64)
-    q_mean, q_var = prior_mean + (x - prior_mean) / (1 + NOISE), NOISE / (1 + NOISE)
-    z = q_mean + math.sqrt(q_var) * draw(6)
-    velocity_fn = gaussian_flow(prior_mean, torch.tensor(1.0, dtype=F64))
-    log_pz = log_prob(velocity_fn, z[:, None], flow.time_grid(32))
-    score = elbo(log_normal(x.expand(6), z, math.log(NOISE)), log_pz,
-                 log_normal(z, q_mean, math.log(q_var)))
-    want = Normal(prior_mean, math.sqrt(1 + NOISE)).log_prob(x)
-    torch.testing.assert_close(score, want, atol=1e-5, rtol=0)
 
 
 def test_perplexity():
@@ -205,7 +156,7 @@ def system(block_len, noise, *flags):
     """Fresh weights with some noise; without it the prior says v = 0, and p(z) is N(0, I)."""
     args = config.merge(config.parse([*TINY, "--block_len", str(block_len), "--text_latent_dim",
                                       "4", *flags]))
-    cola = checkpoint.new_model(args, data.Scenes(0, 32, 64))
+    cola = checkpoint.new_model(args, data.Scenes(0, (32, 32), 64))
     for part in cola.parts().values():
         for p in part.eval().parameters():
             p.data.add_(torch.randn_like(p), alpha=noise)
@@ -262,19 +213,21 @@ def test_a_text_is_the_product_of_its_blocks(block_len, cut, t_min):
 def test_known_latents_are_encoded_alone():
     """As in training: where the text VAE has blocks, they would otherwise know the response."""
     model = system(4, 0.1, "--vae_block_len", "4")
-    ids, known = model.ids(TEXT, end=True), 6
+    ids = model.ids(TEXT, end=True)
     encode = lambda part: model.text_vae.encode(torch.tensor(part), [len(part)])[0]
-    mean, _ = likelihood.posterior(model, ids, known, 0.0)
-    assert (encode(ids[:known]) - encode(ids)[:known]).abs().max() > 1e-3
-    torch.testing.assert_close(mean, torch.cat([encode(ids[:known]), encode(ids)[known:]]))
+    alone, whole = encode(ids[:6]), encode(ids)
+    assert (alone - whole[:6]).abs().max() > 1e-3
+    mean, _ = likelihood.posterior(model, ids, known=6, t_min=0.0)
+    torch.testing.assert_close(mean, torch.cat([alone, whole[6:]]))
 
 
 def test_hutchinson_agrees_with_the_exact_divergence_in_the_mean():
+    """Over 300 draws: with a dozen the mean is too uncertain, as few signs make up its noise."""
     model = system(1, 0.1)
-    ids = model.ids(TEXT, end=True)[:3]
-    log_pz = lambda exact, seed: likelihood.log_weights(model, ids, 1, GRID, exact=exact,
-                                                        seed=seed)[1].sum()
-    error = torch.stack([log_pz(False, seed) - log_pz(True, seed) for seed in range(12)])
+    ids = model.ids(TEXT, end=True)[:4]
+    estimate, exact = (likelihood.log_weights(model, ids, 300, GRID, exact=exact)[1].sum(1)
+                       for exact in (False, True))
+    error = estimate - exact
     assert error.std() > 1e-3 and error.mean().abs() < 3 * error.std() / math.sqrt(len(error))
 
 
@@ -304,16 +257,12 @@ def test_rows(extra, mode):
 
 
 def test_command(tiny, capsys):
-    flags = ["--checkpoint", str(tiny / "ckpt.pt"), "--steps", "1", "--samples", "2", "--solver",
-             "euler", "--divergence", "hutchinson", "--device", "cpu"]
+    flags = ["--checkpoint", str(tiny / "ckpt.pt"), "--steps", "1", "--samples", "2",
+             "--divergence", "hutchinson", "--device", "cpu"]
     assert likelihood.main(["a red", " circle.", *flags]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 11 and "perplexity" in out
-    for argv, word in ((["a", ""], "response"), (["a", "b", "--t_min", "1"], "--t_min"),
-                       (["a", "b", "--checkpoint", "no.pt"], "no.pt")):
-        try:
-            status = likelihood.main([*flags, *argv])
-        except SystemExit as exit_:
-            status = exit_.code
-        err = capsys.readouterr().err
-        assert status == 2 and word in err and err.count("\n") == 1
+    assert likelihood.main(["a", "", *flags]) == 2 and "response" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        likelihood.main(["a", "b", "--t_min", "1"])
+    assert "--t_min" in capsys.readouterr().err
