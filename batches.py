@@ -6,14 +6,11 @@
     it2t   [P][I] instruction and image,       [N] each block of the answer    [N]
            [C] the answer before each block
 
-Everything random about sample k is drawn from (seed, k, purpose), so an example is the same in
-every batch, for every number of workers, and in a run that is resumed:
-
-    DROP       is the condition dropped; where is the text cut; is the caption predicted as well
-    TIME       normal draws, which flow.sample_time turns into flow times
-    NOISE      eps of the image, then of the text
-    POSTERIOR  noise of a VAE's posterior sample;  MASK  tokens that the masking loss hides
-    TASK       the task of text k in stage 1;      PICK  the image of number k in stage 1b
+Everything random about sample k is drawn from (seed, k, purpose): it depends neither on its batch
+nor on the number of workers, and a resumed run draws the same. DROP: the dropped condition, the cut
+of a text, the predicted caption. TIME: normal draws, which flow.sample_time turns into flow times.
+NOISE: eps of the image, then of the text. POSTERIOR: the VAEs' posterior samples. MASK: tokens that
+the masking loss hides. Of number k in stages 1 and 1b, TASK: the text's task, PICK: the image.
 
 Shapes: T tokens and Lv latents of all texts; L positions of the prior, Lt of text, Li of images;
 U distinct times; Dz, Cz channels of text and image latents; B images of H x W pixels, h x w
@@ -26,7 +23,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -44,11 +40,8 @@ from masks import I, IT2T, N, T2I, T2T, TASKS, Layout
 from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
 
-MASK_SHARE = 0.15                      # of the tokens, hidden for the masking loss, as in BERT
-
 
 # ---- What the three stages train on ------------------------------------------------------------
-# counts(): what a step sums over its batches: positions, and the numbers that divide its losses.
 
 @dataclass
 class TextBatch:
@@ -59,6 +52,7 @@ class TextBatch:
     masked: Tensor                     # (T,) bool, tokens that the masking loss hides
 
     def counts(self) -> dict[str, float]:
+        """What a step sums over its batches: positions, and the numbers that divide its losses."""
         return {"positions": sum(self.lengths), "tokens": self.ids.numel(),
                 "masked": int(self.masked.sum())}
 
@@ -133,24 +127,17 @@ def step_tasks(args: Namespace, step: int) -> list[int]:
 
 class Batches:
     """Sample numbers -> batches, from a dataset of data.open_data, for one system."""
-
     def __init__(self, args: Namespace, dataset, model: Cola):
         self.args, self.dataset, self.model = args, dataset, model
-        self.rng = partial(data.rng, args.seed)                       # (k, purpose) -> Generator
+        self.rng = lambda k, purpose: data.rng(args.seed, k, purpose)
         self.shares = config.task_shares(args.tasks)
         self.block, self.patch = model.block_len, model.text_vae.config.patch_size
         self.dz, self.cz = model.text_vae.config.latent_dim, model.mmdit.config.image_channels
         loc = args.text_loc
         self.text_loc = flow.text_loc(self.dz, self.block) if loc is None else loc
 
-    def example(self, task: int, k: int) -> Example:
-        """Sample k of a task. The three functions below are the rows of the table above."""
-        return (self.t2t, self.t2i, self.it2t)[task](k)
-
     def t2t(self, k: int) -> Example:
-        """[C][N]: each block of a text from the blocks before it. Unconditional: [N].
-
-        The text is cut at random. What is before the cut is given, as a prefix is in sampling."""
+        """The text is cut at random. What is before the cut is given, as a prefix in sampling."""
         draw = self.rng(k, Purpose.DROP)
         dropped = draw.random() < self.args.cfg_drop
         ids, cut, filled = self.cut_text(self.dataset.t2t(k), draw)
@@ -164,40 +151,33 @@ class Batches:
             texts, source = [ids, ids[:cut * self.patch]], np.where(index < cut, n + index, index)
         # No position sees the last block of C.
         sample = masks.Sample(T2T, clean=0 if dropped else n - self.block, noisy=n, skip=skip)
-        clean = self.model.stays_clean(index, cut, filled)
-        return self.complete(k, sample, texts, source, clean)
+        return self.complete(k, sample, texts, source, self.model.stays_clean(index, cut, filled))
 
     def t2i(self, k: int) -> Example:
-        """[C][I]: an image from its caption. Unconditional: [I]. In a share aux_caption of the
-        samples [C][I][N]: also each block of the caption from the blocks before it."""
+        """A share aux_caption of the samples also predicts the caption, block by block."""
         caption, image = self.dataset.t2i(k)
-        draw = self.rng(k, Purpose.DROP)
-        dropped = draw.random() < self.args.cfg_drop
-        auxiliary = draw.random() < self.args.aux_caption
+        shares = self.args.cfg_drop, self.args.aux_caption
+        dropped, auxiliary = self.rng(k, Purpose.DROP).random(2) < shares
         ids = [] if dropped else self.text_ids(caption)
         n = len(ids) // self.patch
         sample = masks.Sample(T2I, image=self.grid(image), clean=n, noisy=n if auxiliary else 0)
         return self.complete(k, sample, [ids], np.arange(n), np.zeros(n, bool), image)
 
     def it2t(self, k: int) -> Example:
-        """[P][I][C][N]: each block of an answer from the instruction, the image and the blocks
-        before it. Unconditional: [N], with the coordinates that it has behind the instruction."""
+        """Without its condition, an answer keeps the coordinates it has behind the instruction."""
         prompt, image, answer = self.dataset.it2t(k)
-        dropped = self.rng(k, Purpose.DROP).random() < self.args.cfg_drop
         prompt_ids, ids = self.model.ids(prompt, end=False), self.text_ids(answer)
         p, n = len(prompt_ids) // self.patch, len(ids) // self.patch
         sample = masks.Sample(IT2T, p, self.grid(image), clean=n - self.block, noisy=n, start=p)
-        if dropped:
+        if self.rng(k, Purpose.DROP).random() < self.args.cfg_drop:
             sample, prompt_ids, image = masks.Sample(IT2T, noisy=n, start=p), [], -1
         texts, source = [prompt_ids, ids], sample.prompt + np.arange(n)
         return self.complete(k, sample, texts, source, np.zeros(n, bool), image)
 
     def complete(self, k: int, sample: masks.Sample, texts: list[list[int]], source: np.ndarray,
                  clean: np.ndarray, image: int = -1) -> Example:
-        """Adds the noise and the draws for the times.
-
-        source: for each latent of the predicted text its number among the latents of `texts`, in
-        which those of P come first; clean: bool, whether it is clean in N."""
+        """Adds the noise and the draws for the times. Of each latent of the predicted text, source
+        is its number among the latents of `texts`, and clean whether it is clean in N (bool)."""
         (h, w), noisy = sample.image, slice(sample.skip, sample.noisy)
         normal = self.rng(k, Purpose.TIME).standard_normal(1 + len(source) // self.block)
         if self.args.time_per == "sample":
@@ -209,11 +189,8 @@ class Batches:
         return Example(sample, texts, image, source, clean[noisy], normal, eps_text, eps_image,
                        *self.vae_noise(k, texts))
 
-    # texts and images
-
     def whole_blocks(self, ids: list[int]) -> list[int]:
-        """The ids with end tokens, at least one, up to whole blocks. If they are more than seq_len,
-        they are cut to whole blocks, without an end token."""
+        """Adds end tokens, at least one, up to whole blocks. Cuts to the blocks within seq_len."""
         block = self.block * self.patch
         longest = self.args.seq_len // block * block
         return pad_to_multiple(ids, block, self.model.tokenizer.end)[:longest]
@@ -222,8 +199,7 @@ class Batches:
         return self.whole_blocks(self.model.tokenizer.encode(text))
 
     def cut_text(self, text: str, draw: np.random.Generator) -> tuple[list[int], int, range]:
-        """Cuts a text at a token, from its first to its end. Returns its tokens, the latents
-        before the cut, and which latents hold padding at the cut (Cola.align)."""
+        """A text with a random cut: its ids, latents before the cut, padded latents (Cola.align)."""
         ids = self.model.tokenizer.encode(text)
         cut = int(draw.integers(min(len(ids) + 1, len(self.whole_blocks(ids)))))
         ids, cut, filled = self.model.align(ids, cut)
@@ -235,12 +211,12 @@ class Batches:
         tokens = sum(map(len, texts))
         shape = tokens // self.patch, self.dz
         noise = self.rng(k, Purpose.POSTERIOR).standard_normal(shape, np.float32)
-        return noise, self.rng(k, Purpose.MASK).random(tokens) < MASK_SHARE
+        return noise, self.rng(k, Purpose.MASK).random(tokens) < 0.15        # as in BERT
 
     def grid(self, image: int) -> tuple[int, int]:
         """Rows and columns of the latents of an image."""
-        h, w = self.dataset.image_hw(image)
-        return h // self.model.image_vae.downsample, w // self.model.image_vae.downsample
+        (h, w), side = self.dataset.image_hw(image), self.model.image_vae.downsample
+        return h // side, w // side
 
     @torch.no_grad()
     def image_latents(self, images: list[int]) -> Tensor:
@@ -251,8 +227,6 @@ class Batches:
             z = self.model.encode_images([pixels[i] for i in group])              # (B h w, Cz)
             latents |= zip(group, z.cpu().chunk(len(group)))
         return torch.cat([torch.zeros(0, self.cz), *(latents[i] for i in range(len(images)))])
-
-    # many samples
 
     def text(self, numbers: range) -> TextBatch:
         """Texts for stage 1: those that the text VAE will encode in stage 2, in the same shares."""
@@ -273,15 +247,13 @@ class Batches:
 
     def images(self, numbers: range) -> list[ImageBatch]:
         """Images for stage 1b, in one batch per size."""
-        count = self.dataset.num_images
-        chosen = [(int(self.rng(k, Purpose.PICK).integers(count)), k) for k in numbers]
-        batches = []
-        for hw in sorted({self.dataset.image_hw(i) for i, _ in chosen}):
-            group = [(i, k) for i, k in chosen if self.dataset.image_hw(i) == hw]
-            x = to_float(np.stack(self.dataset.images([i for i, _ in group])))    # (B, 3, H, W)
-            shape = self.model.image_vae.channels, *self.grid(group[0][0])
-            noise = [self.rng(k, Purpose.POSTERIOR).standard_normal(shape, np.float32)
-                     for _, k in group]
+        count, batches = self.dataset.num_images, []
+        image = {k: int(self.rng(k, Purpose.PICK).integers(count)) for k in numbers}
+        for hw in sorted({self.dataset.image_hw(i) for i in image.values()}):
+            group = [k for k, i in image.items() if self.dataset.image_hw(i) == hw]
+            x = to_float(np.stack(self.dataset.images([image[k] for k in group])))    # (B, 3, H, W)
+            shape = self.model.image_vae.channels, *self.grid(image[group[0]])
+            noise = [self.rng(k, Purpose.POSTERIOR).standard_normal(shape, np.float32) for k in group]
             batches.append(ImageBatch(x, torch.from_numpy(np.stack(noise))))
         return batches
 
@@ -293,21 +265,20 @@ class Batches:
 
     def prior(self, work: list[tuple[int, int]]) -> Batch:
         """The packed batch of these samples, each a task and a number."""
-        examples = [self.example(task, k) for task, k in work]
+        example_of = self.t2t, self.t2i, self.it2t
+        examples = [example_of[task](k) for task, k in work]
 
         def join(name: str) -> Tensor:
             return torch.from_numpy(np.concatenate([getattr(e, name) for e in examples]))
 
         layout = masks.pack([e.sample for e in examples], self.block)
         task, is_image = layout.task[layout.sample], layout.segment == I      # (L,) each
-        is_noisy_text = layout.segment == N
         moving = is_image & (task == T2I)                                     # t > 0
-        moving[is_noisy_text] = ~join("clean")
+        moving[layout.segment == N] = ~join("clean")
         eps_text = torch.zeros(len(layout), self.dz)
-        eps_text[is_noisy_text] = join("eps_text")
+        eps_text[layout.segment == N] = join("eps_text")
         ids, lengths = self.packed([text for e in examples for text in e.texts])
         first_latent = torch.tensor([0, *(len(e.posterior_noise) for e in examples[:-1])]).cumsum(0)
-
         # The times: t[0] = 0, then of each example that of its image and those of its blocks.
         first_time = torch.tensor([0, *(len(e.normal) for e in examples[:-1])]).cumsum(0)
         own_time = 1 + first_time[layout.sample] + torch.where(is_image, 0, 1 + layout.block)
@@ -316,10 +287,9 @@ class Batches:
         loc[first_time] = self.model.image_loc
         shift[first_time] = torch.tensor([flow.image_shift(e.eps_image.size) for e in examples])
         t = flow.sample_time(normal, self.args.time_law, loc, self.args.time_scale, shift)
-        source = first_latent[layout.sample[~is_image]] + join("source")
         return Batch(
-            ids, lengths, join("posterior_noise"), join("masked"), layout,
-            targets=moving.nonzero()[:, 0], source=source,
+            ids, lengths, join("posterior_noise"), join("masked"), layout, moving.nonzero()[:, 0],
+            source=first_latent[layout.sample[~is_image]] + join("source"),
             text_task=task[~is_image], text_moves=moving[~is_image], eps_text=eps_text[~is_image],
             z_image=self.image_latents([e.image for e in examples if e.image >= 0]),
             image_moves=moving[is_image], eps_image=join("eps_image"),
@@ -336,8 +306,8 @@ class Batches:
 def to_device(batch, device: torch.device):
     """The batch with its tensors on the device, and its attention plans built there."""
     counts = batch.counts()        # on the CPU: on a GPU it would wait for the running step
-    tensors = {name: x for name, x in vars(batch).items() if isinstance(x, Tensor | Layout)}
-    batch = replace(batch, **{name: x.to(device) for name, x in tensors.items()})
+    batch = replace(batch, **{name: x.to(device) for name, x in vars(batch).items()
+                              if isinstance(x, Tensor | Layout)})
     batch.counts = lambda: counts
     if isinstance(batch, Batch):
         batch.plan.build()
@@ -345,10 +315,8 @@ def to_device(batch, device: torch.device):
     return batch
 
 
-def ahead(make: Callable[[int], list], steps: range, device: torch.device
-          ) -> Iterator[tuple[int, list, float]]:
+def ahead(make: Callable, steps: range, device: torch.device) -> Iterator[tuple[int, list, float]]:
     """(step, its batches on the device, seconds waited for them), made one step ahead in a thread.
-
     make(step) -> the batches of a step, on the CPU. steps: at least one."""
     def prepare(step: int) -> list:
         return [to_device(batch, device) for batch in make(step)]

@@ -66,11 +66,8 @@ class State:
 # ---- Where a run begins ------------------------------------------------------------------------
 
 def begin(given: dict) -> tuple[Namespace, dict | None]:
-    """The flags of a run, merged with those of the checkpoint it starts from, and this checkpoint.
-
-    ValueError or FileNotFoundError, one line, where a run would be overwritten, or where flags
-    contradict the checkpoint.
-    """
+    """The flags of a run, and the checkpoint it starts from, or None. ValueError or
+    FileNotFoundError, one line, if a run would be overwritten or flags contradict a checkpoint."""
     folder = Path(given.get("out_dir", config.DEFAULTS["out_dir"]))
     path = folder / "ckpt.pt"
     exists = path.exists() or path.with_name("ckpt.prev.pt").exists()
@@ -104,8 +101,8 @@ def latest(folder: Path) -> dict:
 
 
 def new_model(args: Namespace, dataset) -> Cola:
-    """A system with fresh weights, or with those of a public release and a fresh image side. All
-    workers have the same, as all start from one seed."""
+    """A system with fresh weights, or with those of a public release and a fresh image side: the
+    same on every worker, as all start from one seed."""
     a, released, hw = args, None, config.image_hw(args)
     if not a.init_official:
         tokenizer = Tokenizer.named(a.tokenizer) if a.tokenizer else \
@@ -132,8 +129,7 @@ def new_model(args: Namespace, dataset) -> Cola:
 
 
 def build(found: dict, args: Namespace) -> Cola:
-    """The system of a checkpoint with its weights in training, set to the flags of this run. It
-    keeps the tasks it was trained for before."""
+    """The system of a checkpoint, with its weights in training, and the flags of this run."""
     model = cola.build(found, "model")
     model.image_hw, model.block_len = config.image_hw(args), args.block_len
     model.image_loc, model.first_block = config.image_time_loc(args), args.first_block
@@ -165,8 +161,8 @@ def open_stages(args: Namespace, state: State) -> tuple[list[str], list[str]]:
 # ---- Saving ------------------------------------------------------------------------------------
 
 def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: Worker) -> None:
-    """Writes out_dir/ckpt.pt, whole or not at all. All workers call it, as sharded weights are put
-    together by all; worker 0 writes. OSError if it cannot."""
+    """Worker 0 writes out_dir/ckpt.pt, whole or not at all, with an OSError if it cannot. All
+    workers call it, as they put sharded weights together."""
     weights = {name: full(x) for name, x in nn.ModuleDict(model.parts()).state_dict().items()}
     state.extra = {name: full(x) for name, x in stage.state_dict().items()
                    if name.startswith(EXTRA)} or state.extra
@@ -197,8 +193,7 @@ def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: W
 
 
 def moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor]) -> dict:
-    """The optimizers' tensors by the name of their parameter, whole. A parameter without a
-    gradient so far has none."""
+    """The optimizers' tensors, whole, by the name of their parameter, if it has had a gradient."""
     states = {p: state for o in optimizers for p, state in o.state.items()}
     return {name: {key: full(x) for key, x in states[p].items()}
             for name, p in weights.items() if p in states}
@@ -206,16 +201,15 @@ def moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor])
 
 def restore_moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor],
                     saved: dict) -> None:
-    """The inverse of `moments`. A parameter whose tensors are missing, or are another optimizer's,
-    begins with fresh ones."""
-    names = {p: name for name, p in weights.items()}
+    """The inverse of `moments`. A parameter begins anew if its tensors are missing, or are those
+    of another optimizer."""
     for optimizer in optimizers:
-        muon = not isinstance(optimizer, torch.optim.AdamW)
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            state = saved.get(names[p], {})
-            if state and ("momentum" in state) == muon:
+        mine = {p for group in optimizer.param_groups for p in group["params"]}
+        key = "exp_avg" if isinstance(optimizer, torch.optim.AdamW) else "momentum"
+        for name, p in weights.items():
+            if p in mine and key in saved.get(name, {}):
                 optimizer.state[p] = {key: like(x, p) if x.shape == p.shape else
-                                      x.to(p.device, copy=True) for key, x in state.items()}
+                                      x.to(p.device, copy=True) for key, x in saved[name].items()}
 
 
 # ---- The log -----------------------------------------------------------------------------------
@@ -240,28 +234,25 @@ def trim_log(out_dir: str, progress: dict[str, int]) -> None:
 
 
 class Log:
-    """log.jsonl and the progress bar of a stage. Only worker 0 has them."""
+    """log.jsonl and the progress bar of a stage; only those of worker 0 are kept and shown."""
     def __init__(self, out_dir: str, stage: str, start: int, steps: int, worker: Worker):
-        self.stage, first = stage, worker.rank == 0
-        self.file = open(f"{out_dir}/log.jsonl", "a", buffering=1) if first else None
+        self.stage, path = stage, os.devnull if worker.rank else f"{out_dir}/log.jsonl"
+        self.file = open(path, "a", buffering=1)
         self.bar = tqdm(desc=stage, unit="step", total=steps, initial=start, mininterval=1,
-                        disable=not first)
+                        disable=worker.rank > 0)
 
     def write(self, step: int, terms: dict[str, float], **more: float) -> None:
         """One line. A value that is not finite is null, as JSON has no word for it."""
-        if self.file:
-            entry = terms | more
-            entry = {name: x if math.isfinite(x) else None for name, x in entry.items()}
-            self.file.write(json.dumps({"stage": self.stage, "step": step, **entry}) + "\n")
-            shown = {name: f"{x:.4f}" for name, x in terms.items()}
-            speed = more["positions"] / max(more["seconds"], 1e-9)
-            self.bar.set_postfix(shown | {"positions/s": f"{speed:.0f}"}, refresh=False)
-            self.bar.update()
+        entry = {name: x if math.isfinite(x) else None for name, x in (terms | more).items()}
+        self.file.write(json.dumps({"stage": self.stage, "step": step, **entry}) + "\n")
+        speed = more["positions"] / max(more["seconds"], 1e-9)
+        shown = {name: f"{x:.4f}" for name, x in terms.items()} | {"positions/s": f"{speed:.0f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
 
     def close(self) -> None:
+        self.file.close()
         self.bar.close()
-        if self.file:
-            self.file.close()
 
 
 def demonstrate() -> None:

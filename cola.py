@@ -1,18 +1,14 @@
-"""Cola: the whole system, which is a tokenizer, two VAEs and the prior over their latents.
+"""Cola: the whole system: a tokenizer, two VAEs and the prior over their latents.
 
     text   --tokenizer-->  ids  --text VAE-->  z (L, Dz)  \\
                                                             one packed sequence  --MMDiT-->  v
     pixels                 --image VAE------>  z (L, Cz)  /
 
 Text becomes one latent for every `patch_size` tokens; an image becomes a grid of latents, read row
-by row. The prior generates text in blocks of `block_len` latents. A checkpoint is one dict of plain
-types and tensors: `read` opens it, `build` makes the system, `load` does both for sampling.
-
+by row. The prior generates text in blocks of `block_len` latents.
 Shapes: L packed latents, B images, H, W pixels, h, w = H, W / downsample, Dz and Cz channels of a
 text and an image latent.    Run: python cola.py   (CPU, 3 s)
 """
-from __future__ import annotations
-
 import heapq
 import itertools
 import zipfile
@@ -45,7 +41,6 @@ FIRST_BLOCK = ("clean", "repaint", "left", "right")
 # ---- Tokenizer ---------------------------------------------------------------------------------
 
 END_TEXT = "<|endoftext|>"
-
 # Tokens are merged only inside words. A word includes the space before it, as in GPT-2, so " red"
 # can be one token. Every repetition is bounded, so any text is split in linear time.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,16}"
@@ -56,7 +51,6 @@ class Tokenizer:
     """Byte-level BPE: any text <-> ids. `end` both ends and pads a text; no text encodes to it.
     tokens: the bytes of each id; lower ids are merged first.   pattern: the regex of a word.
     special: {name: id} of the other ids; one name is END_TEXT."""
-
     def __init__(self, tokens: list[bytes], pattern: str, special: dict[str, int]):
         self.tokens, self.pattern, self.special = tokens, pattern, special
         ranks = {token: i for i, token in enumerate(tokens)}
@@ -66,7 +60,6 @@ class Tokenizer:
         self.spelling = dict(enumerate(tokens)) | {i: name.encode() for name, i in special.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without an end token."""
         return self.encoding.encode(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -76,29 +69,26 @@ class Tokenizer:
         return text.decode("utf-8", errors="replace")
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Merge the most frequent pair of tokens until there are vocab_size ids, `end` included, or
         no pair occurs twice. Of equally frequent pairs, the one with the lowest ids comes first."""
         if vocab_size < 257:
             raise ValueError(f"vocabulary of {vocab_size}: expected at least 257, bytes and end")
         counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-        words = [list(word.encode("utf-8", "replace")) for word in counts]       # ids of each word
-        count = list(counts.values())                                            # of each word
+        ids = {word: list(word.encode("utf-8", "replace")) for word in counts}
         tokens = [bytes([i]) for i in range(256)]
         id_of = {token: i for i, token in enumerate(tokens)}
-        pairs, words_with = Counter(), defaultdict(set)     # pair -> its count, indices of words
+        pairs, words_with = Counter(), defaultdict(set)     # pair -> its count, the words with it
 
-        def add(w: int, n: int) -> None:
-            """Add n to the count of every pair in word w."""
-            for pair in itertools.pairwise(words[w]):
-                pairs[pair] += n
-                words_with[pair].add(w)
+        def count(word: str, sign: int) -> None:  # sign 1 adds the pairs, -1 removes them
+            for pair in itertools.pairwise(ids[word]):
+                pairs[pair] += sign * counts[word]
+                words_with[pair].add(word)
 
-        for w, n in enumerate(count):
-            add(w, n)
+        for word in counts:
+            count(word, 1)
         # For 6 MB of text and 4,096 tokens, a heap takes 3 s where max(pairs) takes 56 s.
-        heap = [(-n, pair) for pair, n in pairs.items()]
-        heapq.heapify(heap)
+        heap = sorted((-n, pair) for pair, n in pairs.items())                   # is a heap
         while heap and len(tokens) < vocab_size - 1:
             n, pair = heapq.heappop(heap)
             if pairs[pair] != -n:                           # the count has changed: put it back
@@ -111,16 +101,16 @@ class Tokenizer:
             if new == len(tokens):
                 tokens.append(token)
             affected = words_with.pop(pair)
-            for w in affected:
-                add(w, -count[w])
-                words[w] = merge(words[w], pair, new)
-                add(w, count[w])
-            for other in {p for w in affected for p in itertools.pairwise(words[w]) if new in p}:
+            for word in affected:
+                count(word, -1)
+                ids[word] = merge(ids[word], pair, new)
+                count(word, 1)
+            for other in {p for w in affected for p in itertools.pairwise(ids[w]) if new in p}:
                 heapq.heappush(heap, (-pairs[other], other))
         return cls(tokens, PATTERN, {END_TEXT: len(tokens)})
 
     @classmethod
-    def named(cls, name: str) -> Tokenizer:
+    def named(cls, name: str) -> "Tokenizer":
         """One of tiktoken's encodings, such as cl100k_base; the first use downloads it."""
         try:
             encoding = tiktoken.get_encoding(name)
@@ -136,8 +126,7 @@ class Tokenizer:
                 "pattern": self.pattern, "special": self.special}
 
     @classmethod
-    def from_dict(cls, state: dict) -> Tokenizer:
-        """Inverse of to_dict."""
+    def from_dict(cls, state: dict) -> "Tokenizer":
         tokens = [token.encode("latin-1") for token in state["tokens"]]
         return cls(tokens, state["pattern"], state["special"])
 
@@ -153,8 +142,7 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def pad_to_multiple(ids: Sequence[int], multiple: int, end: int, ended: bool = True) -> list[int]:
-    """ids, then end tokens until their number is a multiple. ended: at least one end token, also
-    for a text that fills its last block exactly. Prompts and truncated texts need none."""
+    """ids, then end tokens until their number is a multiple. ended: at least one end token."""
     return [*ids, *[end] * (ended + -(len(ids) + ended) % multiple)]
 
 
@@ -177,8 +165,7 @@ class Cola:
         vae, channels = self.text_vae.config, self.mmdit.config.text_channels
         # If a block of the VAE lay in two blocks of the prior, the first would contain the second.
         if self.block_len < 1 or self.block_len % vae.block_len:
-            raise ValueError(f"blocks of {self.block_len} latents: expected a multiple of "
-                             f"{vae.block_len}, the text VAE's")
+            raise ValueError(f"blocks of {self.block_len}: expected a multiple of {vae.block_len}")
         if channels != vae.latent_dim:
             raise ValueError(f"{vae.latent_dim} channels in the text VAE, {channels} in the prior")
         if self.tokenizer.n_vocab > vae.vocab_size:
@@ -189,8 +176,7 @@ class Cola:
         parts = {"text_vae": self.text_vae, "image_vae": self.image_vae, "mmdit": self.mmdit}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def to(self, device: str | torch.device) -> Cola:
-        """Move all modules to a device; returns the system."""
+    def to(self, device: str | torch.device) -> "Cola":
         nn.ModuleDict(self.parts()).to(device)
         return self
 
@@ -227,9 +213,8 @@ class Cola:
         return list(to_uint8(self.image_vae.decode(self.image_vae.denormalize(z))))
 
     def align(self, ids: list[int], cut: int) -> tuple[list[int], int, range]:
-        """Insert end tokens until the prefix, the first `cut` tokens, ends with a latent; for left
-        and right, with a block. Returns the new ids, the new cut, and the latents that hold
-        inserted tokens and are not predicted (none for repaint, which predicts them)."""
+        """Insert end tokens until the first `cut` tokens end with a latent; for left and right with
+        a block. Returns ids, cut, and the latents with inserted tokens that are not predicted."""
         p = self.text_vae.config.patch_size
         multiple = p * self.block_len if self.first_block in ("left", "right") else p
         count = -cut % multiple                             # end tokens to insert
@@ -305,7 +290,6 @@ def load(path: str | Path, device: str = "cpu") -> Cola:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     caption = "a large red circle above a small blue square on a gray background"
     tokenizer = Tokenizer.train([caption] * 2, 400)
     vae = TextVAE(TextVAEConfig(tokenizer.n_vocab, patch_size=2))
@@ -315,5 +299,4 @@ if __name__ == "__main__":
     z, _ = model.encode_text([model.ids(caption, end=True)])
     print(f"2 tokens a latent, 4 latents a block: z {tuple(z.shape)} (expect 8 latents of 16)")
     for model.first_block, expected in zip(FIRST_BLOCK, (6, 6, 8, 8)):
-        cut = model.align(ids, 5)[1]
-        print(f"{model.first_block}: a prefix of 5 tokens becomes {cut} (expect {expected})")
+        print(f"{model.first_block}: 5 tokens become {model.align(ids, 5)[1]} (expect {expected})")

@@ -36,20 +36,20 @@ STAGES = ("text_vae", "image_vae", "mmdit")        # in the order in which they 
 class Flag(NamedTuple):
     name: str
     default: Any              # None: depends on other flags
-    allowed: tuple | None
-    kind: str
+    allowed: tuple | None     # lowest and highest number, or all words
+    kind: str                 # MODEL, RECIPE, DATA or RUN
     why: str                  # what the flag does and why one would change it
 
 
 # ---- Ranges that several flags share -----------------------------------------------------------
 
-COUNT = (1, 10**9)
+COUNT = (1, 10**9)                                 # samples, steps: at least 1
 STEPS = (0, 10**9)                                 # 0 leaves out a stage, a rest or the evaluation
-SIZE = (1, 1 << 16)
-SHARE = (0.0, 1.0)
+SIZE = (1, 1 << 16)                                # widths, lengths, batches
+SHARE = (0.0, 1.0)                                 # fractions of a whole
 WEIGHT = (0.0, 1e6)                                # 0 switches a term of the loss off
 RATE = (1e-12, 1e6)                                # above 0
-REAL = (-100.0, 100.0)
+REAL = (-100.0, 100.0)                             # of either sign
 
 # ---- The table ---------------------------------------------------------------------------------
 
@@ -84,12 +84,10 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("aspect", False, None, DATA, "keep each image's aspect ratio, from 1:2 to 2:1, in at "
              "most the area of --image_size, instead of cropping it"),
         Flag("seq_len", 128, SIZE, RECIPE, "longest text in tokens; longer captions are refused"),
-        Flag("vocab_size", 512, COUNT, MODEL, "tokens of a byte-level BPE trained on the corpus; "
-             "more make shorter sequences"),
+        Flag("vocab_size", 512, COUNT, MODEL, "tokens of the trained BPE; more shorten sequences"),
         Flag("tokenizer", "", None, MODEL, "a tiktoken encoding instead, such as cl100k_base"),
         Flag("pool", 20000, COUNT, RECIPE, "different generated scenes; few are memorized"),
-        Flag("questions", 0.75, SHARE, RECIPE, "share of IT2T samples that ask a question; the "
-             "others ask for a description"),
+        Flag("questions", 0.75, SHARE, RECIPE, "share of questions in IT2T; others: descriptions"),
     ],
     "text VAE (stage 1)": [
         Flag("text_latent_dim", 16, SIZE, MODEL, "channels: more keep more detail of the text"),
@@ -113,8 +111,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("image_latent_dim", 32, SIZE, MODEL, "channels of an image latent; 64 at 256 pixels"),
         Flag("downsample", 8, SIZE, MODEL, "pixels per latent along a side; 16 at 256 pixels"),
         Flag("image_vae_width", 64, SIZE, MODEL, "channels of the first level"),
-        Flag("image_vae_levels", [1], SIZE, MODEL, "width of each level in units of the first; "
-             "1 2 4 4 at 256 pixels"),
+        Flag("image_vae_levels", [1], SIZE, MODEL, "relative level widths; 1 2 4 4 at 256 pixels"),
         Flag("image_vae_blocks", 2, SIZE, MODEL, "residual blocks per level; 3 at 256 pixels"),
         Flag("image_vae_patch", 4, SIZE, MODEL, "patch side in pixels; 2 at 256 pixels"),
         Flag("image_vae_steps", 1200, COUNT, RECIPE, "steps of stage 1b"),
@@ -153,8 +150,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("lambda_fm", 1.0, WEIGHT, RECIPE, "weight of the flow-matching losses"),
         Flag("lambda_ref", 0.0, WEIGHT, RECIPE, "weight of KL(q || q_ref), to stay near stage 1"),
         Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
-        Flag("w_answer", 4.0, RATE, RECIPE, "weight of an answer's tokens in L_text, which are "
-             "few"),
+        Flag("w_answer", 4.0, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
         Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA, which aligns hidden states with "
              "clean latents; 0.5 in the literature, 0 is off"),
         Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
@@ -163,8 +159,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("cfg_drop", 0.1, SHARE, RECIPE, "share of samples without condition, for guidance"),
         Flag("text_loc", None, REAL, RECIPE, "mean of the text's logit time; more trains at higher "
              "noise (default: 1 + ln(text_latent_dim / 16) / 2, and 1 more at block_len 1)"),
-        Flag("image_loc", 1.0, REAL, RECIPE, "mean of the image's logit time, before the shift by "
-             "size"),
+        Flag("image_loc", 1.0, REAL, RECIPE, "mean of images' logit time, before shift by size"),
         Flag("time_scale", 1.0, RATE, RECIPE, "standard deviation of the logit time"),
         Flag("time_law", "logit_normal", ("logit_normal", "uniform"), RECIPE, "distribution of t"),
         Flag("first_block", "clean", FIRST_BLOCK, RECIPE, "whether a prefix that ends inside a "
@@ -180,11 +175,9 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("text_temperature", 0.3, WEIGHT, RUN, "scale of the noise that text starts from: less "
              "gives likelier texts with less variety"),
         Flag("text_shift", 3.0, RATE, RUN, "larger: more of text's solver steps are near noise"),
-        Flag("text_snap", True, None, RUN, "condition later text on decoded and re-encoded tokens, "
-             "so that errors of latents do not add up"),
+        Flag("text_snap", True, None, RUN, "condition on re-encoded tokens: errors do not add up"),
         Flag("sample_steps", 16, COUNT, RUN, "solver steps: more are slower and more exact"),
-        Flag("repaint_share", 1.0, SHARE, RUN, "with --first_block repaint: share of the steps "
-             "that reset the prefix in its block"),
+        Flag("repaint_share", 1.0, SHARE, RUN, "for repaint: share of steps that reset the prefix"),
         Flag("repaint_cycles", 1, COUNT, RUN, "how often each of these steps is repeated"),
     ],
 }
@@ -218,35 +211,26 @@ def as_argparse(flag: Flag) -> dict[str, Any]:
     kind = type(flag.allowed[0]) if flag.allowed else str
     if many:
         words["nargs"] = 2 if len(flag.default) == 2 else "+"
-    if kind is str:
-        words["choices"] = flag.allowed
-    return words | {"type": kind}
+    return words | {"type": kind, "choices": flag.allowed if kind is str else None}
 
 
 def merge(given: dict[str, Any], found: dict[str, Any] | None = None, start: str = "resume",
           source: str = "") -> Namespace:
-    """The flags of a run, all of them, checked.
-
-    found: the flags of the checkpoint `source` that the run starts from; start: how, "resume" or
-    "init". ValueError, one line, for a flag that is out of range or contradicts the checkpoint."""
+    """All flags of a run, checked. found: the flags of the checkpoint `source` that it starts from.
+    start: how it starts, "resume" or "init". ValueError, one line, for a flag that is out of range
+    or contradicts the checkpoint."""
     found = {name: value for name, value in (found or {}).items()
              if name in FLAG and FLAG[name].kind in INHERITED[start]}
     for name, value in found.items():
         if FLAG[name].kind == MODEL and given.get(name, value) != value:
             raise ValueError(f"{in_words(name, given[name])}: {source} has {value}; leave it out")
     a = Namespace(**DEFAULTS | found | given)
-    if a.dual_layers is None:
-        a.dual_layers = a_third(a.layers)
+    if a.dual_layers is None:                                         # as in hybrid MMDiTs
+        a.dual_layers = max(1, round(a.layers / 3))
     check(a)
-    if not (found or a.text_vae_steps or a.vae_lr_ratio * a.lambda_vae):
-        raise ValueError("--text_vae_steps 0: nothing would train the text VAE; add "
-                         "--vae_lr_ratio 1, with a --lambda_vae above 0")
+    if not (found or a.text_vae_steps or a.vae_lr_ratio * a.lambda_vae):  # VAE never trained
+        raise ValueError("--text_vae_steps 0: add --vae_lr_ratio 1 and a --lambda_vae above 0")
     return a
-
-
-def a_third(layers: int) -> int:
-    """The default of --dual_layers, as in hybrid MMDiTs: a third of the layers, at least 1."""
-    return max(1, round(layers / 3))
 
 
 def changes(given: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -268,8 +252,7 @@ def check(a: Namespace) -> None:
     # Padding at the cut of a T2T text can fill a block: then its own tokens need a second one.
     blocks = 2 if "t2t" in task_shares(a.tasks) and a.first_block in ("left", "right") else 1
     for wrong, why in (
-            (not a.out_dir, "--out_dir is empty"),
-            (Path(a.out_dir).is_file(), f"--out_dir {a.out_dir}: expected a folder, not a file"),
+            (not a.out_dir or Path(a.out_dir).is_file(), f"--out_dir {a.out_dir!r}: not a folder"),
             (a.init_from and a.init_official, "--init_from and --init_official: name one of them"),
             (a.device == "cuda" and not gpu, "--device cuda: there is no CUDA device here"),
             (a.attention == "flex" and not gpu, "--attention flex trains on GPUs only"),
@@ -281,14 +264,13 @@ def check(a: Namespace) -> None:
              f"--text_vae_width {a.text_vae_width}: expected a multiple of 2 x --text_vae_heads"),
             (a.dual_layers > a.layers, f"--dual_layers {a.dual_layers}: more than --layers"),
             # Else the context of a block would be encoded with tokens of the block in view.
-            (a.block_len % a.vae_block_len, f"--vae_block_len {a.vae_block_len}: expected a "
-             f"divisor of --block_len {a.block_len}"),
+            (a.block_len % a.vae_block_len,
+             f"--vae_block_len {a.vae_block_len}: expected a divisor of --block_len {a.block_len}"),
             (a.seq_len < blocks * a.block_len * a.text_patch, f"--seq_len {a.seq_len}: expected "
              f"at least {blocks} x --block_len x --text_patch tokens"),
             (a.w_repa and a.repa_layer >= a.layers,
              f"--repa_layer {a.repa_layer}: expected a layer before the last"),
-            (not a.vae_interval[0], "--vae_interval 0: the text VAE would always rest; use "
-             "--vae_lr_ratio 0")):
+            (not a.vae_interval[0], "--vae_interval 0: it never trains; use --vae_lr_ratio 0")):
         if wrong:
             raise ValueError(why)
     logsnr(a)
@@ -355,7 +337,7 @@ def in_words(name: str, value: Any) -> str:
 
 def show(a: Namespace) -> str:
     """The flags that differ from their defaults, as the command line gives them."""
-    usual = DEFAULTS | {"dual_layers": a_third(a.layers)}
+    usual = DEFAULTS | {"dual_layers": merge({"layers": a.layers}).dual_layers}
     return " ".join(in_words(name, value) for name, value in vars(a).items()
                     if value != usual[name]) or "all as by default"
 
@@ -368,7 +350,3 @@ if __name__ == "__main__":
           show(merge(given, before, "resume")))
     print("changed flags (expect lr alone):", *changes(given, before))
     print("another run from its checkpoint (expect no data):", show(merge(given, before, "init")))
-    try:
-        merge({"width": 32}, before, "resume", "out/ckpt.pt")
-    except ValueError as error:
-        print("another width (expect to be refused):", error)

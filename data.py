@@ -1,20 +1,17 @@
 """Data: sample k of a run is a function of (seed, k), from scenes, captioned pictures or texts.
 
-    sample k = f(seed, k)            rng(seed, k, purpose) is the only source of random numbers
-    item of sample k = permutation(seed, k // n)[k % n]        each of n items once in an epoch
+    rng(seed, k, purpose)              the only source of random numbers
+    permutation(seed, k // n)[k % n]   the item of sample k: each of n items once in an epoch
 
 So a resumed run, or one with another number of workers, reads the same samples. A dataset has the
-methods below; of t2t, t2i and it2t, it may lack those that its `tasks` do not name. An image is
-given by its index, below num_images.
+methods below, but of t2t, t2i and it2t only those in `tasks`. An image is an index < num_images.
 
     t2t(k) -> text               it2t(k) -> prompt, image, answer    image_hw(image) -> (H, W)
     t2i(k) -> caption, image     images([image, ...]) -> pixels, uint8 (H, W, 3) each
     corpus(n) -> texts to train a tokenizer on    captions() -> (name for messages, caption) of all
 
-Shapes: H, W height and width in pixels, n items.    Run: python data.py   (CPU, 2 s)
+Run: python data.py   (CPU, 2 s)
 """
-
-import functools
 import gzip
 import io
 import json
@@ -30,6 +27,7 @@ import zlib
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -56,7 +54,7 @@ def rng(seed: int, k: int, purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed * 64 + purpose, k]))
 
 
-@functools.lru_cache(maxsize=4)     # two datasets, each in two epochs when a batch crosses epochs
+@lru_cache(maxsize=4)     # two datasets, each in two epochs when a batch crosses epochs
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of n items in an epoch, int32 (n,)."""
     return rng(seed, epoch, Purpose.ORDER).permutation(np.arange(n, dtype=np.int32))
@@ -69,30 +67,25 @@ def order(seed: int, k: int, n: int) -> int:
 
 # ---- Generated scenes --------------------------------------------------------------------------
 
+Shape = tuple[int, int]     # (H, W): height and width in pixels
 DESCRIBE = ("describe the image.", "describe the picture.",
             "what does the image show?", "what is pictured?")
 
 
 class Scenes:
-    """Generated scenes without held-out compositions; scene i is a function of (seed, i).
-
-    hw          shape (H, W) of the pictures in pixels
-    pool        number of scenes; each is made when it is first used
-    questions   share of IT2T samples that ask for one fact; the others ask for a caption
-    """
+    """Generated scenes without held-out compositions; scene i < pool is a function of (seed, i).
+    questions: share of IT2T samples that ask for one fact; the others ask for a caption."""
     tasks = {"t2t", "t2i", "it2t"}
 
-    def __init__(self, seed: int, hw: tuple[int, int] = (32, 32), pool: int = 20000,
-                 questions: float = 0.5):
+    def __init__(self, seed: int, hw: Shape = (32, 32), pool: int = 20000, questions: float = 0.5):
         self.seed, self.hw, self.num_images, self.questions = seed, hw, pool, questions
-        self.scene_of = functools.cache(
-            lambda i: pictures.sample_scene(rng(seed, i, Purpose.SCENE), heldout=False))
-        self._pixels = functools.cache(lambda i: pictures.render(self.scene_of(i), self.hw))
+        self.scene_of = cache(lambda i: pictures.sample_scene(rng(seed, i, Purpose.SCENE)))
+        self._pixels = cache(lambda i: pictures.render(self.scene_of(i), self.hw))
         # One story per scene: writing a new one takes longer than the rest of a sample.
-        self._story = functools.cache(
+        self._story = cache(
             lambda i: language.story(self.scene_of(i), rng(seed, i, Purpose.CAPTION)))
 
-    def image_hw(self, index: int) -> tuple[int, int]:
+    def image_hw(self, index: int) -> Shape:
         return self.hw
 
     def images(self, indices: Iterable[int]) -> list[np.ndarray]:
@@ -114,11 +107,9 @@ class Scenes:
         index, words = self._pick(k)
         if words.random() < self.questions:
             prompt, answer = language.question(self.scene_of(index), words)
-        else:
-            style = int(words.integers(len(DESCRIBE)))      # the prompt sets the caption's wording
-            prompt = DESCRIBE[style]
-            answer = language.caption(self.scene_of(index), words, wording=style)
-        return prompt, index, answer
+            return prompt, index, answer
+        style = int(words.integers(len(DESCRIBE)))          # the prompt sets the caption's wording
+        return DESCRIBE[style], index, language.caption(self.scene_of(index), words, style)
 
     def corpus(self, n: int) -> list[str]:
         return [*DESCRIBE, *language.corpus(rng(self.seed, 0, Purpose.CORPUS), n)]
@@ -130,6 +121,7 @@ class Scenes:
 # ---- Texts -------------------------------------------------------------------------------------
 
 END_TEXT = b"<|endoftext|>"     # between documents; a file without it is one document
+DOCUMENT = re.compile(rb"(?:\A\xef\xbb\xbf)?+\s*+(.*\S)", re.DOTALL)    # without BOM and blanks
 
 
 def clean_text(raw: bytes | str, where: str) -> str:
@@ -173,34 +165,25 @@ def open_text(path: str) -> BinaryIO:
 
 
 def find_documents(file: BinaryIO, name: str) -> Iterator[tuple[int, int]]:
-    """Byte ranges [start, end) of documents, without blanks around them. ValueError naming the line
-    that is not UTF-8."""
+    """Byte ranges [start, end) of documents. ValueError naming the line that is not UTF-8."""
     if not os.fstat(file.fileno()).st_size:
         return                                          # an empty file cannot be mapped
     text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)     # takes no memory, unlike read()
     for number, line in enumerate(iter(text.readline, b""), 1):
-        try:
-            line.decode()
-        except UnicodeDecodeError:
-            raise ValueError(f"{name}:{number}: not UTF-8; convert it, as with iconv") from None
-    start = 3 if text[:3] == b"\xef\xbb\xbf" else 0      # after the mark that some editors write
+        if line.decode(errors="ignore").encode() != line:
+            raise ValueError(f"{name}:{number}: not UTF-8; convert it, as with iconv")
+    start = 0
     for end in [*(match.start() for match in re.finditer(re.escape(END_TEXT), text)), len(text)]:
-        after = end + len(END_TEXT)
-        start = re.compile(rb"\s*").match(text, start).end()
-        while start < end and text[end - 1:end].isspace():
-            end -= 1
-        if start < end:
-            yield start, end
-        start = after
+        if found := DOCUMENT.match(text, start, end):
+            yield found.span(1)
+        start = end + len(END_TEXT)
 
 
 class TextFiles:
-    """Texts on disk: .txt, or .jsonl with a field "text", each also as .gz.
-
-    A document has a window for every 4 seq_len bytes, about seq_len tokens of English. Sample k
-    starts near the beginning of its window, at the next paragraph, sentence or word, and is up to
-    four windows long, so that it fills seq_len tokens unless its document ends.
-    """
+    """Texts on disk: .txt, or .jsonl with a field "text", each also as .gz. A document has a window
+    for every 4 seq_len bytes, about seq_len tokens of English. Sample k starts near the beginning
+    of its window, at the next paragraph, sentence or word. It is up to four windows long, so that
+    it fills seq_len tokens unless its document ends."""
     tasks, num_images = {"t2t"}, 0
 
     def __init__(self, paths: Sequence[str], seed: int = 0, seq_len: int = 256):
@@ -215,8 +198,7 @@ class TextFiles:
             raise ValueError(f"no text in {', '.join(map(str, paths))}")
 
     def t2t(self, k: int) -> str:
-        index = order(self.seed, k, self.num_windows)
-        number, start, end, at = map(int, self._windows[index])
+        number, start, end, at = self._windows[order(self.seed, k, self.num_windows)].tolist()
         if at > start:                                  # the first begins with the document
             at += math.floor((rng(self.seed, k, Purpose.WINDOW).random() - 0.5) * self.stride)
             at = max(start, min(at, end - self.stride))
@@ -246,7 +228,7 @@ Image.MAX_IMAGE_PIXELS = 25_000_000                 # Pillow refuses more than t
 warnings.filterwarnings("ignore", module="PIL")     # of damage that Pillow can repair
 
 
-def buckets(size: int, multiple: int) -> list[tuple[int, int]]:
+def buckets(size: int, multiple: int) -> list[Shape]:
     """Shapes (H, W) with aspect ratios from 1:2 to 2:1. Each side is a multiple of `multiple`, and
     the long side is the largest for which H W <= size^2. size: a multiple, too."""
     short = [side for side in range(size, 0, -multiple) if size**2 <= 2 * side**2]
@@ -254,13 +236,10 @@ def buckets(size: int, multiple: int) -> list[tuple[int, int]]:
     return sorted({*flat, *((width, height) for height, width in flat)})
 
 
-def decode(file: BinaryIO, shapes: Sequence[tuple[int, int]], header_only: bool = False
-           ) -> np.ndarray | tuple[int, int]:
-    """Stored picture -> RGB, uint8 (H, W, 3): its first frame, turned as EXIF says, over white.
-
-    It is scaled, and cropped at the centre, to the (H, W) of `shapes` nearest in aspect ratio;
-    header_only returns this (H, W) without decoding. ValueError for what is no whole picture.
-    """
+def decode(file: BinaryIO, shapes: list[Shape], header_only: bool = False) -> np.ndarray | Shape:
+    """Stored picture -> RGB, uint8 (H, W, 3): its first frame, turned as EXIF says, over white,
+    scaled and cropped at the centre to the (H, W) of `shapes` nearest in aspect ratio.
+    header_only returns this (H, W) without decoding. ValueError for a damaged picture."""
     try:
         image = Image.open(file, formats=FORMATS)
         # A PNG may have EXIF behind its pixels, but getexif() would decode them to look for it.
@@ -274,12 +253,11 @@ def decode(file: BinaryIO, shapes: Sequence[tuple[int, int]], header_only: bool 
         image = to_rgb(ImageOps.exif_transpose(image))
         return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
     except Exception as error:                  # Pillow raises nearly every type on a damaged file
-        raise ValueError("not a whole picture of at most 50 megapixels: "
-                         f"{type(error).__name__}") from None
+        raise ValueError(f"damaged, or above 50 megapixels: {type(error).__name__}") from None
 
 
-def load_image(path: str, hw: tuple[int, int]) -> np.ndarray:
-    """One picture file -> uint8 (H, W, 3). Errors: OSError, and those of decode."""
+def load_image(path: str, hw: Shape) -> np.ndarray:
+    """One picture file -> uint8 (H, W, 3). OSError, which names the file, or ValueError."""
     with open(path, "rb") as file:
         return decode(file, [hw])
 
@@ -292,8 +270,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         gray = np.where(gray == image.info.get("transparency"), white, gray) * (255 / white)
         return Image.fromarray(gray.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:                     # an alpha channel, or a transparent colour
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -308,8 +285,7 @@ class Part(NamedTuple):
 
     def read(self) -> bytes:
         with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
+            return os.pread(file.fileno(), self.size, self.start)
 
 
 def file_part(root: str, name: str) -> Part:
@@ -322,12 +298,10 @@ def file_part(root: str, name: str) -> Part:
 
 def find_pictures(path: str) -> Iterator[tuple[Part, str]]:
     """(picture, caption) of a .jsonl, a .tar or a folder, always in the same order.
-
-    .jsonl      rows {"file_name" or "file": name in its folder, "text" or "caption": text}
-    .tar        a shard of WebDataset, uncompressed: 7.jpg and 7.txt or 7.json are a sample
-    folder      its metadata.jsonl or captions.jsonl; without one, its .tar shards; without
-                those, pictures with a .txt of the same name, also in subfolders
-    """
+    .jsonl   rows {"file_name" or "file": name in its folder, "text" or "caption": text}
+    .tar     a shard of WebDataset, uncompressed: 7.jpg and 7.txt or 7.json are a sample
+    folder   its metadata.jsonl or captions.jsonl; without one, its .tar shards; without those,
+             pictures with a .txt of the same name, also in subfolders"""
     if path.endswith(".jsonl"):
         root = os.path.realpath(os.path.dirname(path))
         with open(path, "rb") as file:
@@ -355,22 +329,29 @@ def with_captions(parts: Iterable[Part]) -> Iterator[tuple[Part, str]]:
     for name, part in named.items():
         stem, ending = os.path.splitext(name)
         if ending.lower() in IMAGE_NAMES:
-            caption = ""
-            if text := named.get(stem + ".txt") or named.get(stem + ".json"):
-                caption = clean_text(text.read(), text.name)
-                if text.name.endswith(".json"):
-                    [(_, caption)] = json_rows([caption.encode()], text.name)
+            text = named.get(stem + ".txt") or named.get(stem + ".json")
+            caption = clean_text(text.read(), text.name) if text else ""
+            if text and text.name.endswith(".json"):
+                [(_, caption)] = json_rows([caption.encode()], text.name)
             yield part, caption
+
+
+class Member(tarfile.TarInfo):
+    """A tar header. ReadError for a long one that extends the next (pax, GNU names): tarfile would
+    read all that it claims to have, and search it in a time that grows with its square."""
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Member":
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in b"xgXLK" and member.size > 1 << 14:
+            raise tarfile.ReadError("a header of more than 16 KiB")
+        return member
 
 
 def tar_parts(path: str) -> Iterator[Part]:
     """The files in an uncompressed tar, without links. Nothing is unpacked: a name is only a label.
-
-    WebDataset names a sample up to the first dot: 7.seg.png and 7.cls.txt belong to sample 7, but
-    are neither its picture nor its caption, so files with two dots are skipped.
-    """
+    A name with two dots, such as 7.seg.png, is neither the picture nor the caption of sample 7."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=Member) as tar:
             while member := tar.next():
                 if member.isreg() and os.path.basename(member.name).count(".") == 1:
                     yield Part(f"{path}:{member.name}", path, member.offset_data, member.size)
@@ -378,11 +359,11 @@ def tar_parts(path: str) -> Iterator[Part]:
             tar.fileobj.seek(tar.offset)
             if any(tar.fileobj.read(tarfile.BLOCKSIZE)):    # tarfile takes a bad header for the end
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
-    except (tarfile.TarError, MemoryError) as error:        # a bad header may claim a huge size
-        raise ValueError(f"{path}: not a whole uncompressed tar ({error!r}); copy it") from None
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a whole uncompressed tar ({error}); copy it") from None
 
 
-@functools.cache
+@cache
 def warn_once(line: str) -> None:
     """Print a line for the user to stderr: once, and in the first of several workers only."""
     if os.environ.get("RANK", "0") == "0":
@@ -390,18 +371,12 @@ def warn_once(line: str) -> None:
 
 
 class ImageText:
-    """Captioned pictures on disk, from the paths that find_pictures reads.
-
-    hw          shape (H, W) to which pictures are scaled and cropped
-    aspect      instead, the nearest of buckets(H, multiple) for each picture
-    texts       the texts of T2T; without them, T2T has the captions
-
-    Pictures without a header or a caption are left out; ValueError if none is left. Damage in the
-    pixels is found later: the next picture of this shape that decodes replaces the damaged one.
-    """
+    """Captioned pictures on disk, from the paths that find_pictures reads. They have the shape hw
+    or, with aspect, the nearest of buckets(H, multiple). T2T has the captions, or `texts`.
+    Pictures without a header or a caption are left out; ValueError if none is left."""
     tasks = {"t2t", "t2i", "it2t"}
 
-    def __init__(self, paths: Sequence[str], seed: int = 0, hw: tuple[int, int] = (32, 32),
+    def __init__(self, paths: Sequence[str], seed: int = 0, hw: Shape = (32, 32),
                  aspect: bool = False, multiple: int = 8, texts: TextFiles | None = None):
         shapes = buckets(hw[0], multiple) if aspect else [hw]
         self.seed, self._texts = seed, texts
@@ -424,28 +399,23 @@ class ImageText:
                       + ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3))
         if not self._parts:
             raise ValueError(f"no captioned image that can be used in {', '.join(map(str, paths))}")
-        self._pixels = functools.lru_cache(CACHE_BYTES // (3 * math.prod(hw)))(self._load)
+        self._picture = lru_cache(CACHE_BYTES // (3 * math.prod(hw)))(self._load)
 
-    def _load(self, index: int) -> np.ndarray | None:
-        """Pixels (H, W, 3); None for a damaged picture."""
-        part = self._parts[index]
-        try:
-            return decode(io.BytesIO(part.read()), [self._hw[index]])
-        except ValueError as error:
-            warn_once(f"left out from now on: {part.name!r} ({error})")
-
-    def _usable(self, index: int) -> int:
-        """The image itself, or, if it is damaged, the next of its shape that decodes."""
+    def _load(self, index: int) -> tuple[int, np.ndarray]:
+        """The image or, if its pixels are damaged, the next of its shape: index, (H, W, 3)."""
         for other in ((index + step) % self.num_images for step in range(self.num_images)):
-            if self._hw[other] == self._hw[index] and self._pixels(other) is not None:
-                return other
+            if self._hw[other] == self._hw[index]:
+                try:
+                    return other, decode(io.BytesIO(self._parts[other].read()), [self._hw[other]])
+                except ValueError as error:
+                    warn_once(f"left out from now on: {self._parts[other].name!r} ({error})")
         raise ValueError("no picture of this shape can be decoded any more; check the files")
 
-    def image_hw(self, index: int) -> tuple[int, int]:
+    def image_hw(self, index: int) -> Shape:
         return self._hw[index]
 
     def images(self, indices: Iterable[int]) -> list[np.ndarray]:
-        return [self._pixels(self._usable(int(index))) for index in indices]
+        return [self._picture(int(index))[1] for index in indices]
 
     def t2t(self, k: int) -> str:
         if self._texts:
@@ -453,7 +423,7 @@ class ImageText:
         return self._captions[order(self.seed, k, self.num_images)]
 
     def t2i(self, k: int) -> tuple[str, int]:
-        index = self._usable(order(self.seed, k, self.num_images))
+        index, _ = self._picture(order(self.seed, k, self.num_images))
         return self._captions[index], index
 
     def it2t(self, k: int) -> tuple[str, int, str]:
@@ -462,15 +432,12 @@ class ImageText:
 
     def corpus(self, n: int) -> list[str]:
         count = n // 2 if self._texts else n            # of captions
-        captions = [self._captions[order(self.seed, k, self.num_images)]
-                    for k in range(min(count, self.num_images))]
+        captions = [self._captions[i] for i in permutation(self.seed, 0, self.num_images)[:count]]
         return [DESCRIBE[0], *captions, *(self._texts.corpus(n - count) if self._texts else [])]
 
     def captions(self) -> Iterator[tuple[str, str]]:
         return ((part.name, caption) for part, caption in zip(self._parts, self._captions))
 
-
-# ---- The dataset of a run ----------------------------------------------------------------------
 
 def open_data(args: Namespace) -> Scenes | ImageText | TextFiles:
     """The dataset of the flags --data and --text; generated scenes when both are empty."""
@@ -485,11 +452,4 @@ if __name__ == "__main__":
     world = Scenes(seed=0)
     for task in ("t2t", "t2i", "it2t"):
         print(f"sample 7 of {task} (expect the same in every run):", getattr(world, task)(7))
-    with tempfile.TemporaryDirectory() as folder:
-        for i, pixels in enumerate(world.images(range(5))):
-            Image.fromarray(pixels).save(f"{folder}/{i}.png")
-            Path(folder, f"{i}.txt").write_text(f"picture {i}")
-        os.truncate(f"{folder}/3.png", 20)
-        pairs = ImageText([folder])
-        print("captions of 5 pictures, one of them cut off (expect 4 of 5):",
-              [pairs.t2i(k)[0] for k in range(pairs.num_images)])
+    print("items of samples 0 to 9 (expect 0 to 4, twice):", [order(0, k, 5) for k in range(10)])

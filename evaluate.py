@@ -4,24 +4,22 @@ Images, captions, answers and stories are generated for scenes that training nev
 compositions it has seen, and of compositions that were held out. The exact readers of scenes/ judge
 them, without a network. Every rate has its Wilson interval (95 %).
 
-    metrics.json   {"n", "seen": {"t2i": {"scene": rate, ..}, ..}, "heldout": .., "ceiling": ..,
-                    "seconds" of training, "config": all flags}
-    samples.png    images drawn for captions; captions and answers given to images
-    loss.png       every loss in log.jsonl
+    metrics.json  {"n", "seen": {"t2i": {"scene": rate}}, "heldout", "ceiling", "seconds", "config"}
+    samples.png   images drawn for captions; captions and answers given to images
+    loss.png      every loss in log.jsonl
 
-train.py ends with the same evaluation. Networks compute in float32, as in sample.py.
-
-Run: python evaluate.py --out_dir out   (a CPU with 2 cores: about a minute for the default model)
+Run: python evaluate.py --out_dir out   (CPU, a minute for the default model; train.py ends with it)
 """
-import argparse
 import json
 import math
 import shlex
 import sys
 import textwrap
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,16 +31,12 @@ from tqdm import tqdm
 import cola
 import config
 import cuda_attention
-import data
 import sample
-import workers
 from checkpoint import read_log
 from cola import Cola
-from data import Purpose, rng
-from sample import Settings
+from data import SEEDS, Purpose, open_data, rng
 from scenes import language, pictures
-from scenes.pictures import Scene
-from workers import Worker
+from workers import Worker, join
 
 GROUP = 64                                 # scenes that are sampled together
 Verdicts = Iterator[tuple[str, bool]]      # name of a rate, whether this sample is right
@@ -51,7 +45,7 @@ Cells = list[tuple[np.ndarray, str]]       # images uint8 (H, W, 3) with their t
 
 class Group(NamedTuple):
     """Scenes with the seed and the numbers of their random choices."""
-    scenes: list[Scene]
+    scenes: list[pictures.Scene]
     seed: int
     numbers: range
 
@@ -70,68 +64,59 @@ def draw_scenes(seed: int, numbers: range, heldout: bool) -> Group:
 
 # ---- Judges: a verdict for each rate and sample ------------------------------------------------
 
-def judge_images(model: Cola, group: Group, settings: Settings) -> Verdicts:
+def judge_images(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
     """T2I: whether the image drawn for a caption shows what the caption says."""
     captions = group.captions()
     images = sample.generate_images(model, captions, settings, first=group.numbers[0])
     for caption, image, scene in zip(captions, images, group.scenes):
-        objects = len(scene.objects)
         found = language.matches(pictures.read_image(image), language.read_caption(caption))
-        if objects == 1:
-            del found["relation"]
         for name, right in found.items():
-            yield f"t2i.{name}", right
-        yield f"t2i.by_count.{objects}", found["scene"]
+            if name != "relation" or len(scene.objects) > 1:
+                yield f"t2i.{name}", right
+        yield f"t2i.by_count.{len(scene.objects)}", found["scene"]
 
 
-def judge_answers(model: Cola, group: Group, settings: Settings) -> Verdicts:
+def judge_answers(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
     """IT2T: whether a description is exact, whether it is true, and whether an answer is true."""
     images = [pictures.render(scene, model.image_hw) for scene in group.scenes]
-
-    def ask(prompts: list[str]) -> list[str]:
-        return sample.generate_text(model, [""] * len(prompts), prompts, images, settings,
-                                    first=group.numbers[0])
-
+    ask = partial(sample.generate_text, model, [""] * len(images), images=images,
+                  settings=settings, first=group.numbers[0])
     for scene, caption in zip(group.scenes, ask(["describe the image."] * len(images))):
         description = language.read_caption(caption)
         yield "it2t.exact", language.is_exact(description, scene)
         yield "it2t.true", language.is_true(description, scene)
-    questions = [language.question(scene, words)[0]
-                 for scene, words in zip(group.scenes, group.rngs(Purpose.CAPTION))]
+    questions, _ = zip(*map(language.question, group.scenes, group.rngs(Purpose.CAPTION)))
     for scene, question, answer in zip(group.scenes, questions, ask(questions)):
         yield "it2t.vqa", answer in language.answers(scene, question)
 
 
-def judge_stories(model: Cola, group: Group, settings: Settings) -> Verdicts:
-    """T2T: whether the continuation of the first one or two sentences of a story contradicts
-    nothing. Every story has at least three."""
+def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
+    """T2T: whether what follows the first sentences of a story does not contradict them."""
     prefixes = []
     for scene, words in zip(group.scenes, group.rngs(Purpose.WINDOW)):
-        sentences = language.story(scene, words).split(". ")
+        sentences = language.story(scene, words).split(". ")           # three or more
         prefixes.append(". ".join(sentences[:int(words.integers(1, 3))]) + ".")
     texts = sample.generate_text(model, prefixes, settings=settings, first=group.numbers[0])
     for prefix, text in zip(prefixes, texts):
         yield "t2t.consistent", language.consistent(prefix, text)
 
 
-def judge_image_vae(model: Cola, group: Group, tasks: set[str]) -> Verdicts:
-    """An upper bound for T2I: whether the scene is still read right after the image VAE."""
-    h, w = (side // model.image_vae.downsample for side in model.image_hw)
-    z = model.encode_images([pictures.render(scene, model.image_hw) for scene in group.scenes])
-    for caption, image in zip(group.captions(), model.decode_images(z, (h, w))):
-        found = language.matches(pictures.read_image(image), language.read_caption(caption))
-        yield "image", found["scene"]
-
-
-def judge_text_vae(model: Cola, group: Group, tasks: set[str]) -> Verdicts:
-    """An upper bound for text: whether every token of a caption, and of a story, comes back."""
-    texts = group.captions() if tasks - {"t2t"} else []
-    if "t2t" in tasks:
-        texts += map(language.story, group.scenes, group.rngs(Purpose.WINDOW))
+def judge_vaes(model: Cola, group: Group, tasks: set[str]) -> Verdicts:
+    """Upper bounds: whether every token of a caption, or of a story, comes back from the text VAE,
+    and whether the scene is still read right after the image VAE."""
+    captions = group.captions() if tasks - {"t2t"} else []
+    stories = map(language.story, group.scenes, group.rngs(Purpose.WINDOW))
+    texts = [*captions, *stories] if "t2t" in tasks else captions
     ids = [model.ids(text, end=True) for text in texts]
     logits = model.text_vae.decode(*model.encode_text(ids))                          # (T, V)
     for own, decoded in zip(ids, logits.argmax(-1).split([len(x) for x in ids])):
         yield "text", decoded.tolist() == own
+    if captions:
+        h, w = (side // model.image_vae.downsample for side in model.image_hw)
+        z = model.encode_images([pictures.render(scene, model.image_hw) for scene in group.scenes])
+        for caption, image in zip(captions, model.decode_images(z, (h, w))):
+            found = language.matches(pictures.read_image(image), language.read_caption(caption))
+            yield "image", found["scene"]
 
 
 # ---- Rates -------------------------------------------------------------------------------------
@@ -144,7 +129,7 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
     return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
-def settings(args: argparse.Namespace, seed: int = 0) -> tuple[Settings, Settings]:
+def settings(args: Namespace, seed: int = 0) -> tuple[sample.Settings, sample.Settings]:
     """How images and how texts are generated, by the flags of the run."""
     image = replace(sample.IMAGE, steps=args.sample_steps, seed=seed, guidance=args.guidance)
     text = replace(sample.TEXT, steps=args.sample_steps, seed=seed, guidance=args.text_guidance,
@@ -154,28 +139,23 @@ def settings(args: argparse.Namespace, seed: int = 0) -> tuple[Settings, Setting
 
 
 @torch.no_grad()
-def rates(model: Cola, args: argparse.Namespace, tasks: set[str], worker: Worker) -> dict:
-    """Rates in [0, 1] of the tasks, on scenes that training never drew: "seen", "heldout" and, for
-    the VAEs alone, "ceiling". n = --eval_samples scenes for each rate, but n of every number of
-    objects for T2I. The workers share the samples; all of them return the same result."""
-    seed, n = data.SEEDS + args.seed, args.eval_samples        # a seed that no run can have
+def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict:
+    """Rates in [0, 1] of the tasks. A rate has n = --eval_samples scenes; for T2I, n of every
+    number of objects. The workers share the samples; all of them return the same result."""
+    seed, n = SEEDS + args.seed, args.eval_samples             # a seed that no run can have
     image, text = settings(args, seed)
-    judges = {"t2i": (judge_images, image, 3 * n), "it2t": (judge_answers, text, n),
-              "t2t": (judge_stories, text, n)}                 # judge, its argument, scenes
-    work = [(split, *judges[task]) for split in ("seen", "heldout") for task in judges
-            if task in tasks]
-    work += [("ceiling", judge_text_vae, tasks, n)]
-    work += [("ceiling", judge_image_vae, tasks, n)] if tasks - {"t2t"} else []
+    judges = {"t2i": (partial(judge_images, settings=image), 3 * n),
+              "it2t": (partial(judge_answers, settings=text), n),
+              "t2t": (partial(judge_stories, settings=text), n)}         # judge, number of scenes
+    work = [(split, *judges[task]) for split in ("seen", "heldout") for task in sorted(tasks)]
+    work.append(("ceiling", partial(judge_vaes, tasks=tasks), n))
     # A group has successive numbers, because sampling numbers its noise from the first one on.
-    groups = [(split, judge, argument, range(first, min(first + GROUP, count)))
-              for split, judge, argument, count in work for first in range(0, count, GROUP)]
+    groups = [(split, judge, range(count)[first:first + GROUP])
+              for split, judge, count in work for first in range(0, count, GROUP)]
     verdicts = []
-    for split, judge, argument, numbers in tqdm(worker.share(groups), "evaluate",
-                                                disable=worker.rank > 0):
+    for split, judge, numbers in tqdm(worker.share(groups), "evaluate", disable=worker.rank > 0):
         group = draw_scenes(seed, numbers, heldout=split == "heldout")
-        verdicts += [(f"{split}.{name}", bool(right))
-                     for name, right in judge(model, group, argument)]
-
+        verdicts += [(f"{split}.{name}", bool(right)) for name, right in judge(model, group)]
     samples = defaultdict(list)
     for name, right in worker.gather(verdicts):
         samples[name].append(right)
@@ -190,15 +170,13 @@ def rates(model: Cola, args: argparse.Namespace, tasks: set[str], worker: Worker
 
 
 def table(metrics: dict) -> str:
-    """The rates with their intervals as lines of text: seen compositions and held-out ones."""
+    """Lines of text: every rate with the interval of its number of samples, `counts`."""
     n, tasks = metrics["n"], metrics["seen"].keys()
     kinds = ("t2t" in tasks) + bool(tasks - {"t2t"})           # of texts: stories, captions
-    # Number of samples behind each rate.
     counts = {"t2i.scene": 3 * n, "t2i.by_count.1": n, "t2i.by_count.2": n, "t2i.by_count.3": n,
               "t2i.count": 3 * n, "t2i.color": 3 * n, "t2i.shape": 3 * n, "t2i.size": 3 * n,
               "t2i.relation": 2 * n, "t2i.background": 3 * n, "it2t.exact": n, "it2t.true": n,
               "it2t.vqa": n, "t2t.consistent": n, "ceiling.image": n, "ceiling.text": kinds * n}
-
     def cell(path: str, count: int) -> str:
         rate = metrics
         for key in path.split("."):
@@ -207,28 +185,25 @@ def table(metrics: dict) -> str:
             return ""
         low, high = wilson(rate, count)
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
-
     lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
     for name, count in counts.items():
-        seen = cell(f"seen.{name}", count) or cell(name, count)
-        if seen:
-            title, heldout = name.replace(".", " "), cell(f"heldout.{name}", count)
-            lines.append(f"{title:26s}{seen:24s}{heldout}")
+        if seen := cell(f"seen.{name}", count) or cell(name, count):
+            heldout = cell(f"heldout.{name}", count)
+            lines.append(f"{name.replace('.', ' '):26s}{seen:24s}{heldout}")
     return "\n".join(lines)
 
 
 # ---- Pictures ----------------------------------------------------------------------------------
 
 def captioned_grid(cells: Cells) -> Image.Image:
-    """Rows of six images, each scaled to fit into 160 x 160 pixels, above its text."""
+    """Rows of six images, each scaled to fit into 160 x 160 pixels, above five lines of text."""
     canvas = Image.new("RGB", (6 * 168, math.ceil(len(cells) / 6) * 240), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (image, text) in enumerate(cells):
         x, y = i % 6 * 168, i // 6 * 240
         picture = ImageOps.contain(Image.fromarray(image), (160, 160), Image.Resampling.NEAREST)
         canvas.paste(picture, (x, y))
-        lines = textwrap.wrap(text, 26)    # a letter is about 6 pixels wide
-        pen.multiline_text((x, y + 164), "\n".join(lines[:5]), fill="black")
+        pen.multiline_text((x, y + 164), "\n".join(textwrap.wrap(text, 26)[:5]), fill="black")
     return canvas
 
 
@@ -237,10 +212,9 @@ def loss_plot(stage: str, entries: list[dict]) -> Image.Image:
     other = {"stage", "step", "skipped", "lr", "norm", "seconds", "data_seconds", "positions",
              "logsnr", "log_q", "drift"}
     curves = {}                            # name: (n, 2) steps and losses
-    for name in sorted({name for entry in entries for name in entry} - other):
-        points = [(entry["step"], entry[name]) for entry in entries if (entry.get(name) or 0) > 0]
-        if points:                         # at most 50, each the mean of successive steps
-            parts = np.array_split(points, min(50, len(points)))
+    for name in sorted(set().union(*entries) - other):
+        if points := [(e["step"], e[name]) for e in entries if (e.get(name) or 0) > 0]:
+            parts = np.array_split(points, min(50, len(points)))       # each becomes its mean
             curves[name] = np.array([part.mean(0) for part in parts])
     values = [value for curve in curves.values() for value in curve[:, 1]]
     low, high = min(values, default=1.0), 1.01 * max(values, default=1.0)
@@ -259,27 +233,36 @@ def loss_plot(stage: str, entries: list[dict]) -> Image.Image:
 
 # ---- The report of a run -----------------------------------------------------------------------
 
-def report(args: argparse.Namespace, worker: Worker, dataset=None) -> None:
-    """Evaluates out_dir/ckpt.pt with its averaged weights. All workers call it and share the
-    samples; worker 0 writes metrics.json, samples.png and loss.png, and prints the table."""
-    found, tasks = cola.read(Path(args.out_dir, "ckpt.pt")), set(config.task_shares(args.tasks))
-    metrics, cells, lines = {}, [], []
+def report(args: Namespace, worker: Worker, dataset=None) -> None:
+    """Evaluates the averaged weights of out_dir/ckpt.pt. All workers call it and share the samples;
+    worker 0 writes the files for which there is something to write, and prints the rates."""
+    out, tasks = Path(args.out_dir), set(config.task_shares(args.tasks))
+    found, metrics, cells, lines = cola.read(out / "ckpt.pt"), {}, [], []
     if found["progress"]["mmdit"]:
         model = cola.build(found).to(worker.device)
         if args.eval_samples and not (args.data or args.text):
             metrics = rates(model, args, tasks, worker)
             metrics |= {"seconds": round(found["seconds"], 1), "config": vars(args)}
         if worker.rank == 0:
-            cells, lines = draw(model, args, tasks, dataset or data.open_data(args))
+            cells, lines = draw(model, args, tasks, dataset or open_data(args))
     if worker.rank == 0:
-        write(Path(args.out_dir), metrics, cells)
-        show(metrics, lines, found["seconds"])
+        if metrics:
+            (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        if cells:
+            captioned_grid(cells).save(out / "samples.png")
+        stages = defaultdict(list)
+        for entry in read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []:
+            stages[entry["stage"]].append(entry)
+        if stages:
+            plots = [loss_plot(stage, entries) for stage, entries in stages.items()]
+            Image.fromarray(np.hstack(plots)).save(out / "loss.png")
+        print(table(metrics) if metrics else "no rates: they need a trained prior, generated "
+              "scenes and --eval_samples")
+        print(*lines, f"{found['seconds'] / 60:.1f} minutes of training", sep="\n")
 
 
-def draw(model: Cola, args: argparse.Namespace, tasks: set[str],
-         dataset) -> tuple[Cells, list[str]]:
-    """Images drawn for captions and texts written for images; lines to print, with continued texts
-    and a command to try for every task."""
+def draw(model: Cola, args: Namespace, tasks: set[str], dataset) -> tuple[Cells, list[str]]:
+    """Images with texts; lines to print: continued texts, and a command to try for every task."""
     (image, text), cells, lines, commands = settings(args), [], [], []
     numbers = range(10**9, 10**9 + 6)      # samples that training does not reach
     if "t2i" in tasks:
@@ -299,30 +282,9 @@ def draw(model: Cola, args: argparse.Namespace, tasks: set[str],
             lines.append(f"{prefix} |{continuation}")
         commands.append(["t2t", prefixes[0]])
     for command in commands:
-        words = shlex.join([*command, "--checkpoint", f"{args.out_dir}/ckpt.pt"])
-        lines.append(f"try: python sample.py {words}")
+        command += ["--checkpoint", f"{args.out_dir}/ckpt.pt"]
+        lines.append(f"try: python sample.py {shlex.join(command)}")
     return cells, lines
-
-
-def write(out: Path, metrics: dict, cells: Cells) -> None:
-    """Writes those of the three files for which there is something to write."""
-    if metrics:
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    if cells:
-        captioned_grid(cells).save(out / "samples.png")
-    stages = defaultdict(list)
-    for entry in read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []:
-        stages[entry["stage"]].append(entry)
-    if stages:
-        plots = [loss_plot(stage, entries) for stage, entries in stages.items()]
-        Image.fromarray(np.hstack(plots)).save(out / "loss.png")
-
-
-def show(metrics: dict, lines: list[str], seconds: float) -> None:
-    """Prints the rates and the lines of `draw`."""
-    print(table(metrics) if metrics else "no rates: they need a trained prior, generated scenes "
-          "and --eval_samples")
-    print(*lines, f"{seconds / 60:.1f} minutes of training", sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -332,16 +294,18 @@ def main(argv: list[str] | None = None) -> int:
         given = config.parse(sys.argv[1:] if argv is None else argv, "evaluate.py", config.EVALUATE)
         path = Path(given.get("out_dir", config.DEFAULTS["out_dir"]), "ckpt.pt")
         args = config.merge(given, cola.read(path)["args"], "resume", str(path))
-        worker = workers.join(args)
+        worker = join(args)
         line = cuda_attention.set_backend(args.attention, worker.device)
         if worker.rank == 0:
             print(line)
         report(args, worker)
         return worker.leave(0)
     except (ValueError, OSError) as error:
-        return worker.leave(2, str(error))
+        return worker.leave(2, error)
     except KeyboardInterrupt:
         return worker.leave(130, "stopped")
+    except RuntimeError as error:
+        return worker.leave(1, error)
 
 
 if __name__ == "__main__":

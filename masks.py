@@ -1,20 +1,15 @@
 """Masks: the attention mask is the task.
 
-A packed sequence holds several samples, each with a task. A position has a sample, a segment type
-s, a block id b and coordinates. Query i may attend to key j of the same sample if the rule for its
-task and the two segment types allows it (blog, section 3):
+Query i of a packed sequence may attend to key j of the same sample if the rule for its task and
+their two segment types s allows it, given their block ids b (blog, section 3):
 
     M_ij = 1  <=>  sample_i = sample_j  and  b_j stands to b_i as RULES[task][s_i][s_j] says
 
-    task   layout of a sample     what is predicted
-    T2T    [C][N]                 text blocks
-    T2I    [C][I][N]              the image, and its caption as an auxiliary task
-    IT2T   [P][I][C][N]           the answer; instruction P and image I are clean context
+    T2T   [C][N]          predicts N: text, block by block
+    T2I   [C][I][N]       the image I, and its caption N as an auxiliary task
+    IT2T  [P][I][C][N]    the answer N; instruction P and image I (one block) are clean context
 
-    P instruction   C clean text   I image (one block)
-    N noisy text: the same blocks and coordinates as its clean copy C
-
-A new task is one more 4 x 4 table; this code and the attention stay as they are.
+C is clean text; noisy text N has the same blocks and coordinates. A new task needs one more table.
 
 Shapes: L positions, S samples.    Run: python masks.py   (CPU, 2 s; draws masks.png)
 """
@@ -32,8 +27,7 @@ SEGMENTS = "PCIN"
 T2T, T2I, IT2T = range(3)                              # tasks
 TASKS = ("t2t", "t2i", "it2t")
 LT, EQ, GT = 1, 2, 4                                   # key's block before, at, after the query's
-NEVER, LE, ALWAYS = 0, LT | EQ, LT | EQ | GT           # sets of these
-_ = NEVER
+_, LE, ALWAYS = 0, LT | EQ, LT | EQ | GT               # sets of these; _ is never
 
 # keys:       P       C       I       N          queries
 T2T_RULE = [[_,      _,      _,      _],       # P
@@ -51,7 +45,7 @@ IT2T_RULE = [[ALWAYS, _,      ALWAYS, _],      # P   instruction and image are o
 RULES = torch.tensor([T2T_RULE, T2I_RULE, IT2T_RULE], dtype=torch.uint8)    # (task, s_i, s_j)
 
 
-# ---- Layout ------------------------------------------------------------------------------------
+# ---- Layout and packing ------------------------------------------------------------------------
 
 @dataclass
 class Layout:
@@ -66,13 +60,11 @@ class Layout:
     def __len__(self) -> int:
         return self.sample.numel()
 
-    def positions(self) -> list[Tensor]:
-        """The fields of shape (L,)."""
+    def positions(self) -> list[Tensor]:    # the fields of shape (L,)
         return [self.sample, self.segment, self.block, self.row, self.col]
 
     def to(self, device) -> Layout:
-        tensors = *self.positions(), self.task
-        return Layout(*(x.to(device, non_blocking=True) for x in tensors))
+        return Layout(*(x.to(device, non_blocking=True) for x in vars(self).values()))
 
     def select(self, index: Tensor) -> Layout:
         """The layout of some of the positions; index is (n,) positions or (L,) bool."""
@@ -86,16 +78,12 @@ def concat(a: Layout, b: Layout) -> Layout:
 
 def duplicate(a: Layout) -> Layout:
     """The positions of a, then the same positions again as further samples."""
-    task = torch.cat([a.task, a.task])
-    return concat(a, replace(a, sample=a.sample + a.task.numel(), task=task))
+    return concat(a, replace(a, sample=a.sample + len(a.task), task=a.task.repeat(2)))
 
-
-# ---- Packing -----------------------------------------------------------------------------------
 
 @dataclass
 class Sample:
-    """One sample to be packed. A segment of length 0 is left out and the others keep their
-    coordinates, as in the unconditional layouts of guidance: T2I [I], IT2T [N], T2T [N]."""
+    """One sample to be packed. A segment of length 0 is left out."""
     task: int
     prompt: int = 0                        # positions of P
     image: tuple[int, int] = (0, 0)        # rows and columns of I
@@ -109,23 +97,22 @@ class Sample:
 def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
     """Lays samples one after another, each as [P][I][C][N] or, without P, [C][I][N]. The order
     inside a sample does not matter: attention reads segments, blocks and coordinates."""
-    pieces = []      # a row a segment: sample, type, length, first coordinate, first index, columns
+    pieces = []      # of each segment: sample, type, length, coordinate of index 0, index, columns
     for number, s in enumerate(samples):
         h, w = s.image
-        noisy_first = s.first + s.skip
         p = number, P, s.prompt, 0, 0, 1
         i = number, I, h * w, 0, 0, w
-        c = number, C, s.clean, s.start + s.first, s.first, 1
-        n = number, N, s.noisy - s.skip, s.start + noisy_first, noisy_first, 1
+        c = number, C, s.clean, s.start, s.first, 1
+        n = number, N, s.noisy - s.skip, s.start, s.first + s.skip, 1
         pieces += (p, i, c, n) if s.prompt else (c, i, n)
     pieces = np.array(pieces, dtype=np.int64).reshape(-1, 6)
     length = pieces[:, 2]
     begin = np.cumsum(length) - length                                      # (pieces,)
     sample, segment, _, start, first, w = pieces.repeat(length, 0).T        # (L,) each
-    offset = np.arange(len(sample)) - begin.repeat(length)                  # in its segment
-    block = np.where((segment == C) | (segment == N), (first + offset) // block_len, 0)
-    row = np.where(segment == I, offset // w, start + offset)
-    col = np.where(segment == I, offset % w, start + offset)
+    index = first + np.arange(len(sample)) - begin.repeat(length)           # in its text or image
+    block = np.where((segment == C) | (segment == N), index // block_len, 0)
+    row = np.where(segment == I, index // w, start + index)
+    col = np.where(segment == I, index % w, start + index)
     arrays = sample, segment, block, row, col, np.array([s.task for s in samples], dtype=np.int64)
     return Layout(*(torch.tensor(x, device=device) for x in arrays))
 
@@ -155,17 +142,13 @@ def dense(q: Layout, k: Layout, rules: Tensor = RULES) -> Tensor:
     return allowed(q, i[:, None], k, j[None, :], rules)
 
 
-# ---- A picture ---------------------------------------------------------------------------------
-
 def draw(layout: Layout, cell: int = 10) -> Image.Image:
     """The mask as in the blog's Figure 2: rows are queries, columns keys, red pairs are allowed.
     Strips on top and left show the segment: green P, blue C, orange I, purple N."""
     colors = np.array([(80, 170, 90), (70, 120, 200), (240, 150, 50), (150, 90, 190)], np.uint8)
-    strip = colors[layout.segment.cpu()]
-    mask = dense(layout, layout).cpu().numpy()[..., None]                   # (L, L, 1)
     picture = np.full((len(layout) + 2, len(layout) + 2, 3), 255, np.uint8)
-    picture[0, 2:] = picture[2:, 0] = strip
-    picture[2:, 2:] = np.where(mask, (215, 60, 50), (225, 225, 225))
+    picture[0, 2:] = picture[2:, 0] = colors[layout.segment]
+    picture[2:, 2:] = np.where(dense(layout, layout)[..., None], (215, 60, 50), (225, 225, 225))
     picture = picture.repeat(cell, 0).repeat(cell, 1)
     picture[cell * 2::cell, cell * 2:] = picture[cell * 2:, cell * 2::cell] = 255    # grid lines
     return Image.fromarray(picture)
@@ -174,12 +157,10 @@ def draw(layout: Layout, cell: int = 10) -> Image.Image:
 if __name__ == "__main__":
     examples = [Sample(T2T, clean=6, noisy=6), Sample(T2I, clean=4, image=(2, 3), noisy=4),
                 Sample(IT2T, prompt=3, image=(2, 2), clean=4, noisy=4, start=3)]
-    canvas = Image.new("RGB", (540, 170), "white")
     print("blocks of 2; expect queries in rows, keys in columns, # where a query may attend")
-    for number, example in enumerate(examples):
+    for example in examples:
         layout = pack([example], block_len=2)
         print(f"{TASKS[example.task]:4}  " + "".join(SEGMENTS[s] for s in layout.segment))
         for segment, row in zip(layout.segment, dense(layout, layout)):
             print(f"  {SEGMENTS[segment]}   " + "".join("#" if m else "." for m in row))
-        canvas.paste(draw(layout), (180 * number, 0))
-    canvas.save("masks.png")
+    draw(pack(examples, block_len=2)).save("masks.png")

@@ -1,29 +1,19 @@
 """MMDiT: one block-causal transformer that predicts the velocity of text and image latents.
 
     v = MMDiT(z_t, t, layout), trained to predict eps - z_0        (paper, Eq. 9.32; blog, Sec. 3)
-
     block    x = x + gate * attention((1 + scale) * LN(x) + shift),    then the same with an MLP
              shift, scale, gate: linear maps of the embedded time (adaLN, Peebles & Xie 2212.09748)
     RoPE     channels (2i, 2i + 1) of a head turn by freq_i * (row if i is even, else column)
 
-Texts and images lie in one packed sequence; its layout says which position attends to which
-(masks.py). Every position has its own flow time, and clean context has t = 0. The stack is a
-hybrid, as in the blog: in the first `dual_layers` layers text and image have their own weights and
-meet in attention (Esser et al. 2403.03206); in the other layers they share one set.
-
-With as_released, text is computed as in the public Cola DLM release (release.py). Otherwise there
-are also an absolute position embedding and an RMS norm of the time embedding, which bounds it at
-times that training seldom draws.
+Texts and images lie in one packed sequence (masks.py); each position has its own flow time. In the
+first `dual_layers` layers, text and image have their own weights and meet in attention (Esser et
+al. 2403.03206); in the other layers they share one set, as in the blog.
 
 Shapes: L packed positions, Lt of text, Li of images; U distinct times; E width of their embedding;
-D width; nh heads; hd head width; Dz text, Cz image latent channels.
-Run: python mmdit.py   (CPU, 4 s)
+D width; nh heads; hd head width; Dz text, Cz image latent channels.    Run: python mmdit.py
 """
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
-from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +23,6 @@ from torch import Tensor
 
 import masks
 from cuda_attention import Plan, attention, make_plan
-from masks import Layout
 
 
 @dataclass
@@ -48,22 +37,21 @@ class MMDiTConfig:
     expand_ratio: int = 4              # MLP width / D
     emb_dim: int = 128                 # E
     rope_dim: int = 32                 # channels of a head that RoPE rotates
-    as_released: bool = False          # no position embedding, no norm of the time embedding
+    as_released: bool = False          # no PositionEmbedding, no RMS norm of the time embedding
     qk_bias: bool = False              # biases in the four projections of attention
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         if self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim:
-            raise ValueError(f"rope_dim {self.rope_dim}: expected an even number, at most the head "
-                             f"width {self.head_dim}")
+            raise ValueError(f"rope_dim {self.rope_dim}: expected an even number <= head_dim")
         if not self.image_channels:
             self.dual_layers = 0       # a text-only model has no second set of weights
 
 
 @dataclass
 class Cache:
-    """The KV cache: keys and values of each layer, and the layout of their positions."""
-    layout: Layout | None = None
+    """Keys and values of each layer, and the layout of their positions."""
+    layout: masks.Layout | None = None
     kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)   # per layer, (cached, nh, hd)
 
     def extend(self, layer: int, k: Tensor, v: Tensor, commit: bool) -> tuple[Tensor, Tensor]:
@@ -85,23 +73,21 @@ def timestep_embedding(t: Tensor) -> Tensor:
 
 
 class PositionEmbedding(nn.Module):
-    """Absolute position and segment type: RoPE shows only the distances between positions."""
+    """Absolute position and segment: RoPE shows only the distances between positions."""
 
     def __init__(self, width: int):
         super().__init__()
         self.proj = nn.Linear(64, width, bias=False)
         self.segment = nn.Embedding(len(masks.SEGMENTS), width)
 
-    def forward(self, layout: Layout) -> Tensor:
-        """-> (L, D)"""
+    def forward(self, layout: masks.Layout) -> Tensor:
         place = torch.stack([layout.row, layout.col], -1)[..., None]             # (L, 2, 1)
-        # 16 wavelengths, from 2 pi to 200 pi positions: (L, 2, 16)
-        angle = place * 10.0 ** -torch.linspace(0, 2, 16, device=place.device)
+        angle = place * 10.0 ** -torch.linspace(0, 2, 16, device=place.device)   # (L, 2, 16)
         sinusoids = torch.cat([angle.sin(), angle.cos()], -1).flatten(1)         # (L, 64)
-        return self.proj(sinusoids) + self.segment(layout.segment)
+        return self.proj(sinusoids) + self.segment(layout.segment)               # (L, D)
 
 
-def rope_angles(layout: Layout, rope_dim: int) -> Tensor:
+def rope_angles(layout: masks.Layout, rope_dim: int) -> Tensor:
     """exp(i angle) of every channel pair at every position: complex (L, 1, rope_dim / 2)."""
     pair = torch.arange(rope_dim // 2, device=layout.row.device)
     freqs = 10000.0 ** (-2 * pair / rope_dim)
@@ -111,9 +97,9 @@ def rope_angles(layout: Layout, rope_dim: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (0, 1), (2, 3), ... of the first rope_dim channels. x (L, nh, hd) fp32
-    One complex product is eight times faster on a CPU than products with cosines and sines."""
+    """Rotate the pairs (0, 1), (2, 3), ... of the first rope_dim channels. x (L, nh, hd) fp32"""
     rotated, rest = x[..., :2 * rope.shape[-1]], x[..., 2 * rope.shape[-1]:]
+    # A complex product is eight times faster on a CPU than products with cosines and sines.
     pairs = torch.view_as_complex(rotated.unflatten(-1, (-1, 2)))            # (L, nh, rope_dim / 2)
     rotated = torch.view_as_real(pairs * rope).flatten(-2)
     return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
@@ -136,9 +122,6 @@ def modulate(h: Tensor, ada: Tensor, t_index: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer in two halves, before and after the attention, which all positions share.
-    The adaLN maps take emb (U, E): the distinct times are far fewer than the positions."""
-
     def __init__(self, c: MMDiTConfig):
         super().__init__()
         self.norm = nn.LayerNorm(c.width, c.norm_eps, elementwise_affine=False)
@@ -157,8 +140,7 @@ class Block(nn.Module):
             proj_in=nn.Linear(c.width, hidden), gelu=nn.GELU("tanh"),
             proj_out=nn.Linear(hidden, c.width)))
 
-    def pre_attention(self, x: Tensor, emb: Tensor, t_index: Tensor,
-                      rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pre_attention(self, x: Tensor, emb: Tensor, t_index: Tensor, rope: Tensor) -> tuple:
         """x (L, D) -> q, k, v, each (L, nh, hd)"""
         h = modulate(self.norm(x), self.ada_msa_in(emb).float(), t_index)
         q, k, v = self.msa.proj_qkv(h).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
@@ -178,7 +160,7 @@ class Block(nn.Module):
 # ---- Model -------------------------------------------------------------------------------------
 
 def split(is_image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of text, those of images, and the place of each position in [text | image]."""
+    """Positions of text, positions of images, and the place of each position in [text | image]."""
     text, image = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
     return text, image, torch.cat([text, image]).argsort()
 
@@ -188,9 +170,9 @@ def take(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
 
 
-def join(parts: Sequence[Tensor], order: Tensor) -> Tensor:
+def join(parts: list[Tensor], order: Tensor) -> Tensor:
     """[text, image] -> packed order (L, ..); a single part is in that order already."""
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts)).index_select(0, order)
+    return parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, order)
 
 
 class MMDiT(nn.Module):
@@ -215,12 +197,11 @@ class MMDiT(nn.Module):
         self.position = None if c.as_released else PositionEmbedding(c.width)
         self.reset_parameters()
 
-    def reset_parameters(self, names: Container[str] | None = None) -> None:
-        """Initialise the parameters of these names, or all of them.
-        Gates start at 1, shifts, scales and outputs at 0: a pre-norm transformer that predicts 0.
-        Gates of 0 (adaLN-Zero) learn too slowly: they are near 0.1 after 600 steps.
-        Matrices of blocks have nn.Linear's variance 1 / (3 inputs), divided at the end of a
-        residual branch by the number of branches."""
+    def reset_parameters(self, names: set[str] | None = None) -> None:
+        """Initialise the parameters of these names, or all of them, so that v = 0.
+
+        Gates start at 1: from 0 (adaLN-Zero) they only reach 0.1 in 600 steps. Matrices of blocks
+        have variance 1 / (3 inputs), divided by the number of branches at a branch's end."""
         for name, p in self.named_parameters():
             if names is not None and name not in names:
                 continue
@@ -234,29 +215,24 @@ class MMDiT(nn.Module):
                 branches = 2 * self.config.layers if inside and "proj_out" in name else 1
                 nn.init.normal_(p, std=(p.shape[1] * (3 if inside else 1) * branches) ** -0.5)
 
-    def streams(self, layer: int, at_text: Tensor,
-                at_image: Tensor) -> list[tuple[Block, Tensor | None]]:
-        """The blocks of a layer, each with its positions (None: all of them).
-        A block without a position runs too: all FSDP workers must gather the same blocks, and its
-        gradient must be zeros instead of None."""
+    def streams(self, layer: int, at_text: Tensor, at_image: Tensor) -> list[tuple]:
+        """The blocks of a layer, each with its positions (None: all of them)."""
+        # Both run even without positions: all FSDP workers must gather the same blocks.
         if layer < self.config.dual_layers:
             return [(self.blocks[layer], at_text), (self.image_blocks[layer], at_image)]
         return [(self.blocks[layer], None)]
 
     def forward(self, text: Tensor, image: Tensor | None, t: Tensor, t_index: Tensor,
-                layout: Layout, plan: Plan, cache: Cache | None = None, commit: bool = False,
-                targets: tuple[Tensor, Plan] | None = None,
-                tap: int = -1) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """-> v_text (Lt, Dz), v_image (Li, Cz) or None without images, both fp32; and the output of
-        layer `tap` (L, D) or None.
+                layout: masks.Layout, plan: Plan, cache: Cache | None = None, commit=False,
+                targets: tuple[Tensor, Plan] | None = None, tap=-1) -> tuple[Tensor | None, ...]:
+        """-> v_text (Lt, Dz), v_image (Li, Cz; None without images), output (L, D) of layer `tap`.
 
         text (Lt, Dz), image (Li, Cz): the latents of each modality, in packed order.
         t (U,): the distinct flow times in [0, 1]; t_index (L,): which of them each position has.
         plan: make_plan(layout); with a cache make_plan(layout, concat(cache.layout, layout)).
         commit: add these positions to the cache, and return three None.
-        targets: (n,) positions with a loss, and the plan from them to all positions. The last layer
-            and the velocity are computed for these alone: a training step is a sixth shorter.
-        tap: layers count from 0; with targets, any but the last."""
+        targets: (n,) positions with a loss, and the plan from them to all; the last layer and the
+            velocity are computed for these alone. tap: any layer but the last, with targets."""
         is_image = layout.segment == masks.I
         at_text, at_image, order = split(is_image)
         x = self.text_in(text)                                                   # (Lt, D)
@@ -265,7 +241,7 @@ class MMDiT(nn.Module):
         emb = self.time_embedding(timestep_embedding(t))                         # (U, E)
         if not self.config.as_released:
             x = x + self.position(layout)
-            emb = F.rms_norm(emb, emb.shape[-1:])
+            emb = F.rms_norm(emb, emb.shape[-1:])          # bounds emb at rare times
         x, emb = x.float(), F.silu(emb)                    # each adaLN map takes the SiLU of emb
         rope, last, hidden = rope_angles(layout, self.config.rope_dim), self.config.layers - 1, None
         for layer in range(self.config.layers):
@@ -297,24 +273,18 @@ class MMDiT(nn.Module):
 
 
 if __name__ == "__main__":
-    # One T2I sample: a clean caption of 16 latents, a 4 x 4 image, the noisy copy of the caption.
     torch.manual_seed(0)
     layout = masks.pack([masks.Sample(masks.T2I, clean=16, image=(4, 4), noisy=16)], block_len=16)
-    model, text, image = MMDiT(MMDiTConfig()), torch.randn(32, 16), torch.randn(16, 32)
     t = torch.tensor([0.0, 0.3, 0.8])                      # of clean text, noisy text, image
     t_index = torch.tensor([0, 0, 2, 1])[layout.segment]   # of the segments P, C, I, N
-
-    @torch.no_grad()
-    def image_velocity() -> Tensor:
-        return model(text, image, t, t_index, layout, make_plan(layout))[1]
-
-    print(f"untrained: image velocity {image_velocity().abs().max():.1f} (expect 0.0)")
+    model, (clean, noisy) = MMDiT(MMDiTConfig()), torch.randn(2, 16, 16)
+    inputs = torch.randn(16, 32), t, t_index, layout, make_plan(layout)
+    v = model(torch.cat([clean, noisy]), *inputs)[1]
+    print(f"untrained: image velocity {v.abs().max():.1f} (expect 0.0)")
     for p in model.parameters():
         p.data.normal_(std=0.05)
-    before = image_velocity()
-    text[16:] += 1.0
-    moved = (image_velocity() - before).abs().max()
-    print(f"another noisy caption moves it by {moved:.1e} (expect 0: the image does not see it)")
-    text[:16] += 1.0
-    moved = (image_velocity() - before).abs().max()
-    print(f"another clean caption moves it by {moved:.1e} (expect more than 0)")
+    v = model(torch.cat([clean, noisy]), *inputs)[1]
+    moved = model(torch.cat([clean, noisy + 1]), *inputs)[1] - v
+    print(f"noisy caption + 1: moved by {moved.abs().max():.1e} (expect 0: not visible to it)")
+    moved = model(torch.cat([clean + 1, noisy]), *inputs)[1] - v
+    print(f"clean caption + 1: moved by {moved.abs().max():.1e} (expect more than 0)")

@@ -5,15 +5,11 @@
     FOLDER/tokenizer.json                                   byte-level BPE
 
 A .safetensors file is an 8-byte little-endian length, a JSON header of that length with {name:
-{dtype, shape, data_offsets}}, and the raw bytes. Large models have several such files (shards).
-Weights are mapped from the file, not copied. The parameters of text_vae.py have the names of the
-release; NAMES translates those of mmdit.py. The format has no place for an image side: `load` can
-add a fresh one for training, `save` leaves it out.
+{dtype, shape, data_offsets}}, and the raw bytes; a large model has several (shards). The format has
+no place for an image side: `load` can add a fresh one for training, `save` leaves it out.
 
 Run: python release.py OUT --checkpoint out/ckpt.pt   writes a model trained with --as_released
 """
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -90,18 +86,16 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 # Settings: {name in our config: name in config.json}. The release always learns the variance.
 VAE_KEYS = {f.name: f.name for f in fields(TextVAEConfig) if f.name != "logsnr"}
 VAE_KEYS |= {"block_len": "block_size"}
-DIT_KEYS = {"text_channels": "txt_in_channels", "width": "txt_dim", "layers": "num_layers",
-            "block_len": "block_size"}
-DIT_KEYS |= {name: name for name in ("heads", "head_dim", "expand_ratio", "emb_dim", "rope_dim",
-                                     "qk_bias", "norm_eps")}
-
+DIT_KEYS = {f.name: f.name for f in fields(MMDiTConfig)
+            if f.name not in ("image_channels", "dual_layers", "as_released")}
+DIT_KEYS |= {"text_channels": "txt_in_channels", "width": "txt_dim", "layers": "num_layers"}
 # Settings for which only one value is supported.
 VAE_FIXED = {"model_type": "cola_text_vae", "act": "swiglu", "block_causal": True,
              "post_norm": True, "qk_norm": True, "qk_norm_affine": True, "layer_norm_affine": True,
              "layer_norm_type": "layer_norm"}
 DIT_FIXED = {"model_type": "cola_dit", "patch_size": 1}
 
-# Parameters of the prior: (part of a name in mmdit.py, in the release).
+# Parameters of the prior: (part of a name in mmdit.py, in the release). The VAE has equal names.
 NAMES = [("time_embedding.", "emb_in."),
          (".ada_msa_in.", ".ada.msa_in.1."), (".ada_msa_out.", ".ada.msa_out.1."),
          (".ada_mlp_in.", ".ada.mlp_in.1."), (".ada_mlp_out.", ".ada.mlp_out.1."),
@@ -117,7 +111,7 @@ def rename(name: str, pairs: list[tuple[str, str]]) -> str:
     return name
 
 
-# ---- Reading -----------------------------------------------------------------------------------
+# ---- The folder --------------------------------------------------------------------------------
 
 def read_config(path: Path, keys: dict[str, str], fixed: dict) -> dict:
     """The settings of a config.json by our names. Each is a number, true or false."""
@@ -133,7 +127,6 @@ def read_config(path: Path, keys: dict[str, str], fixed: dict) -> dict:
 
 
 def load_text_vae(folder: Path) -> TextVAE:
-    """The text VAE in a cola_vae folder."""
     settings = read_config(folder / "config.json", VAE_KEYS, VAE_FIXED)
     weights = read_weights(folder)
     with one_line_errors(folder), torch.device("meta"):     # meta tensors take no memory
@@ -143,9 +136,10 @@ def load_text_vae(folder: Path) -> TextVAE:
 
 
 def load_mmdit(folder: Path, image_channels: int = 0, dual_layers: int = 0) -> tuple[MMDiT, int]:
-    """The prior in a cola_dit folder, and its block length. With image_channels it gets an image
-    side of fresh weights, drawn from torch's generator."""
-    settings = read_config(folder / "config.json", DIT_KEYS, DIT_FIXED)
+    """The prior in a cola_dit folder, and its block length. With image_channels above 0 it gets an
+    image side of fresh weights, drawn from torch's generator."""
+    keys = DIT_KEYS | {"block_len": "block_size"}
+    settings = read_config(folder / "config.json", keys, DIT_FIXED)
     block_len = settings.pop("block_len")
     to_ours = [(theirs, ours) for ours, theirs in NAMES]
     weights = {rename(name, to_ours): x for name, x in read_weights(folder).items()
@@ -161,9 +155,8 @@ def load_mmdit(folder: Path, image_channels: int = 0, dual_layers: int = 0) -> t
 
 
 def load(folder: str | Path, image_channels: int = 0, dual_layers: int = 0) -> Cola:
-    """The system in a folder, without an image VAE. FileNotFoundError or ValueError, one line.
-
-    image_channels, dual_layers: those of the image side to add to the prior; 0 adds none."""
+    """The system in a folder, without an image VAE. image_channels, dual_layers: see load_mmdit.
+    FileNotFoundError or ValueError, one line, for a missing or unsuitable file."""
     folder = Path(folder)
     text_vae = load_text_vae(folder / "cola_vae")
     mmdit, block_len = load_mmdit(folder / "cola_dit", image_channels, dual_layers)
@@ -184,41 +177,33 @@ def flags(folder: str | Path) -> dict:
             "vocab_size": model.tokenizer.n_vocab, "tokenizer": ""}
 
 
-# ---- Writing -----------------------------------------------------------------------------------
-
 def save(model: Cola, folder: str | Path) -> None:
-    """Write text VAE, text side of the prior and tokenizer to a new folder.
-
-    FileExistsError if there is one; ValueError for a model that the format cannot describe."""
+    """Write text VAE, text side of the prior and tokenizer to a new folder. FileExistsError if
+    there is one; ValueError for a model that the format cannot describe."""
     folder, vae, prior = Path(folder), model.text_vae.config, model.mmdit.config
     if not prior.as_released:
         raise ValueError("the prior has a position embedding; train with --as_released")
     if model.first_block != "clean":
         raise ValueError(f"the model has --first_block {model.first_block}; only clean is released")
     folder.mkdir(parents=True)
-    weights = {name: x.clone() for name, x in model.text_vae.state_dict().items()}
+    vae_weights = {name: x.clone() for name, x in model.text_vae.state_dict().items()}
     if vae.logsnr is not None:
         # A fixed logSNR becomes a constant of the head, whose second half of rows is logvar.
-        weights["encoder.final_layer.weight"][vae.latent_dim:] = 0.0
-        weights["encoder.final_layer.bias"][vae.latent_dim:] = -vae.logsnr
-    settings = {theirs: getattr(vae, ours) for ours, theirs in VAE_KEYS.items()}
-    write_part(folder / "cola_vae", weights, VAE_FIXED | settings)
-
+        vae_weights["encoder.final_layer.weight"][vae.latent_dim:] = 0.0
+        vae_weights["encoder.final_layer.bias"][vae.latent_dim:] = -vae.logsnr
     weights = {rename(name, NAMES): x for name, x in model.mmdit.state_dict().items()
                if not name.startswith("image_")}
     freqs = 10000.0 ** (-torch.arange(0, prior.rope_dim, 2) / prior.rope_dim)
     weights |= {f"blocks.{i}{FREQS}": freqs for i in range(prior.layers)}
-    settings = {DIT_KEYS[ours]: value for ours, value in vars(prior).items() if ours in DIT_KEYS}
-    settings |= {"block_size": model.block_len, "txt_out_channels": prior.text_channels}
-    write_part(folder / "cola_dit", weights, DIT_FIXED | settings)
+    vae_config = VAE_FIXED | {theirs: getattr(vae, ours) for ours, theirs in VAE_KEYS.items()}
+    config = DIT_FIXED | {theirs: getattr(prior, ours) for ours, theirs in DIT_KEYS.items()}
+    config |= {"block_size": model.block_len, "txt_out_channels": prior.text_channels}
+    for part, tensors, settings in (("cola_vae", vae_weights, vae_config),
+                                    ("cola_dit", weights, config)):
+        (folder / part).mkdir()
+        write_safetensors(folder / part / "model.safetensors", tensors)
+        (folder / part / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     write_tokenizer(folder / "tokenizer.json", model.tokenizer)
-
-
-def write_part(folder: Path, weights: dict[str, Tensor], config: dict) -> None:
-    """Write cola_vae or cola_dit."""
-    folder.mkdir()
-    write_safetensors(folder / "model.safetensors", weights)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # ---- tokenizer.json ----------------------------------------------------------------------------
@@ -228,8 +213,8 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 # The file writes each byte as a letter: itself if it is visible, else one of those from 256 on.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-LETTERS = {b: chr(b) for b in VISIBLE}
-LETTERS |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in LETTERS)}
+HIDDEN = [b for b in range(256) if b not in VISIBLE]
+LETTERS = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -246,13 +231,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
                 or level.get("use_regex", True) == bool(splits):
             raise ValueError("it does not split texts by one regex")
         pattern = splits[0]["pattern"]["Regex"] if splits else GPT2_PATTERN
-
         special = {token["content"]: token["id"] for token in state["added_tokens"]}
         vocab = {word: i for word, i in model["vocab"].items() if word not in special}
         words = sorted(vocab, key=vocab.get)
         merges = ["".join(pair).replace(" ", "") for pair in model["merges"]]    # "a b" or [a, b]
         ids = [vocab[word] for word in merges if word in vocab]
-        if [vocab[word] for word in words] != [*range(len(words))] or ids != sorted(ids):
+        if sorted(vocab.values()) != [*range(len(vocab))] or ids != sorted(ids):
             raise ValueError("its ids do not count up in the order of merges")
         byte = {letter: b for b, letter in LETTERS.items()}
         return Tokenizer([bytes(byte[letter] for letter in word) for word in words], pattern,
@@ -290,8 +274,7 @@ def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser("release.py", description=__doc__.split("\n")[0],
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser("release.py", description="Export a model", allow_abbrev=False)
     parser.add_argument("folder", help="the new folder to write")
     parser.add_argument("--checkpoint", default="out/ckpt.pt", help="what train.py wrote")
     args = parser.parse_args(argv)

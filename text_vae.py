@@ -5,18 +5,14 @@
     stage 2:  -E_q log p(x | z_0) + beta E_q log q        + lambda_mask L_mask  (paper, Eq. 3.18)
     logSNR = log(mean mu^2 / mean sigma^2)                                      (paper, Eq. 16.2)
 
-Encoder and decoder are causal transformers, so the prior (mmdit.py) can write latents from left to
-right. mu passes a LayerNorm without weights, so mean mu^2 = 1, and a fixed logSNR gives a constant
-sigma^2 = exp(-logSNR), noise that teaches the decoder to tolerate the prior's errors. sigma can
-also be learned. Parameter names and arithmetic are those of the public release (release.py).
+Encoder and decoder are causal transformers, because the prior writes latents from left to right.
+A LayerNorm makes mean mu^2 = 1, so a fixed logSNR gives a constant sigma: this noise teaches the
+decoder to tolerate the prior's errors. Names and arithmetic are those of the public release.
 
-Shapes: T tokens, L = T / patch_size latents (packed over texts), D width, Dz latent channels, V
-vocabulary, nh heads, hd head width.    Run: python text_vae.py   (CPU, 5 s)
+Shapes: T tokens of all texts, L = T / patch_size latents, D width, Dz latent channels, V vocabulary
+size, nh heads, hd head width.    Run: python text_vae.py   (CPU, 5 s)
 """
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,13 +56,13 @@ class TextVAEConfig:
 def rope_table(position: Tensor, c: TextVAEConfig) -> tuple[Tensor, Tensor]:
     """cos, sin of position * theta^(-2i / hd), i = 0 .. hd/2 - 1. (L,) -> two fp32 (L, 1, hd/2)"""
     head_dim = c.dim // c.num_heads
-    i = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32)        # is 2i
-    angle = position[:, None, None].float() * c.rope_theta ** (-i / head_dim)
+    two_i = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32)
+    angle = position[:, None, None].float() * c.rope_theta ** (-two_i / head_dim)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE of the "rotate half" form: channel i pairs with i + hd/2. x (L, nh, hd) -> the same."""
+    """RoPE that pairs channel i with channel i + hd/2. x (L, nh, hd) -> the same shape"""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)                                         # (L, nh, hd/2) each
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -77,7 +73,7 @@ class Block(nn.Module):
 
     def __init__(self, c: TextVAEConfig):
         super().__init__()
-        self.num_heads = c.num_heads
+        self.heads = c.num_heads, -1
         self.qkv_proj = nn.Linear(c.dim, 3 * c.dim, bias=c.qk_bias)
         self.q_norm = nn.LayerNorm(c.dim, c.layer_norm_eps)           # over all heads together
         self.k_norm = nn.LayerNorm(c.dim, c.layer_norm_eps)
@@ -89,10 +85,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, plan: Plan, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv_proj(x).chunk(3, dim=-1)                   # (L, D) each
-        heads = (self.num_heads, -1)
-        q = rotate(self.q_norm(q).unflatten(1, heads), rope).to(v.dtype)
-        k = rotate(self.k_norm(k).unflatten(1, heads), rope).to(v.dtype)         # (L, nh, hd)
-        o = attention(q, k, v.unflatten(1, heads), plan).flatten(1)              # (L, D)
+        q = rotate(self.q_norm(q).unflatten(1, self.heads), rope).to(v.dtype)    # (L, nh, hd)
+        k = rotate(self.k_norm(k).unflatten(1, self.heads), rope).to(v.dtype)
+        o = attention(q, k, v.unflatten(1, self.heads), plan).flatten(1)         # (L, D)
         x = self.norm_attn(x) + self.attn_out_proj(o)                 # normalises x, not the branch
         up, gate = self.ffn_proj(x).chunk(2, dim=-1)                  # (L, ffn_dim / 2) each
         return x + self.norm_ffn(self.ffn_out(F.silu(gate) * up))     # (L, D)
@@ -109,11 +104,10 @@ class Encoder(nn.Module):
 
     def forward(self, ids: Tensor, plan: Plan) -> Tensor:
         """ids (T,) -> mean | logvar (L, 2 Dz)"""
-        # The stride is the kernel's width, so the convolution is one matrix product.
         kernel = self.patch_embedder.weight.transpose(1, 2).flatten(1)           # (D, patch * D)
         x = self.wte(ids).view(len(plan.q), kernel.shape[1])          # (L, patch * D)
-        x = F.linear(x, kernel, self.patch_embedder.bias)             # (L, D)
-        rope = rope_table(plan.q.col, self.config)                    # of positions in their texts
+        x = F.linear(x, kernel, self.patch_embedder.bias)             # the convolution, (L, D)
+        rope = rope_table(plan.q.col, self.config)
         for block in self.blocks:
             x = block(x, plan, rope)
         return self.final_layer(x)
@@ -142,9 +136,6 @@ class Decoder(nn.Module):
 # ---- The VAE -----------------------------------------------------------------------------------
 
 class TextVAE(nn.Module):
-    """Transformer VAE. `lengths` are the numbers of latents of the texts, in packed order; their
-    sum is L. `plan` is make_plan(lengths), given so that several calls share it."""
-
     def __init__(self, config: TextVAEConfig):
         super().__init__()
         self.config = config
@@ -156,16 +147,14 @@ class TextVAE(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def make_plan(self, lengths: Sequence[int]) -> Plan:
-        """Which latent sees which, in all layers of encoder and decoder."""
+    def make_plan(self, lengths: list[int]) -> Plan:
+        """Which latent sees which; lengths: the number of latents of each text."""
         device = self.encoder.wte.weight.device
         return make_plan(masks.text_layout(lengths, self.config.block_len, device))
 
-    def encode(self, ids: Tensor, lengths: Sequence[int],
-               plan: Plan | None = None) -> tuple[Tensor, Tensor]:
-        """The posterior of Eq. 16.1, not yet scaled. ids (T,) -> mean, logvar (L, Dz) fp32.
-        ValueError unless each latent has patch_size tokens."""
-        c, plan = self.config, self.make_plan(lengths) if plan is None else plan
+    def encode(self, ids: Tensor, lengths: list[int], plan=None) -> tuple[Tensor, Tensor]:
+        """The posterior of Eq. 16.1, not yet scaled. ids (T,) -> mean, logvar (L, Dz) fp32"""
+        c, plan = self.config, plan or self.make_plan(lengths)
         if len(ids) != len(plan.q) * c.patch_size:
             raise ValueError(f"got {len(ids)} tokens for {len(plan.q)} latents of {c.patch_size}")
         if not len(ids):               # a batch of images whose captions are all dropped
@@ -177,25 +166,20 @@ class TextVAE(nn.Module):
             logvar = torch.full_like(mean, -c.logsnr)                 # mean mu^2 is 1
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def scale_latents(self, mean: Tensor, logvar: Tensor | None = None,
-                      noise: Tensor | None = None) -> Tensor:
-        """The latents that prior and decoder take: (z - shift) * scale with z = mean + sigma noise,
-        or z = mean if no noise is given (at inference). All (L, Dz)."""
+    def scale_latents(self, mean: Tensor, logvar=None, noise=None) -> Tensor:
+        """The latents that prior and decoder take; without noise, from the mean. All (L, Dz)."""
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return (z - self.config.shifting_factor) * self.config.scaling_factor
 
-    def decode(self, z: Tensor, lengths: Sequence[int], plan: Plan | None = None) -> Tensor:
-        """Logits of every token. Scaled latents z (L, Dz) -> (T, V)"""
-        plan = self.make_plan(lengths) if plan is None else plan
-        return self.decoder.final_layer(self.decoder(z, plan))
+    def decode(self, z: Tensor, lengths: list[int], plan=None) -> Tensor:
+        """Scaled latents z (L, Dz) -> logits of every token (T, V)"""
+        return self.decoder.final_layer(self.decoder(z, plan or self.make_plan(lengths)))
 
 
 # ---- Losses ------------------------------------------------------------------------------------
 
-def kl(mean: Tensor, logvar: Tensor, mean_ref: Tensor = torch.zeros(()),
-       logvar_ref: Tensor = torch.zeros(())) -> Tensor:
-    """KL(q || q_ref) of diagonal Gaussians. (L, Dz) -> nats (L,)
-    q_ref is N(0, I) in Eq. 3.16, and the posterior of stage 1 for lambda_ref in Eq. 3.18."""
+def kl(mean: Tensor, logvar: Tensor, mean_ref=0.0, logvar_ref=torch.zeros(())) -> Tensor:
+    """KL(q || q_ref) of diagonal Gaussians; by default q_ref = N(0, I). (L, Dz) -> nats (L,)"""
     ratio = logvar - logvar_ref
     distance = (mean - mean_ref).square() * (-logvar_ref).exp()
     return 0.5 * (ratio.exp() + distance - 1.0 - ratio).sum(-1)
@@ -211,22 +195,18 @@ def logsnr(mean: Tensor, logvar: Tensor) -> Tensor:
     return (mean.square().mean() / logvar.exp().mean()).log()
 
 
-def text_vae_loss(vae: TextVAE, ids: Tensor, lengths: Sequence[int], noise: Tensor,
-                  mask: Tensor | None = None, *, beta: float = 1e-3, lambda_mask: float = 0.1,
-                  learned_prior: bool = False, posterior: tuple[Tensor, Tensor] | None = None,
-                  count: int | None = None, mask_count: int | None = None,
-                  plan: Plan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The VAE's loss in nats per token, and its terms, detached and unweighted.
+def text_vae_loss(vae: TextVAE, ids: Tensor, lengths: list[int], noise: Tensor,
+                  mask: Tensor | None = None, *, beta=1e-3, lambda_mask=0.1, learned_prior=False,
+                  posterior: tuple[Tensor, Tensor] | None = None, count: int | None = None,
+                  mask_count: int | None = None, plan: Plan | None = None) -> tuple[Tensor, dict]:
+    """The loss in nats per token, and its terms, detached and unweighted.
 
-    ids (T,); noise (L, Dz) ~ N(0, I).
-    mask (T,) bool: tokens that a second pass hides and predicts; None leaves L_mask out.
-    learned_prior: Eq. 3.18 instead of 3.16; the prior's own loss then stands for -E_q log p(z).
+    ids (T,); noise (L, Dz) ~ N(0, I); mask (T,): tokens that L_mask hides and predicts, if any.
+    learned_prior: Eq. 3.18 instead of 3.16; the prior's own loss stands for -E_q log p(z).
     posterior: (mean, logvar) of these ids, if they were encoded before.
-    count, mask_count: tokens to divide by, of all workers and micro-steps; default, those given.
-    """
-    plan = vae.make_plan(lengths) if plan is None else plan
-    count = len(ids) if count is None else count
-    mean, logvar = vae.encode(ids, lengths, plan) if posterior is None else posterior
+    count, mask_count: tokens of all workers and micro-steps to divide by; default, those given."""
+    plan, count = plan or vae.make_plan(lengths), count or len(ids)
+    mean, logvar = posterior or vae.encode(ids, lengths, plan)
     logits = vae.decode(vae.scale_latents(mean, logvar, noise), lengths, plan)   # (T, V)
     recon = F.cross_entropy(logits, ids, reduction="sum") / count     # -log p(x | z_0)
     rate = (expected_log_q(logvar) if learned_prior else kl(mean, logvar)).sum() / count
@@ -236,8 +216,8 @@ def text_vae_loss(vae: TextVAE, ids: Tensor, lengths: Sequence[int], noise: Tens
         hidden = ids.masked_fill(mask, vae.config.vocab_size)         # the mask token
         z = vae.scale_latents(*vae.encode(hidden, lengths, plan), noise)         # (L, Dz)
         logits = vae.decoder.final_layer(vae.decoder(z, plan)[mask])  # (masked tokens, V)
-        mask_count = max(len(logits), 1) if mask_count is None else mask_count
-        terms["mask"] = F.cross_entropy(logits, ids[mask], reduction="sum") / mask_count
+        total = F.cross_entropy(logits, ids[mask], reduction="sum")
+        terms["mask"] = total / (mask_count or max(len(logits), 1))
         loss = loss + lambda_mask * terms["mask"]
     share = len(ids) / count                              # terms are summed over batches
     terms["logsnr"] = share * logsnr(mean, logvar) if share else mean.sum()
@@ -245,33 +225,26 @@ def text_vae_loss(vae: TextVAE, ids: Tensor, lengths: Sequence[int], noise: Tens
 
 
 @torch.no_grad()
-def noised_accuracy(vae: TextVAE, ids: Tensor, lengths: Sequence[int], noise: Tensor,
-                    t: float) -> float:
-    """Fraction of tokens decoded right from noised mean latents z_t = (1 - t) z_0 + t eps (paper,
-    Sec. 5.4 and Eq. 9.31); t = 0 is plain reconstruction. noise (L, Dz)"""
-    plan = vae.make_plan(lengths)
-    z = vae.scale_latents(vae.encode(ids, lengths, plan)[0])
-    read = vae.decode((1 - t) * z + t * noise, lengths, plan).argmax(-1)         # (T,)
+def noised_accuracy(vae: TextVAE, ids: Tensor, lengths: list[int], eps: Tensor, t: float) -> float:
+    """Fraction of tokens decoded right from z_t = (1 - t) mu + t eps (paper, Sec. 5.4)."""
+    z = vae.scale_latents(vae.encode(ids, lengths)[0])
+    read = vae.decode((1 - t) * z + t * eps, lengths).argmax(-1)      # (T,)
     return (read == ids).float().mean().item()
 
 
 if __name__ == "__main__":
-    # Train on random words, then decode a caption from noised latents.
     torch.manual_seed(0)
     caption = "a large red circle above a small blue square on a gray background".split()
     words = sorted(set(caption))
     vae = TextVAE(TextVAEConfig(len(words)))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=4e-3)
-    for step in range(101):
+    for _ in range(100):                                  # on 16 random texts of 13 words each
         ids, noise = torch.randint(len(words), (208,)), torch.randn(208, 16)
-        loss, terms = text_vae_loss(vae, ids, [13] * 16, noise)       # 16 texts of 13 words
+        loss, _ = text_vae_loss(vae, ids, [13] * 16, noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 100 == 0:
-            print(f"step {step}: {terms['recon']:.3f} nats per token (expect ln {len(words)} = "
-                  f"{math.log(len(words)):.2f} at 0, less than 0.1 at 100)")
     ids = torch.tensor([words.index(word) for word in caption])
     for t, expected in ((0, "1"), (0.25, "more than 0.9"), (0.5, "more than 0.7")):
         share = noised_accuracy(vae, ids, [13], torch.randn(13, 16), t)
-        print(f"t = {t}: {share:.2f} of the caption's words are decoded right (expect {expected})")
+        print(f"noise t = {t}: {share:.2f} of the words are decoded right (expect {expected})")

@@ -62,18 +62,23 @@ Terms = dict[str, Tensor]  # the terms of a loss, before their weights and witho
 
 # ---- Losses: one module a stage. forward(batch, counts of the whole step) -> loss and its terms --
 
+def vae_loss(vae: TextVAE, b: TextBatch, counts: dict[str, float], args: Namespace,
+             **more) -> tuple[Tensor, Terms]:
+    """The text VAE's loss of a batch, as its share of the step; terms in nats per token."""
+    return text_vae_loss(vae, b.ids, b.lengths, b.posterior_noise,
+                         b.masked if args.lambda_mask else None, beta=args.beta,
+                         lambda_mask=args.lambda_mask, count=max(counts["tokens"], 1),
+                         mask_count=max(counts["masked"], 1), **more)
+
+
 class TextStage(nn.Module):
-    """Stage 1. The terms are in nats per token."""
+    """Stage 1."""
     def __init__(self, vae: TextVAE, args: Namespace):
         super().__init__()
         self.text_vae, self.args = vae, args
 
     def forward(self, b: TextBatch, counts: dict[str, float]) -> tuple[Tensor, Terms]:
-        a = self.args
-        return text_vae_loss(
-            self.text_vae, b.ids, b.lengths, b.posterior_noise, b.masked if a.lambda_mask else None,
-            beta=a.beta, lambda_mask=a.lambda_mask, count=counts["tokens"],
-            mask_count=max(counts["masked"], 1))
+        return vae_loss(self.text_vae, b, counts, self.args)
 
 
 class ImageStage(nn.Module):
@@ -110,7 +115,9 @@ class PriorStage(nn.Module):
         plan = vae.make_plan(b.lengths)
         with torch.set_grad_enabled(self.vae_trains() and torch.is_grad_enabled()):
             mean, logvar = vae.encode(b.ids, b.lengths, plan)                      # (Lv, Dz) each
-        loss, terms = self.vae_loss(b, counts, mean, logvar, plan) if a.vae_lr_ratio else (0.0, {})
+        loss, terms = 0.0, {}
+        if a.vae_lr_ratio:
+            loss, terms = self.joint_loss(b, counts, mean, logvar, plan)
 
         # L_FM reaches the encoder through the noisy text (z_t and v); clean context is detached.
         z0 = vae.scale_latents(mean, logvar, b.posterior_noise).index_select(0, b.source)
@@ -158,24 +165,21 @@ class PriorStage(nn.Module):
             / sum(weight.values())
         return terms["text"]
 
-    def vae_loss(self, b: Batch, counts: dict[str, float], mean: Tensor, logvar: Tensor,
-                 plan: cuda_attention.Plan) -> tuple[Tensor | float, Terms]:
-        """L_vae of Eq. 3.18 while the VAE trains, and always how far its posterior has moved from
-        that of the reference encoder: the mean square of means, and KL(q || q_ref)."""
-        a, vae, tokens, loss, terms = self.args, self.text_vae, max(counts["tokens"], 1), 0.0, {}
+    def joint_loss(self, b: Batch, counts: dict[str, float], mean: Tensor, logvar: Tensor,
+                   plan: cuda_attention.Plan) -> tuple[Tensor | float, Terms]:
+        """L_vae of Eq. 3.18 while the VAE trains, and how far its posterior is from that of the
+        reference encoder: the mean square of means, and KL(q || q_ref)."""
+        vae, tokens, loss, terms = self.text_vae, max(counts["tokens"], 1), 0.0, {}
         if self.vae_trains():
-            loss, terms = text_vae_loss(
-                vae, b.ids, b.lengths, b.posterior_noise, b.masked if a.lambda_mask else None,
-                beta=a.beta, lambda_mask=a.lambda_mask, learned_prior=True,
-                posterior=(mean, logvar), count=tokens, mask_count=max(counts["masked"], 1),
-                plan=plan)
+            loss, terms = vae_loss(vae, b, counts, self.args, learned_prior=True,
+                                   posterior=(mean, logvar), plan=plan)
         with torch.no_grad():
             mean_ref, logvar_ref = self.ref.encode(b.ids, b.lengths, plan)
         numbers = tokens * vae.config.latent_dim / vae.config.patch_size
         terms["drift"] = (mean - mean_ref).square().sum() / numbers
         terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / tokens
-        loss = a.lambda_vae * loss + (a.lambda_ref * terms["ref"] if a.lambda_ref else 0.0)
-        return loss, terms
+        loss = self.args.lambda_vae * loss
+        return loss + self.args.lambda_ref * terms["ref"] if self.args.lambda_ref else loss, terms
 
 
 # ---- Optimizers, learning rate, average --------------------------------------------------------
@@ -243,13 +247,11 @@ def make_optimizers(args: Namespace, stage: nn.Module, lr: float,
             in_vae = hasattr(stage, "mmdit") and name.startswith("text_vae.")
             (vae if in_vae else hidden if is_hidden else rest).append(p)
     groups = [{"params": rest, "lr": lr}]
-    if vae:
-        groups.append({"params": vae, "lr": lr * args.vae_lr_ratio})
+    groups += [{"params": vae, "lr": lr * args.vae_lr_ratio}] if vae else []
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-    if not hidden:
-        return [adamw]
     dtype = torch.bfloat16 if args.bf16 == "on" else torch.float32
-    return [adamw, Muon(hidden, args.muon_lr, args.weight_decay, dtype=dtype)]
+    muons = [Muon(hidden, args.muon_lr, args.weight_decay, dtype=dtype)] if hidden else []
+    return [adamw, *muons]
 
 
 def schedule(args: Namespace, step: int, steps: int) -> float:
@@ -408,25 +410,19 @@ def check_data(args: Namespace, dataset, model: Cola) -> None:
     block = model.block_len * model.text_vae.config.patch_size
     for name, caption in dataset.captions():
         if (n := len(model.tokenizer.encode(caption)) + 1) > args.seq_len // block * block:
-            raise ValueError(f"{name}: its caption has {n} tokens with the end token, more than "
-                             f"whole blocks in --seq_len {args.seq_len}; raise it to "
-                             f"{math.ceil(n / block) * block} or shorten the caption")
+            raise ValueError(f"{name}: its caption has {n} tokens; raise --seq_len {args.seq_len} "
+                             f"to {math.ceil(n / block) * block}")
 
 
 def describe(run: Run) -> None:
     """--dry_run: every flag, the sizes of the parts, and a sample of each task."""
-    if run.worker.rank:
-        return
-    a, shares = run.args, config.task_shares(run.args.tasks)
-    print("\n".join(f"  {config.in_words(name, value)}" for name, value in sorted(vars(a).items())))
+    print("\n".join(f"  {config.in_words(name, x)}" for name, x in sorted(vars(run.args).items())))
     for name, part in run.model.parts().items():
         print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
-    print(f"a step: {a.micro_steps} micro-steps of {a.batch_size} samples; shares of the samples: "
-          + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()))
-    for task, name in enumerate(TASKS):
-        if name in shares:
-            segment = run.batches.prior([(task, 0)]).layout.segment.tolist()
-            print(f"the first sample of {name}: {''.join(masks.SEGMENTS[i] for i in segment)}")
+    for name, share in config.task_shares(run.args.tasks).items():
+        sample = run.batches.prior([(TASKS.index(name), 0)]).layout.segment.tolist()
+        print(f"{share:.2f} of the samples are {name}, the first of them "
+              + "".join(masks.SEGMENTS[i] for i in sample))
     print("nothing was written")
 
 
@@ -449,8 +445,9 @@ def main(argv: list[str] | None = None) -> int:
             print("flags:", config.show(args), backend, sep="\n")
             for change in config.changes(given, found["args"]) if found else []:
                 print("changed:", change)
+            if args.dry_run:
+                describe(run)
         if args.dry_run:
-            describe(run)
             return worker.leave(0)
         with workers.claimed(args.out_dir, worker), workers.signals(worker):
             if worker.rank == 0:

@@ -63,16 +63,12 @@ class Worker:
         dist.all_gather_object(parts, items)
         return [x for part in parts for x in part]
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over the workers."""
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x
-
     def sum_counts(self, counts: list[dict[str, float]]) -> dict[str, float]:
         """Sums over the micro-batches of all workers; every dict has the same names."""
         own = [[float(x) for x in c.values()] for c in counts]
-        sums = self.sum(torch.tensor(own, dtype=torch.float64).sum(0).to(self.device))
+        sums = torch.tensor(own, dtype=torch.float64).sum(0)
+        if self.world > 1:
+            dist.all_reduce(sums := sums.to(self.device))
         return dict(zip(counts[0], sums.tolist()))
 
     def sum_step(self, terms: dict[str, Tensor], positions: int) -> tuple[dict, float, bool]:
@@ -80,34 +76,38 @@ class Worker:
         has reached one of them. The host waits for the device here, once a step."""
         values = torch.stack([*(x.double() for x in terms.values()),
                               *torch.tensor([positions, self.stop]).double().to(self.device)])
-        *values, positions, stop = self.sum(values).tolist()
+        if self.world > 1:
+            dist.all_reduce(values)
+        *values, positions, stop = values.tolist()
         return dict(zip(terms, values)), positions, stop > 0
 
     def leave(self, status: int, error: Exception | str = "") -> int:
         """Ends this worker, with a line for the user if there is an error; returns the status.
 
-        An OSError while training, such as a full disk, may be of this worker alone. All other
-        errors come to all workers alike, and worker 0 prints them. A RuntimeError about a
-        connection says that another worker has ended, which prints its own reason.
-        """
+        Errors come to all workers alike, and worker 0 prints them; but an OSError while training,
+        such as a full disk, may be of this worker alone. A RuntimeError about a connection says
+        that another worker has ended, which prints its own reason."""
         if isinstance(error, RuntimeError):
             if not dist.is_initialized() or "onnection" not in str(error):
                 raise error
             error = ""
+            for process in self.started:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=3)
         line, own = str(error), self.training and isinstance(error, OSError)
-        codes = [process.poll() for process in self.started]
-        if any(code and code < 0 for code in codes) and not self.stop:
+        codes = [process.poll() or 0 for process in self.started]
+        if min(codes, default=0) < 0 and not self.stop:
             line = "a worker was killed; continue with --resume auto"
-        elif status == 1:                                  # that worker has printed why
-            status = next(filter(None, codes), 1)
+        elif status == 1:                                  # the other worker has printed why
+            status = max(codes, default=0) or 1
         if line and (self.rank == 0 or own):
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         for process in self.started:
             if status:
-                process.terminate()
+                process.kill()                             # it may wait for this one in a sum
             process.wait()
         if dist.is_initialized():
-            if status:                                     # others may wait for this one in a sum
+            if status:                                     # without waiting for the group
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
             dist.destroy_process_group()
@@ -117,39 +117,31 @@ class Worker:
 # ---- Starting ----------------------------------------------------------------------------------
 
 def join(args: Namespace) -> Worker:
-    """This process's place among the workers; on a CPU it starts the others first.
-
-    Settles args.device and args.bf16. ValueError where there are fewer samples or GPUs than
-    workers.
-    """
+    """This process's place among the workers; on a CPU it starts the others first. Settles
+    args.device and args.bf16. ValueError where there are fewer samples or GPUs than workers."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.bf16 == "auto":        # a CPU builds code for each new number of rows, which costs more
         args.bf16 = "on" if args.device == "cuda" else "off"
-    alone, on_cpu = "RANK" not in os.environ, args.device == "cpu"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    on_cpu, started = args.device == "cpu", []
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if alone and on_cpu:
-        world = args.procs or min(cores, most_workers(args))
-    if world > most_workers(args):
-        raise ValueError(f"{world} workers, but a step has samples for {most_workers(args)}: raise "
-                         "--batch_size, --text_vae_batch and --image_vae_batch")
-    worker = Worker(int(os.environ.get("RANK", 0)), world, torch.device(args.device))
-    if alone and world > 1 and on_cpu:
-        worker.started = start_workers(world)
-    if world > 1:
-        worker.device = join_group(args.device)
+    # Every worker needs a sample in every pass of the stages that will run.
+    prior = args.batch_size * (1 if args.accumulate else args.micro_steps)
+    samples = {"text_vae": args.text_vae_batch, "image_vae": args.image_vae_batch, "mmdit": prior}
+    most = min(samples[stage] for stage in config.stages(args))
+    if on_cpu and "RANK" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        world = args.procs or min(cores, most)
+    if world > most:
+        raise ValueError(f"{world} workers, but a step has samples for {most}: raise --batch_size, "
+                         "--text_vae_batch and --image_vae_batch")
+    if on_cpu and "RANK" not in os.environ and world > 1:
+        started = start_workers(world)
+    device = join_group(args.device) if world > 1 else torch.device(args.device)
     if on_cpu:
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")             # TF32 where bfloat16 is not used
-    return worker
-
-
-def most_workers(args: Namespace) -> int:
-    """How many workers have a sample in every pass of the stages that will run."""
-    prior = args.batch_size * (1 if args.accumulate else args.micro_steps)
-    samples = {"text_vae": args.text_vae_batch, "image_vae": args.image_vae_batch, "mmdit": prior}
-    return min(samples[stage] for stage in config.stages(args))
+    return Worker(int(os.environ.get("RANK", 0)), world, device, started=started)
 
 
 def start_workers(world: int) -> list[subprocess.Popen]:
@@ -168,12 +160,11 @@ def start_workers(world: int) -> list[subprocess.Popen]:
 
 
 def join_group(device: str) -> torch.device:
-    """Joins the process group that torchrun or `start_workers` has laid out in the environment."""
+    """Joins the process group that torchrun or `start_workers` describes in the environment."""
     local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device == "cuda":
-        if here > torch.cuda.device_count():
-            raise ValueError(f"{here} workers for {torch.cuda.device_count()} GPUs; lower "
-                             "--nproc_per_node")
+        if here > (gpus := torch.cuda.device_count()):
+            raise ValueError(f"{here} workers for {gpus} GPUs; lower --nproc_per_node")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://"))

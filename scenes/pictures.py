@@ -2,13 +2,11 @@
 
     scene --render--> image --read_image--> scene, or None if the image is not of this world
 
-A scene is one to three objects (shape, color, size, place) on a plain background. A place is a
-fraction of the picture's width and height, so that a scene can be drawn at any size and aspect
-ratio. Lengths are in units: a unit is 1 / 32 of the shorter side, a pixel of a 32 x 32 picture.
-The reader judges generated pictures: it draws the scene that it has read and refuses a picture
-that differs too much from the drawing (analysis by synthesis).
+A scene is one to three objects (shape, color, size, place) on a plain background. Places are
+fractions of the width and height, so a scene can be drawn at any size. Lengths are in units: a unit
+is 1 / 32 of the shorter side, a pixel of a 32 x 32 picture. The reader judges generated pictures:
+it draws the scene that it has read and refuses a picture that differs too much from the drawing.
 
-Shapes: H, W picture height and width; n pixels of one object.
 Run: python -m scenes.pictures   (CPU, 1 s)
 """
 
@@ -31,7 +29,7 @@ COUNTS = ("one", "two", "three")              # the possible numbers of objects
 
 # Only scenes sampled with heldout=True have these, to measure generalization to new compositions.
 HELDOUT_PAIRS = (("green", "circle"), ("yellow", "square"), ("purple", "triangle"))
-HELDOUT_COUNT = (3, "star")                   # three stars in one scene
+HELDOUT_TRIPLE = "star"                       # three of this shape in one scene
 
 ROOM = 14.0         # units; each object stays in the inner 14 x 14 of a quadrant of 16 x 16
 JITTER = 1.0        # units by which an object's box may move from the middle of its quadrant
@@ -77,11 +75,9 @@ def main_relation(a: Object, b: Object) -> str:
 
 
 def reading_order(objects) -> tuple[Object, ...]:
-    """Sort objects by rows from top to bottom, and each row from left to right.
-
-    The topmost remaining object and all objects less than ROW below it are the next row."""
+    """Sort objects by rows from top to bottom, and each row from left to right."""
     order, rest = [], sorted(objects, key=lambda o: o.y)
-    while rest:
+    while rest:                               # the next row: all less than ROW below the topmost
         row = [o for o in rest if o.y - rest[0].y < ROW / 32]
         order += sorted(row, key=lambda o: o.x)
         rest = rest[len(row):]
@@ -89,10 +85,8 @@ def reading_order(objects) -> tuple[Object, ...]:
 
 
 def is_heldout(objects) -> bool:
-    """Whether objects contain a held-out composition: one of the pairs, or the count of a shape."""
-    count, shape = HELDOUT_COUNT
     return (any((o.color, o.shape) in HELDOUT_PAIRS for o in objects)
-            or sum(o.shape == shape for o in objects) >= count)
+            or [o.shape for o in objects] == [HELDOUT_TRIPLE] * 3)
 
 
 def pick(rng: np.random.Generator, items):
@@ -103,15 +97,14 @@ def pick(rng: np.random.Generator, items):
 def sample_scene(rng: np.random.Generator, heldout=False, count: int | None = None) -> Scene:
     """Sample a scene of 1, 2 or 3 objects (count=None: equally likely).
 
-    heldout=False: no held-out composition. heldout=True: at least one, either a held-out pair or,
-    in a quarter of the scenes with three objects, the held-out count."""
+    heldout=True: a held-out pair or, in a quarter of the scenes with three objects, the triple."""
     count = count or int(rng.integers(1, 4))
     objects = []
     while not objects or is_heldout(objects):
         objects = [Object(pick(rng, SHAPES), pick(rng, COLORS), pick(rng, SIZES), 0, 0)
                    for _ in range(count)]
-    if heldout and count == HELDOUT_COUNT[0] and rng.random() < 0.25:
-        objects = [dataclasses.replace(o, shape=HELDOUT_COUNT[1]) for o in objects]
+    if heldout and count == 3 and rng.random() < 0.25:
+        objects = [dataclasses.replace(o, shape=HELDOUT_TRIPLE) for o in objects]
     elif heldout:
         i, (color, shape) = int(rng.integers(count)), pick(rng, HELDOUT_PAIRS)
         objects[i] = dataclasses.replace(objects[i], color=color, shape=shape)
@@ -127,8 +120,8 @@ def place(objects, rng: np.random.Generator) -> list[Object]:
     u, v = rng.uniform(-1, 1, (2, len(objects)))
     x = 8 + 16 * column + u * np.minimum(JITTER, ROOM / 2 - side)
     y = 8 + 16 * row + v * np.minimum(JITTER, (ROOM - up - down) / 2)       # the middle of the box
-    places = zip(objects, x, y + (up - down) / 2)                           # the centroids
-    return [dataclasses.replace(o, x=float(x) / 32, y=float(y) / 32) for o, x, y in places]
+    return [dataclasses.replace(o, x=float(x) / 32, y=float(y) / 32)        # of the centroid
+            for o, x, y in zip(objects, x, y + (up - down) / 2)]
 
 
 # ---- Drawing -----------------------------------------------------------------------------------
@@ -144,9 +137,8 @@ def is_inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return (3 ** 0.5 * u - v <= 0.68) & (v <= 0.34)
     if shape == "cross":
         return (u <= 0.16) & (w <= 0.58) | (w <= 0.16) & (u <= 0.58)
-    # A star. c is the length of the projection on the nearest of the five axes from the center to
-    # a tip; abs(u) leaves three of them. The square root is the distance d from that axis, and
-    # both edges of the tip lie on c + 2.1 d = 0.6.
+    # A star: c is the projection on the nearest of the five axes from the center to a tip (three,
+    # as u >= 0); the square root is the distance d from it; the tip's edges are c + 2.1 d = 0.6.
     c = np.maximum(np.maximum(-v, 0.9511 * u - 0.3090 * v), 0.5878 * u + 0.8090 * v)
     return c + 2.1 * np.sqrt(np.maximum(u * u + v * v - c * c, 0)) <= 0.6
 
@@ -157,8 +149,7 @@ def reach_of(unit: float) -> int:
 
 
 def coverage(shape: str, size: str, fx: float, fy: float, unit: float) -> np.ndarray:
-    """Fraction of each pixel that a shape covers, from 8 x 8 points -> (2 reach + 1, 2 reach + 1).
-    (fx, fy), 0..1, is the place of the centroid within the central pixel."""
+    """Fraction of each pixel (n, n) that a shape covers; (fx, fy): centroid in the middle pixel."""
     reach, points, diameter = reach_of(unit), 8, np.float32(SIZES[size] * unit)
     n = 2 * reach + 1
     grid = (np.arange(n * points, dtype=np.float32) + 0.5) / points - reach
@@ -167,8 +158,7 @@ def coverage(shape: str, size: str, fx: float, fy: float, unit: float) -> np.nda
 
 
 def check_size(H: int, W: int) -> None:
-    """ValueError for a picture too small to tell the shapes apart."""
-    if min(H, W) < 24:
+    if min(H, W) < 24:                        # smaller shapes cannot be told apart
         raise ValueError(f"a scene needs at least 24 x 24 pixels, got {H} x {W}; enlarge the image")
 
 
@@ -205,10 +195,9 @@ RGB = {name: np.array(c, np.float32) / 255 for name, c in (COLORS | BACKGROUNDS)
 
 
 def read_image(image: np.ndarray) -> Scene | None:
-    """Read a picture: uint8 (H, W, 3) -> its Scene, or None if it is not a picture of this world.
+    """uint8 (H, W, 3) -> its Scene, or None if it is not a picture of this world.
 
-    Each connected component that differs from the background becomes the object whose drawing
-    leaves the smallest residual. ValueError for another dtype or shape."""
+    Each connected component that differs from the background becomes the best-fitting object."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected a uint8 image (H, W, 3), got {image.dtype} {image.shape}")
     H, W, unit = *image.shape[:2], min(image.shape[:2]) / 32
@@ -224,14 +213,12 @@ def read_image(image: np.ndarray) -> Scene | None:
         return None
     for shift, axis in ((1, 0), (-1, 0), (1, 1), (-1, 1)):      # adds the faint rim of each object
         owner = np.where(owner == 0, np.roll(owner, shift, axis), owner)
-
     palette = np.stack([RGB[color] - RGB[background] for color in COLORS])          # (8, 3)
     objects = [fit(signal, owner == i, palette, unit) for i in range(1, owner.max() + 1)]
     if None in objects:
         return None
     objects = [dataclasses.replace(o, x=(o.x - frame) / W, y=(o.y - frame) / H) for o in objects]
     scene = Scene(background, reading_order(objects))
-
     residual = pixels - soften(render(scene, (H, W)) / np.float32(255))             # (H, W, 3)
     contrast = max(((RGB[o.color] - RGB[background]) ** 2).sum() for o in objects)
     stray = signal * (owner == 0)[..., None]                           # outside all objects
@@ -245,9 +232,8 @@ def background_of(pixels: np.ndarray) -> str | None:
     signals = {name: pixels - RGB[name] for name in BACKGROUNDS}
     near = {name: s[(s ** 2).sum(-1) < FOREGROUND ** 2] for name, s in signals.items()}
     name = max(near, key=lambda name: len(near[name]))                 # near: (pixels, 3) each
-    if len(near[name]) == 0 or np.linalg.norm(near[name].mean(0)) > BACKGROUND_ERROR:
-        return None
-    return name
+    is_close = len(near[name]) and np.linalg.norm(near[name].mean(0)) <= BACKGROUND_ERROR
+    return name if is_close else None
 
 
 def label_components(foreground: np.ndarray, smallest: float) -> np.ndarray:
@@ -283,8 +269,7 @@ def soften(image: np.ndarray) -> np.ndarray:
 def fit(signal: np.ndarray, mask: np.ndarray, palette: np.ndarray, unit: float) -> Object | None:
     """The object whose drawing leaves the smallest residual in the mask, or None if none fits.
 
-    signal (H, W, 3) is the framed picture minus its background color, palette (8, 3) the colors
-    minus the background color. x and y of the result are in pixels of `signal`."""
+    signal (H, W, 3), palette (8, 3): minus the background color. x, y of the result: in pixels."""
     y, x = np.nonzero(mask)
     s = signal[y, x]                                                                # (n, 3)
     weight = np.maximum(s @ (s.T @ (s ** 2).sum(1)), 0)     # (n,) along the object's mean color
@@ -293,29 +278,23 @@ def fit(signal: np.ndarray, mask: np.ndarray, palette: np.ndarray, unit: float) 
     cx, cy = weight @ (x + 0.5) / weight.sum(), weight @ (y + 0.5) / weight.sum()
     centers = [(round(8 * cx) + dx, round(8 * cy) + dy)                  # in eighths of a pixel
                for dx, dy in itertools.product((-2, 0, 2), repeat=2)]
-    masked, energy = signal * mask[..., None], (s ** 2).sum()
-    errors = np.stack([residuals(masked, energy, *center, palette, unit) for center in centers])
-    k, i, j = np.unravel_index(errors.argmin(), errors.shape)                       # (9, 10, 8)
+    masked, energy, reach, errors = signal * mask[..., None], (s ** 2).sum(), reach_of(unit), []
+    for cx, cy in centers:
+        t = templates(cx % 8, cy % 8, unit)                                         # (10, p)
+        patch = masked[cy // 8 - reach:cy // 8 + reach + 1, cx // 8 - reach:cx // 8 + reach + 1]
+        product = t @ patch.reshape(-1, 3) @ palette.T                 # <s, t c>, (10, 8)
+        drawn = (t ** 2).sum(1, keepdims=True) * (palette ** 2).sum(1)             # |t c|^2
+        errors.append((energy - 2 * product + drawn) / drawn)          # |s - t c|^2 / |t c|^2
+    errors = np.stack(errors)                                                       # (9, 10, 8)
+    k, i, j = np.unravel_index(errors.argmin(), errors.shape)
     error, (cx, cy) = errors[k, i, j], centers[k]
     margin = np.delete(errors[k], i, 0).min() - error
-    # The sum over the area gives the same mean color for a sharp and for a soft picture.
-    color = s.sum(0) / templates(cx % 8, cy % 8, unit)[i].sum()
+    color = s.sum(0) / templates(cx % 8, cy % 8, unit)[i].sum()     # its mean, sharp or soft alike
     is_wrong_color = np.linalg.norm(color - palette[j]) > COLOR_ERROR
     if error > OBJECT_ERROR or margin < AMBIGUITY or is_wrong_color:
         return None
     shape, size = list(itertools.product(SHAPES, SIZES))[i]
     return Object(shape, list(COLORS)[j], size, cx / 8, cy / 8)
-
-
-def residuals(signal, energy: float, cx: int, cy: int, palette, unit: float) -> np.ndarray:
-    """|s - t c|^2 / |t c|^2 of every template t in every color c at (cx, cy) / 8 -> (10, 8).
-    s (H, W, 3) is the signal of one object, energy its |s|^2."""
-    reach, (column, fx), (row, fy) = reach_of(unit), divmod(cx, 8), divmod(cy, 8)
-    t = templates(fx, fy, unit)                                                     # (10, p)
-    patch = signal[row - reach:row + reach + 1, column - reach:column + reach + 1]
-    product = t @ patch.reshape(-1, 3) @ palette.T                     # <s, t c>, (10, 8)
-    drawn = (t ** 2).sum(1, keepdims=True) * (palette ** 2).sum(1)     # |t c|^2, (10, 8)
-    return (energy - 2 * product + drawn) / drawn
 
 
 def worst_window(difference: np.ndarray, unit: float) -> float:
@@ -330,9 +309,8 @@ if __name__ == "__main__":
                            Object("square", "blue", "small", 0.6, 0.75)))
     for hw in ((32, 32), (48, 80)):
         read = read_image(render(scene, hw))
-        found = [f"{' '.join(o.attributes)} {o.x:.2f} {o.y:.2f}" for o in read.objects]
-        print(f"drawn at {hw} and read: {', '.join(found)}, {read.background} (expect large red "
-              "circle 0.40 0.30, small blue square 0.60 0.75, gray)")
+        found = [f"{o.color} {o.shape} {o.x:.2f} {o.y:.2f}" for o in read.objects]
+        print(f"read at {hw}: {found} (expect red circle 0.40 0.30, blue square 0.60 0.75)")
     half = render(scene)
     half[:10] = BACKGROUNDS["gray"]
     print("a picture with half a circle is refused (expect None):", read_image(half))

@@ -128,7 +128,7 @@ def test_a_prefix_is_encoded_alone_where_the_vae_looks_ahead(made):
     """As in sampling, where the rest of its VAE block is not there yet."""
     made = with_flags(made, "--cfg_drop", "0", model=with_vae(made, block_len=4))
     for k in range(10):
-        text, *prefix = made.example(T2T, k).texts
+        text, *prefix = made.t2t(k).texts
         b, n, cut = made.prior([(T2T, k)]), len(text), len(prefix[0]) if prefix else 0
         assert prefix in ([], [text[:cut]])
         index = b.layout.row.numpy()

@@ -311,8 +311,10 @@ def test_damaged_shards(tmp_path):
     flipped[len(raw) // 512 * 512 + 1024] ^= 255                        # in the second header
     huge = tarfile.TarInfo("x")
     huge.type, huge.size = tarfile.XHDTYPE, 1 << 40                     # tarfile would read it all
+    long = tarfile.TarInfo("x")
+    long.pax_headers = {"comment": "x" * (1 << 15)}                     # whole, but slow to search
     for bad in (whole[:700], whole[:3000], b"", b"x" * 5000, flipped, gzip.compress(whole),
-                huge.tobuf(tarfile.GNU_FORMAT)):
+                huge.tobuf(tarfile.GNU_FORMAT), long.tobuf(tarfile.PAX_FORMAT) + whole):
         path.write_bytes(bad)
         assert "a.tar" in refused(dataset_of, path)
 

@@ -13,6 +13,7 @@ import config
 import data
 import flow
 import likelihood
+from closed_form import mixture_velocity
 from conftest import TINY
 from likelihood import elbo, iwae, log_normal, log_prob
 
@@ -101,6 +102,36 @@ def test_known_positions_condition_the_density(hutchinson):
     assert (got - want).abs().max() < 1e-3
 
 
+def test_density_of_a_mixture():
+    """A velocity that is not linear in z."""
+    means = torch.tensor([[0.0, 1.0], [0.0, -1.0]], dtype=F64)
+    stds, z = torch.tensor([0.4, 0.2], dtype=F64), draw(50, 2)
+    got = log_prob(mixture_velocity(means, stds), z, flow.time_grid(64))
+    parts = [Normal(m, s).log_prob(z).sum(1) for m, s in zip(means, stds)]
+    assert ((got - torch.logaddexp(*parts) + math.log(2)).abs() / 2).max() < 1e-3
+
+
+def test_blocks_factorize():
+    """Eq. 10.16: log p(z_1) + log p(z_2 | z_1), from one solve, is the joint Gaussian's density."""
+    a, s, z = 0.8, 0.5, draw(20, 2)            # z_1 ~ N(0, 1), z_2 | z_1 ~ N(a z_1, s^2)
+    m = torch.stack([torch.zeros(20, dtype=F64), a * z[:, 0]], 1).reshape(40, 1)
+    sd = torch.tensor([1.0, s], dtype=F64).repeat(20)[:, None]
+    blocks = log_prob(gaussian_flow(m, sd), z.reshape(40, 1), flow.time_grid(32))
+    cov = torch.tensor([[1.0, a], [a, a ** 2 + s ** 2]], dtype=F64)
+    want = MultivariateNormal(torch.zeros(2, dtype=F64), cov).log_prob(z)
+    torch.testing.assert_close(blocks.reshape(20, 2).sum(1), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("probe", (None, torch.ones(2, 3)))
+@pytest.mark.parametrize("grad", (False, True))
+def test_log_prob_leaves_no_graph(grad, probe):
+    net, z0 = torch.nn.Linear(3, 3), torch.zeros(2, 3, requires_grad=True)
+    with torch.set_grad_enabled(grad):
+        got = log_prob(lambda z, t: net(z).tanh(), z0, flow.time_grid(2), probe)
+    assert not got.requires_grad and got.isfinite().all()
+    assert z0.grad is None and net.weight.grad is None
+
+
 # ---- Bounds: z ~ N(0, 1) and x | z ~ N(z, NOISE), so that x ~ N(0, 1 + NOISE) ------------------
 
 NOISE = 0.25
@@ -136,6 +167,18 @@ def test_the_iwae_is_above_the_elbo_and_rises_with_k():
     assert truth - 0.01 < means[-1] < truth + 0.005
     log_w, zero = torch.tensor([-2000.0, -2001.0]), torch.zeros(2)       # w itself would be 0
     assert iwae(log_w, zero, zero).item() == pytest.approx(-2000 + math.log((1 + math.exp(-1)) / 2))
+
+
+def test_single_block_response_score():
+    """Eq. 10.22 with z_2 | z_1 ~ N(0.8 z_1, 1) by the ODE: log p(x_2 | z_1) for the exact q."""
+    prior_mean, x = 0.8 * torch.tensor(0.7, dtype=F64), torch.tensor(-0.2, dtype=F64)
+    q_mean, q_var = prior_mean + (x - prior_mean) / (1 + NOISE), NOISE / (1 + NOISE)
+    z = q_mean + math.sqrt(q_var) * draw(6)
+    velocity_fn = gaussian_flow(prior_mean, torch.tensor(1.0, dtype=F64))
+    log_pz = log_prob(velocity_fn, z[:, None], flow.time_grid(32))
+    log_px, log_q = log_normal(x, z, math.log(NOISE)), log_normal(z, q_mean, math.log(q_var))
+    want = Normal(prior_mean, math.sqrt(1 + NOISE)).log_prob(x)
+    torch.testing.assert_close(elbo(log_px, log_pz, log_q), want, atol=1e-5, rtol=0)
 
 
 def test_perplexity():
@@ -257,8 +300,8 @@ def test_rows(extra, mode):
 
 
 def test_command(tiny, capsys):
-    flags = ["--checkpoint", str(tiny / "ckpt.pt"), "--steps", "1", "--samples", "2",
-             "--divergence", "hutchinson", "--device", "cpu"]
+    flags = ["--checkpoint", str(tiny / "ckpt.pt"), "--steps", "1", "--samples", "2", "--device",
+             "cpu"]
     assert likelihood.main(["a red", " circle.", *flags]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 11 and "perplexity" in out
@@ -266,3 +309,10 @@ def test_command(tiny, capsys):
     with pytest.raises(SystemExit):
         likelihood.main(["a", "b", "--t_min", "1"])
     assert "--t_min" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_command(monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(likelihood, "open_model", interrupt)
+    assert likelihood.main(["a", "b"]) == 130 and capsys.readouterr() == ("", "")
