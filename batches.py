@@ -125,6 +125,12 @@ def step_tasks(args: Namespace, step: int) -> list[int]:
     return [pick_task(shares, (m + offset) / args.micro_steps) for m in range(args.micro_steps)]
 
 
+def step_samples(args: Namespace, step: int) -> list[tuple[int, int]]:
+    """Task and number of every sample of a step of stage 2."""
+    tasks = np.repeat(step_tasks(args, step), args.batch_size).tolist()
+    return list(zip(tasks, range(step * len(tasks), (step + 1) * len(tasks))))
+
+
 class Batches:
     """Sample numbers -> batches, from a dataset of data.open_data, for one system."""
     def __init__(self, args: Namespace, dataset, model: Cola):
@@ -156,8 +162,8 @@ class Batches:
     def t2i(self, k: int) -> Example:
         """A share aux_caption of the samples also predicts the caption, block by block."""
         caption, image = self.dataset.t2i(k)
-        shares = self.args.cfg_drop, self.args.aux_caption
-        dropped, auxiliary = self.rng(k, Purpose.DROP).random(2) < shares
+        chances = self.args.cfg_drop, self.args.aux_caption
+        dropped, auxiliary = self.rng(k, Purpose.DROP).random(2) < chances
         ids = [] if dropped else self.text_ids(caption)
         n = len(ids) // self.patch
         sample = masks.Sample(T2I, image=self.grid(image), clean=n, noisy=n if auxiliary else 0)
@@ -171,8 +177,8 @@ class Batches:
         sample = masks.Sample(IT2T, p, self.grid(image), clean=n - self.block, noisy=n, start=p)
         if self.rng(k, Purpose.DROP).random() < self.args.cfg_drop:
             sample, prompt_ids, image = masks.Sample(IT2T, noisy=n, start=p), [], -1
-        texts, source = [prompt_ids, ids], sample.prompt + np.arange(n)
-        return self.complete(k, sample, texts, source, np.zeros(n, bool), image)
+        return self.complete(k, sample, [prompt_ids, ids], sample.prompt + np.arange(n),
+                             np.zeros(n, bool), image)
 
     def complete(self, k: int, sample: masks.Sample, texts: list[list[int]], source: np.ndarray,
                  clean: np.ndarray, image: int = -1) -> Example:
@@ -190,7 +196,7 @@ class Batches:
                        *self.vae_noise(k, texts))
 
     def whole_blocks(self, ids: list[int]) -> list[int]:
-        """Adds end tokens, at least one, up to whole blocks. Cuts to the blocks within seq_len."""
+        """Adds at least one end token, up to whole blocks, and keeps those within seq_len."""
         block = self.block * self.patch
         longest = self.args.seq_len // block * block
         return pad_to_multiple(ids, block, self.model.tokenizer.end)[:longest]
@@ -199,7 +205,7 @@ class Batches:
         return self.whole_blocks(self.model.tokenizer.encode(text))
 
     def cut_text(self, text: str, draw: np.random.Generator) -> tuple[list[int], int, range]:
-        """A text with a random cut: its ids, latents before the cut, padded latents (Cola.align)."""
+        """A text cut at random: its ids, latents before the cut, padded latents (Cola.align)."""
         ids = self.model.tokenizer.encode(text)
         cut = int(draw.integers(min(len(ids) + 1, len(self.whole_blocks(ids)))))
         ids, cut, filled = self.model.align(ids, cut)
@@ -253,7 +259,8 @@ class Batches:
             group = [k for k, i in image.items() if self.dataset.image_hw(i) == hw]
             x = to_float(np.stack(self.dataset.images([image[k] for k in group])))    # (B, 3, H, W)
             shape = self.model.image_vae.channels, *self.grid(image[group[0]])
-            noise = [self.rng(k, Purpose.POSTERIOR).standard_normal(shape, np.float32) for k in group]
+            draws = [self.rng(k, Purpose.POSTERIOR) for k in group]
+            noise = [draw.standard_normal(shape, np.float32) for draw in draws]   # B of (Cz, h, w)
             batches.append(ImageBatch(x, torch.from_numpy(np.stack(noise))))
         return batches
 
@@ -265,9 +272,7 @@ class Batches:
 
     def prior(self, work: list[tuple[int, int]]) -> Batch:
         """The packed batch of these samples, each a task and a number."""
-        example_of = self.t2t, self.t2i, self.it2t
-        examples = [example_of[task](k) for task, k in work]
-
+        examples = [(self.t2t, self.t2i, self.it2t)[task](k) for task, k in work]
         def join(name: str) -> Tensor:
             return torch.from_numpy(np.concatenate([getattr(e, name) for e in examples]))
 
@@ -320,7 +325,6 @@ def ahead(make: Callable, steps: range, device: torch.device) -> Iterator[tuple[
     make(step) -> the batches of a step, on the CPU. steps: at least one."""
     def prepare(step: int) -> list:
         return [to_device(batch, device) for batch in make(step)]
-
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(prepare, steps[0])
         for step in steps:
@@ -338,10 +342,9 @@ if __name__ == "__main__":
     tokenizer = Tokenizer.train(dataset.corpus(500), 512)
     model = Cola(TextVAE(TextVAEConfig(tokenizer.n_vocab)), ImageVAE(ImageVAEConfig()),
                  MMDiT(MMDiTConfig()), tokenizer, args.block_len, (32, 32), 1.0)
-    made = Batches(args, dataset, model)
     print("sample 0 of each task; expect time 0 in P and C, and in I except for t2i")
     for task, name in enumerate(TASKS):
-        batch = made.prior([(task, 0)])
+        batch = Batches(args, dataset, model).prior([(task, 0)])
         print(f"{name}: {tokenizer.decode(batch.ids)}")
         for segment in batch.layout.segment.unique():
             t = batch.t[batch.t_index[batch.layout.segment == segment]]

@@ -253,7 +253,7 @@ def decode(file: BinaryIO, shapes: list[Shape], header_only: bool = False) -> np
         image = to_rgb(ImageOps.exif_transpose(image))
         return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
     except Exception as error:                  # Pillow raises nearly every type on a damaged file
-        raise ValueError(f"damaged, or above 50 megapixels: {type(error).__name__}") from None
+        raise ValueError(f"no whole picture up to 50 megapixels: {type(error).__name__}") from None
 
 
 def load_image(path: str, hw: Shape) -> np.ndarray:

@@ -4,13 +4,11 @@ Query i of a packed sequence may attend to key j of the same sample if the rule 
 their two segment types s allows it, given their block ids b (blog, section 3):
 
     M_ij = 1  <=>  sample_i = sample_j  and  b_j stands to b_i as RULES[task][s_i][s_j] says
-
     T2T   [C][N]          predicts N: text, block by block
     T2I   [C][I][N]       the image I, and its caption N as an auxiliary task
     IT2T  [P][I][C][N]    the answer N; instruction P and image I (one block) are clean context
 
 C is clean text; noisy text N has the same blocks and coordinates. A new task needs one more table.
-
 Shapes: L positions, S samples.    Run: python masks.py   (CPU, 2 s; draws masks.png)
 """
 from __future__ import annotations
@@ -43,7 +41,6 @@ IT2T_RULE = [[ALWAYS, _,      ALWAYS, _],      # P   instruction and image are o
              [ALWAYS, _,      ALWAYS, _],      # I
              [ALWAYS, LT,     ALWAYS, EQ]]     # N
 RULES = torch.tensor([T2T_RULE, T2I_RULE, IT2T_RULE], dtype=torch.uint8)    # (task, s_i, s_j)
-
 
 # ---- Layout and packing ------------------------------------------------------------------------
 
@@ -95,9 +92,8 @@ class Sample:
 
 
 def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
-    """Lays samples one after another, each as [P][I][C][N] or, without P, [C][I][N]. The order
-    inside a sample does not matter: attention reads segments, blocks and coordinates."""
-    pieces = []      # of each segment: sample, type, length, coordinate of index 0, index, columns
+    """Lays samples one after another, each as [P][I][C][N] or, without P, as [C][I][N]."""
+    pieces = []    # of a segment: sample, type, length, coordinate of index 0, first index, columns
     for number, s in enumerate(samples):
         h, w = s.image
         p = number, P, s.prompt, 0, 0, 1

@@ -5,19 +5,13 @@
     v = v_u + w (v_c - v_u)                            guidance: v_c with the context, v_u without
     x = argmax p(x | z_0)                              decode
 
-Clean context (instruction, input image, caption, text so far) is encoded by its posterior mean. It
-passes through the prior once, at t = 0; its keys and values stay in a cache. An image is one block.
-Text is generated block by block, and each finished block joins the context. By default it joins as
-the posterior mean of the tokens it decodes to ("snap", cf. the clamping of Diffusion-LM,
-2205.14217), because the prior was trained on encoded tokens only; the paper adds the generated
-latents. If a prefix ends inside a block, its last latents keep their value while the rest of that
-block is generated (clean repaint, Sec. 5.2); cola.FIRST_BLOCK lists the paper's other strategies.
+Clean context (instruction, input image, caption, text so far) passes through the prior once, at
+t = 0; its keys and values stay in a cache. An image is one block. Text is generated block by block,
+and each finished block joins the context: with "snap" as the posterior mean of its decoded tokens,
+because the prior was trained on encoded tokens only; in the paper, as generated. A prefix that ends
+inside a block stays clean there (Sec. 5.2); cola.FIRST_BLOCK lists the paper's other strategies.
 
-Run:
-    python sample.py t2i  "a large red circle above a small blue square on a gray background"
-    python sample.py it2t sample.png "describe the image."
-    python sample.py t2t  "there is a red circle."
-
+Run: python sample.py t2i "a large red circle above a small blue square on a gray background"
 Shapes: B samples, L positions, Dz and Cz text and image latent channels, bl latents in a block.
 """
 import argparse
@@ -68,7 +62,7 @@ RELEASED = Settings(guidance=7.0, shift=1.0, snap=False)       # the paper's, fo
 # ---- Transport ---------------------------------------------------------------------------------
 
 class Context:
-    """Clean positions that later queries attend to, kept as keys and values of every layer."""
+    """Clean positions that queries attend to, kept as keys and values of every layer."""
     def __init__(self, model: Cola):
         config = model.mmdit.config
         self.model, self.cache = model, Cache()
@@ -77,34 +71,30 @@ class Context:
 
     def plan(self, layout: Layout) -> Plan:
         """Attention plan of queries in this layout; the same for all their solver steps."""
-        if self.cache.layout is None:
-            return make_plan(layout)
-        return make_plan(layout, masks.concat(self.cache.layout, layout))
+        past = self.cache.layout
+        return make_plan(layout, layout if past is None else masks.concat(past, layout))
 
     def velocity(self, text: Tensor, image: Tensor, t: list[float], t_index: Tensor,
                  layout: Layout, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """Velocities of text (Lt, Dz) and image (Li, Cz) latents at the times t[t_index]."""
         times = torch.tensor(t, device=text.device, dtype=torch.float32)
-        v_text, v_image, _ = self.model.mmdit(text, image, times, t_index, layout, plan, self.cache)
-        return v_text, v_image
+        return self.model.mmdit(text, image, times, t_index, layout, plan, self.cache)[:2]
 
     def add(self, text: Tensor, image: Tensor, layout: Layout) -> None:
         """Appends clean latents to the context, at t = 0."""
-        t, t_index = text.new_zeros(1), torch.zeros_like(layout.segment)
-        self.model.mmdit(text, image, t, t_index, layout, self.plan(layout), self.cache,
-                         commit=True)
+        t, index = text.new_zeros(1), torch.zeros_like(layout.segment)
+        self.model.mmdit(text, image, t, index, layout, self.plan(layout), self.cache, commit=True)
 
 
 def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: Tensor | None = None,
-              fresh_noise: Callable[[], Tensor] | None = None) -> Tensor:
+              new_noise: Callable[[], Tensor] | None = None) -> Tensor:
     """Integrates noise z of one modality, (L, Dz) or (L, Cz), to clean latents of the same shape.
-
-    known (L,) bool: positions of z that are clean already and stay as they are; or, if fresh_noise
-    is given, a function that returns new noise of z's shape, they are repainted (flow.repaint)."""
+    known (L,) bool: positions of z that are clean already. They stay as they are or, if there is
+    new_noise, which returns noise of z's shape, are repainted (flow.repaint)."""
     is_image = bool((layout.segment == masks.I).any())
     is_guided = s.guidance != 1.0 and context.cache.layout is not None
     t_index = torch.ones_like(layout.segment)                                        # (L,)
-    if known is not None and fresh_noise is None:
+    if known is not None and new_noise is None:
         t_index[known] = 0                 # the network gets t = 0 there
     single = t_index, layout, context.plan(layout)
     if is_guided:
@@ -113,9 +103,8 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
         double = torch.cat([t_index, t_index]), both, context.plan(both)
 
     def prior(z: Tensor, t: float, positions: tuple[Tensor, Layout, Plan]) -> Tensor:
-        if is_image:
-            return context.velocity(context.no_text, z, [0.0, t], *positions)[1]
-        return context.velocity(z, context.no_image, [0.0, t], *positions)[0]
+        text, image = (context.no_text, z) if is_image else (z, context.no_image)
+        return context.velocity(text, image, [0.0, t], *positions)[is_image]
 
     def velocity(z: Tensor, t: float) -> Tensor:
         if not is_guided or not s.interval[0] <= t <= s.interval[1]:
@@ -124,9 +113,8 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
         return flow.guide(v_c, v_u, s.guidance)
 
     grid = flow.time_grid(s.steps, s.shift or 1.0)
-    if fresh_noise is not None:
-        return flow.repaint(velocity, z, grid, known, fresh_noise, s.repaint_share,
-                            s.repaint_cycles)
+    if new_noise is not None:
+        return flow.repaint(velocity, z, grid, known, new_noise, s.repaint_share, s.repaint_cycles)
     return flow.solve(velocity, z, grid, s.solver, known)
 
 
@@ -141,15 +129,13 @@ def draw_noise(sources: list[np.random.Generator], length: int, channels: int) -
         [g.standard_normal((length, channels), np.float32) for g in sources]))
 
 
-# ---- Images ------------------------------------------------------------------------------------
+# ---- Images and text ---------------------------------------------------------------------------
 
 @torch.inference_mode()
 def generate_images(model: Cola, captions: list[str], settings: Settings = IMAGE,
                     hw: tuple[int, int] | None = None, first: int = 0) -> list[np.ndarray]:
-    """Text to image. Returns B images, uint8 (H, W, 3).
-
-    captions: of B samples, whose numbers are first, first + 1, ..; hw: height and width in pixels,
-    by default the trained size. ValueError for a size the image VAE cannot take."""
+    """Text to image, for B captions with the sample numbers first, first + 1, .. Returns B images,
+    uint8 (H, W, 3), of the trained size or of hw. ValueError for a size the VAE cannot take."""
     vae, hw, context = model.image_vae, hw or model.image_hw, Context(model)
     vae.check_size(*hw)
     h, w = (side // vae.downsample for side in hw)
@@ -162,27 +148,26 @@ def generate_images(model: Cola, captions: list[str], settings: Settings = IMAGE
     if settings.shift is None:             # as in training, where image_loc shifts times as well
         shift = math.exp(model.image_loc) * flow.image_shift(h * w * vae.channels)
         settings = replace(settings, shift=shift)
-    z = transport(context, layout, noise, settings)                                  # (B h w, Cz)
-    return model.decode_images(z, (h, w))
+    return model.decode_images(transport(context, layout, noise, settings), (h, w))
 
-
-# ---- Text --------------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = None,
                   images: list[np.ndarray] | None = None, settings: Settings = TEXT,
                   max_tokens: int = 64, first: int = 0) -> list[str]:
-    """Text to text; image and text to text where prompts and images are given.
-
-    Continues each of B prefixes, whose numbers are first, first + 1, .., until an end token or
-    max_tokens new tokens. images: uint8 (H, W, 3) of one size. Returns the continuations alone."""
+    """Text to text; image and text to text where prompts and images, uint8 (H, W, 3) of one size,
+    are given. Returns the continuation of each of B prefixes, with the sample numbers first, first
+    + 1, .., up to an end token or max_tokens new tokens."""
     context, sources = Context(model), generators(settings.seed, first, len(prefixes))
     task, bl, patch = T2T, model.block_len, model.text_vae.config.patch_size
     starts = [0] * len(prefixes)           # coordinate of the first latent, after the instruction
     if images is not None:
-        task, starts = IT2T, add_question(context, prompts, images)
+        z, starts = model.encode_text([model.ids(prompt, end=False) for prompt in prompts])
+        h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
+        layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in starts], bl, model.device)
+        context.add(z, model.encode_images(images), layout)
+        task = IT2T
     repaints = task == T2T and model.first_block == "repaint"
-
     # Each list has one entry per text: tokens, latents (n, Dz), number of latents in the context.
     prefix_ids = [model.align(ids, len(ids))[0] for ids in map(model.tokenizer.encode, prefixes)]
     z, lengths = model.encode_text(prefix_ids)                                       # (sum n, Dz)
@@ -209,7 +194,6 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         # Decoded tokens never change: only those of the new block are appended.
         ids = [old + decoded[len(old):].tolist()
                for old, decoded in zip(ids, tokens.split([n * patch for n in lengths]))]
-
         new = [x[len(prefix):] for x, prefix in zip(ids, prefix_ids)]
         if all(model.tokenizer.end in x or len(x) >= max_tokens for x in new):
             return [model.tokenizer.decode(x[:max_tokens]) for x in new]
@@ -217,17 +201,6 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
             z, lengths = model.encode_text(ids)
             z = [torch.cat([prefix, x[len(prefix):]])
                  for prefix, x in zip(prefix_z, z.split(lengths))]
-
-
-def add_question(context: Context, prompts: list[str], images: list[np.ndarray]) -> list[int]:
-    """Adds instructions and images to the context. Returns the latents of each instruction."""
-    model = context.model
-    z, lengths = model.encode_text([model.ids(prompt, end=False) for prompt in prompts])
-    h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
-    layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in lengths], model.block_len,
-                  model.device)
-    context.add(z, model.encode_images(images), layout)
-    return lengths
 
 
 def generate_block(context: Context, layout: Layout, known: list[Tensor],
@@ -238,13 +211,12 @@ def generate_block(context: Context, layout: Layout, known: list[Tensor],
     bl, dz = model.block_len, model.text_vae.config.latent_dim
     lengths = torch.tensor([len(x) for x in known])
     is_known = (torch.arange(bl) < lengths[:, None]).flatten().to(model.device)      # (B bl,)
-    z = s.temperature * draw_noise(sources, bl, dz).to(model.device)                 # (B bl, Dz)
-    z[is_known] = torch.cat(known)
     # Known latents get the full noise of their time, whatever the temperature of the others.
     scale = torch.where(is_known, 1.0, s.temperature)[:, None]                       # (B bl, 1)
-    fresh_noise = lambda: scale * draw_noise(sources, bl, dz).to(model.device)
-    z = transport(context, layout, z, s, is_known, fresh_noise if repaints else None)
-    return z.view(-1, bl, dz)
+    noise = lambda: scale * draw_noise(sources, bl, dz).to(model.device)             # (B bl, Dz)
+    z = noise()
+    z[is_known] = torch.cat(known)
+    return transport(context, layout, z, s, is_known, noise if repaints else None).view(-1, bl, dz)
 
 
 # ---- Command line ------------------------------------------------------------------------------
@@ -278,12 +250,11 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--official", metavar="DIR", help="a public Cola DLM release instead of a "
                    "checkpoint: text alone, sampled with the paper's settings")
     p.add_argument("--device", choices=devices, default=devices[-1], help="where to run")
-    p.add_argument("--seed", type=within(0, data.SEEDS - 1, int), default=0,
-                   help="same seed, same samples")
+    p.add_argument("--seed", type=within(0, data.SEEDS - 1, int), default=0, help="of the noise")
 
 
-def build_parser(of_text: Settings) -> Parser:
-    """The commands and their flags. of_text: the default settings for text."""
+def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespace:
+    """The command line, with args.settings. ValueError, one line, if its flags do not fit."""
     parser = Parser(prog="sample.py", description=__doc__.partition("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
     t2i = tasks.add_parser("t2i", help="text to image")
@@ -308,14 +279,9 @@ def build_parser(of_text: Settings) -> Parser:
         p.add_argument("--solver", choices=flow.SOLVERS, help="heun, rk4: 2 and 4 calls a step")
         p.add_argument("--temperature", type=within(0, 1e6), help="scale of the initial noise")
         p.set_defaults(**asdict(settings))
-    return parser
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with args.settings. ValueError, one line, if its flags do not fit."""
-    args = build_parser(TEXT).parse_args(argv)
-    if args.official:                      # other defaults
-        args = build_parser(RELEASED).parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.official and of_text == TEXT:  # other defaults
+        return parse(argv, RELEASED)
     args.settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
     if args.n > 1 and args.temperature == 0:
         raise ValueError(f"--n {args.n}: at temperature 0 all samples are equal; draw one")
@@ -333,48 +299,43 @@ def open_model(args: argparse.Namespace, task: str) -> Cola:
     """The model of --checkpoint or --official. ValueError if it was not trained for the task."""
     model = release.load(args.official) if args.official else cola.load(args.checkpoint)
     if task not in model.tasks:
-        raise ValueError(f"{args.official or args.checkpoint} was trained for "
-                         f"{', '.join(model.tasks)}, not for {task}")
+        raise ValueError(f"this model was trained for {', '.join(model.tasks)}, not for {task}")
     return model.to(args.device)
 
 
-def draw(model: Cola, args: argparse.Namespace) -> None:
-    """Command t2i: writes PNG files that contain their caption as text."""
-    hw = (args.size[0], args.size[-1]) if args.size else None
-    images = generate_images(model, [args.prompt] * args.n, args.settings, hw)
-    for i, image in enumerate(images):
-        path = args.out.with_stem(f"{args.out.stem}_{i}") if args.n > 1 else args.out
-        info = PngImagePlugin.PngInfo()
-        info.add_text("caption", args.prompt)
-        Image.fromarray(image).save(path, "PNG", pnginfo=info)
-        print(f"{path}  {image.shape[1]} x {image.shape[0]}  {args.prompt}")
-
-
-def write(model: Cola, args: argparse.Namespace) -> None:
-    """Commands t2t and it2t: prints a prompt with its continuation, or an answer."""
-    prefix, prompts, images = args.prompt, None, None
+def run(args: argparse.Namespace) -> None:
+    """Prints texts, or writes PNG files, which contain their caption as text."""
+    model, prompts = open_model(args, args.task), [args.prompt] * args.n
+    if args.task == "t2i":
+        hw = (args.size[0], args.size[-1]) if args.size else None
+        for i, image in enumerate(generate_images(model, prompts, args.settings, hw)):
+            path = args.out.with_stem(f"{args.out.stem}_{i}") if args.n > 1 else args.out
+            info = PngImagePlugin.PngInfo()
+            info.add_text("caption", args.prompt)
+            Image.fromarray(image).save(path, "PNG", pnginfo=info)
+            print(f"{path}  {image.shape[1]} x {image.shape[0]}  {args.prompt}")
+        return
+    prefixes, questions, images = prompts, None, None
     if args.task == "it2t":
         try:
             image = data.load_image(args.image, model.image_hw)
         except ValueError as error:        # an OSError already names the file
             raise ValueError(f"{args.image}: {error}") from None
-        prefix, prompts, images = "", [args.prompt] * args.n, [image] * args.n
-    texts = generate_text(model, [prefix] * args.n, prompts, images, args.settings,
-                          args.max_tokens)
-    print(*(prefix + text for text in texts), sep="\n")
+        prefixes, questions, images = [""] * args.n, prompts, [image] * args.n
+    texts = generate_text(model, prefixes, questions, images, args.settings, args.max_tokens)
+    print(*(prefix + text for prefix, text in zip(prefixes, texts)), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, or 2 for a user's mistake."""
+    """The exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
-        args = parse(argv)
-        model = open_model(args, args.task)
-        command = draw if args.task == "t2i" else write
-        command(model, args)
+        run(parse(argv))
+        return 0
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -26,12 +26,11 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -283,19 +282,21 @@ class Run:
 
 
 def forward_backward(wrapped: nn.Module, micro: list, worker: Worker,
-                     autocast: torch.autocast) -> Terms:
-    """The gradients of one step, and this worker's share of each term, still on the device."""
-    sums: Terms = {}
-    counts = worker.sum_counts([b.counts() for b in micro])
+                     autocast: torch.autocast) -> tuple[Terms, dict[str, float]]:
+    """Computes the gradients of a step. Returns this worker's share of each term, on the device,
+    and the counts of the whole step."""
+    counts, sums = Counter(), Counter()
+    for batch in micro:
+        counts.update(batch.counts())
+    counts = worker.sum(counts)
     for i, batch in enumerate(micro):
         last = i == len(micro) - 1                         # DDP sums over workers only then
         with nullcontext() if last or not hasattr(wrapped, "no_sync") else wrapped.no_sync():
             with autocast:
                 loss, terms = wrapped(batch, counts)
             (loss * worker.world).backward()               # the wrapper takes the mean of workers
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value
-    return sums
+        sums.update(terms)
+    return dict(sums), counts
 
 
 def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int], list], lr: float,
@@ -325,11 +326,12 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
         for group, peak in groups:
             group["lr"] = peak * schedule(a, step, steps)
 
-        terms = forward_backward(wrapped, micro, worker, autocast)
+        terms, counts = forward_backward(wrapped, micro, worker, autocast)
         norm = workers.full(nn.utils.clip_grad_norm_(weights.values(), a.clip))
-        terms["norm"] = norm / worker.world                # the same on all: their sum is the norm
-        values, positions, stop = worker.sum_step(
-            terms, sum(b.counts()["positions"] for b in micro))
+        # Every worker has the same norm: a share of it, so that the sum is the norm.
+        values = worker.sum(terms | {"norm": norm / worker.world,
+                                     "stop": norm.new_tensor(worker.stop)})
+        stop = values.pop("stop")
         lost = 0 if math.isfinite(values["norm"]) else lost + 1
         for optimizer in optimizers:
             if not lost:                                   # a step without a number is not taken
@@ -344,7 +346,7 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
         state.progress[name] = step + 1
         took = time.perf_counter() - clock
         state.seconds += took
-        log.write(step + 1, values, lr=groups[0][0]["lr"], positions=positions, skipped=lost,
+        log.write(step + 1, values, lr=groups[0][0]["lr"], positions=counts["positions"], skipped=lost,
                   seconds=round(took, 4), data_seconds=round(waited, 4))
         done = step + 1 == steps
         if done:
@@ -389,9 +391,7 @@ def train(run: Run) -> None:
             workers.compile_blocks(model.mmdit)
 
         def make_step(step: int) -> list[Batch]:
-            first = step * a.micro_steps * a.batch_size
-            tasks = np.repeat(batches.step_tasks(a, step), a.batch_size).tolist()
-            work = worker.share([(task, first + k) for k, task in enumerate(tasks)])
+            work = worker.share(batches.step_samples(a, step))
             passes = a.micro_steps if a.accumulate else 1
             return [make.prior(work[i::passes]) for i in range(passes)]
         fit(run, "mmdit", stage, config.steps(a, "mmdit"), make_step, a.lr, muon, average=True)
@@ -453,7 +453,7 @@ def main(argv: list[str] | None = None) -> int:
             if worker.rank == 0:
                 checkpoint.trim_log(args.out_dir, state.progress)
             train(run)
-            if worker.sum_counts([{"stop": worker.stop}])["stop"]:     # since the last step
+            if worker.sum({"stop": worker.stop})["stop"]:              # since the last step
                 raise KeyboardInterrupt
         evaluate.report(args, worker, dataset)             # of what is in out_dir now
         return worker.leave(0)

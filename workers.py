@@ -1,11 +1,9 @@
 """Workers: one process per device, with the same weights and a share of the samples each.
 
-    torchrun starts the workers of several GPUs or machines
-    on a CPU the first process starts the others itself, one thread each: on small matrices two
-    processes of one thread are faster than two threads of one process
-
+torchrun starts the workers of several GPUs. On a CPU the first process starts the others itself,
+one thread each: on small matrices two such processes are faster than two threads of one process.
 Gradients are averaged by DDP. With --fsdp the weights of stage 2, their gradients and moments are
-sharded over the workers (FSDP2): every block of the prior is whole only while it computes.
+sharded over the workers (FSDP2): a block of the prior is whole only while it computes.
 
 Run: python workers.py   (CPU, 5 s: two workers share a sum)
 """
@@ -63,23 +61,13 @@ class Worker:
         dist.all_gather_object(parts, items)
         return [x for part in parts for x in part]
 
-    def sum_counts(self, counts: list[dict[str, float]]) -> dict[str, float]:
-        """Sums over the micro-batches of all workers; every dict has the same names."""
-        own = [[float(x) for x in c.values()] for c in counts]
-        sums = torch.tensor(own, dtype=torch.float64).sum(0)
+    def sum(self, values: dict[str, Tensor | float]) -> dict[str, float]:
+        """The sums of named numbers over the workers, who all have the same names. The host waits
+        for the device if the numbers are on it."""
+        x = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values.values()])
         if self.world > 1:
-            dist.all_reduce(sums := sums.to(self.device))
-        return dict(zip(counts[0], sums.tolist()))
-
-    def sum_step(self, terms: dict[str, Tensor], positions: int) -> tuple[dict, float, bool]:
-        """Loss terms (scalars on the device) and positions of all workers, and whether a signal
-        has reached one of them. The host waits for the device here, once a step."""
-        values = torch.stack([*(x.double() for x in terms.values()),
-                              *torch.tensor([positions, self.stop]).double().to(self.device)])
-        if self.world > 1:
-            dist.all_reduce(values)
-        *values, positions, stop = values.tolist()
-        return dict(zip(terms, values)), positions, stop > 0
+            dist.all_reduce(x := x.to(self.device))
+        return dict(zip(values, x.tolist()))
 
     def leave(self, status: int, error: Exception | str = "") -> int:
         """Ends this worker, with a line for the user if there is an error; returns the status.
@@ -189,7 +177,8 @@ def wrap(stage: nn.Module, worker: Worker, args: Namespace) -> nn.Module:
 
 
 def shard(stage: nn.Module, worker: Worker, args: Namespace) -> nn.Module:
-    """Stage 2 under FSDP2: each block of the prior is a group of its own, the rest one more."""
+    """Stage 2 under FSDP2: each block of the prior is a group of its own, the rest one more.
+    A weight that no sample of a step uses gets a gradient of 0 here, and with DDP none."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")      # about views a block returns
     mesh = init_device_mesh(worker.device.type, (worker.world,))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) \
@@ -263,7 +252,7 @@ def claimed(folder: str, worker: Worker) -> Iterator[None]:
 if __name__ == "__main__":
     me = join(config.merge({"device": "cpu", "procs": 2}))
     mine = me.share(range(7))
-    total = me.sum_counts([{"numbers": sum(mine)}])["numbers"]
+    total = me.sum({"numbers": sum(mine)})["numbers"]
     for line in me.gather([f"worker {me.rank} of {me.world} has {list(mine)}"]):
         if me.rank == 0:
             print(line)

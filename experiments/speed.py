@@ -77,10 +77,8 @@ class Step:
 
     def make(self, step: int) -> list[Batch]:
         """The batches of a step, as train.py makes them."""
-        a, tasks = self.args, batches.step_tasks(self.args, step)
-        work = [(tasks[k // a.batch_size], step * len(tasks) * a.batch_size + k)
-                for k in range(len(tasks) * a.batch_size)]
-        passes = a.micro_steps if a.accumulate else 1
+        work = batches.step_samples(self.args, step)
+        passes = self.args.micro_steps if self.args.accumulate else 1
         return [self.batches.prior(work[i::passes]) for i in range(passes)]
 
     def finish(self, step: int) -> None:
@@ -94,7 +92,9 @@ class Step:
             made = self.make(step)
         with clock.part("copying it, attention plan"):
             micro = [batches.to_device(batch, self.worker.device) for batch in made]
-        counts = self.worker.sum_counts([batch.counts() for batch in micro])
+        counts = Counter()
+        for batch in micro:
+            counts.update(batch.counts())
         for batch in micro:
             with clock.part("forward"), self.autocast:
                 loss, _ = self.stage(batch, counts)
@@ -113,9 +113,9 @@ class Step:
         times, began = [], time.perf_counter()
         steps = range(WARMUP + STEPS)
         for step, micro, _ in batches.ahead(self.make, steps, self.worker.device):
-            terms = train.forward_backward(self.stage, micro, self.worker, self.autocast)
+            terms, _ = train.forward_backward(self.stage, micro, self.worker, self.autocast)
             self.finish(step)
-            self.worker.sum_step(terms, sum(batch.counts()["positions"] for batch in micro))
+            self.worker.sum(terms)
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

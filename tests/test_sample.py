@@ -1,6 +1,7 @@
 """pytest tests/test_sample.py"""
 import math
 import shlex
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -374,3 +375,8 @@ def test_a_mistake_is_one_line_and_status_2(line, word, here, capsys, monkeypatc
     out, err = capsys.readouterr()
     assert status == 2 and not out and err.startswith("sample.py: ") and err.count("\n") == 1
     assert word in err and [p.name for p in Path().iterdir()] == ["text.png"]
+
+
+def test_an_interrupt_is_status_130(here, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "transport", lambda *given: signal.raise_signal(signal.SIGINT))
+    assert sample.main(["t2i", "a cat", *here]) == 130 and not capsys.readouterr().err
