@@ -10,14 +10,12 @@ Everything random about sample k is drawn from (seed, k, purpose): it depends ne
 nor on the number of workers, and a resumed run draws the same. DROP: the dropped condition, the cut
 of a text, the predicted caption. TIME: normal draws, which flow.sample_time turns into flow times.
 NOISE: eps of the image, then of the text. POSTERIOR: the VAEs' posterior samples. MASK: tokens that
-the masking loss hides. Of number k in stages 1 and 1b, TASK: the text's task, PICK: the image.
+the masking loss hides. In stages 1 and 1b: TASK, the task of text k; PICK, image k.
 
 Shapes: T tokens and Lv latents of all texts; L positions of the prior, Lt of text, Li of images;
 U distinct times; Dz, Cz channels of text and image latents; B images of H x W pixels, h x w
 latents.    Run: python batches.py   (CPU, 3 s)
 """
-from __future__ import annotations
-
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -39,7 +37,6 @@ from image_vae import ImageVAE, ImageVAEConfig
 from masks import I, IT2T, N, T2I, T2T, TASKS, Layout
 from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
-
 
 # ---- What the three stages train on ------------------------------------------------------------
 
@@ -70,15 +67,15 @@ class ImageBatch:
 @dataclass
 class Batch(TextBatch):
     """Samples of stage 2, of any tasks, packed. The text VAE may be training, so the batch holds
-    its texts; the image VAE is frozen, so the batch holds image latents."""
+    its texts; the image VAE is frozen, so it holds image latents. moves: t > 0, bears loss."""
     layout: Layout                     # of the L positions
-    targets: Tensor                    # (n,) positions with t > 0: only their velocity is needed
+    targets: Tensor                    # (n,) positions that move: others need no velocity
     source: Tensor                     # (Lt,) which of the Lv latents stands at a text position
     text_task: Tensor                  # (Lt,) task of its sample
-    text_moves: Tensor                 # (Lt,) bool, t > 0: the position bears L_text
+    text_moves: Tensor                 # (Lt,) bool: it moves, bears L_text
     eps_text: Tensor                   # (Lt, Dz) noise, 0 in P and C
     z_image: Tensor                    # (Li, Cz) clean latents
-    image_moves: Tensor                # (Li,) bool, t > 0: the position bears L_image
+    image_moves: Tensor                # (Li,) bool: it moves, bears L_image
     eps_image: Tensor                  # (Li, Cz) noise
     t: Tensor                          # (U,) distinct times; t[0] = 0 is clean
     t_index: Tensor                    # (L,) which of them a position has
@@ -93,7 +90,6 @@ class Batch(TextBatch):
         text = dict(zip(TASKS, (text * self.eps_text.shape[1]).tolist()))
         image = int(self.image_moves.sum()) * self.eps_image.shape[1]
         return super().counts() | text | {"image": image, "positions": len(self.layout)}
-
 
 # ---- One sample of stage 2 ---------------------------------------------------------------------
 
@@ -119,7 +115,7 @@ def pick_task(shares: dict[str, float], u: float) -> int:
 
 
 def step_tasks(args: Namespace, step: int) -> list[int]:
-    """The task of each micro-step of a step of stage 2: evenly spaced over the shares."""
+    """The task of each micro-step of a step of stage 2, by systematic sampling of the shares."""
     shares = config.task_shares(args.tasks)
     offset = data.rng(args.seed, step, Purpose.TASK).random()
     return [pick_task(shares, (m + offset) / args.micro_steps) for m in range(args.micro_steps)]
@@ -137,27 +133,28 @@ class Batches:
         self.args, self.dataset, self.model = args, dataset, model
         self.rng = lambda k, purpose: data.rng(args.seed, k, purpose)
         self.shares = config.task_shares(args.tasks)
-        self.block, self.patch = model.block_len, model.text_vae.config.patch_size
+        self.block_len, self.patch_size = model.block_len, model.text_vae.config.patch_size
         self.dz, self.cz = model.text_vae.config.latent_dim, model.mmdit.config.image_channels
         loc = args.text_loc
-        self.text_loc = flow.text_loc(self.dz, self.block) if loc is None else loc
+        self.text_loc = flow.text_loc(self.dz, self.block_len) if loc is None else loc
 
     def t2t(self, k: int) -> Example:
         """The text is cut at random. What is before the cut is given, as a prefix in sampling."""
-        draw = self.rng(k, Purpose.DROP)
-        dropped = draw.random() < self.args.cfg_drop
-        ids, cut, filled = self.cut_text(self.dataset.t2t(k), draw)
-        n = len(ids) // self.patch
+        rng = self.rng(k, Purpose.DROP)
+        dropped = rng.random() < self.args.cfg_drop
+        ids, cut, padded = self.cut_text(self.dataset.t2t(k), rng)
+        n = len(ids) // self.patch_size
         index = np.arange(n)
-        # Half of the samples bear no loss in the blocks before the cut.
-        skip = cut // self.block * self.block if draw.random() < 0.5 else 0
+        # Half of the samples bear no loss in the blocks before the cut: sampling is given these.
+        skip = cut // self.block_len * self.block_len if rng.random() < 0.5 else 0
         texts, source = [ids], index
         if cut and self.model.text_vae.config.block_len > 1:
             # In sampling, the prefix is encoded before the rest of its VAE block is known.
-            texts, source = [ids, ids[:cut * self.patch]], np.where(index < cut, n + index, index)
+            texts = [ids, ids[:cut * self.patch_size]]
+            source = np.where(index < cut, n + index, index)
         # No position sees the last block of C.
-        sample = masks.Sample(T2T, clean=0 if dropped else n - self.block, noisy=n, skip=skip)
-        return self.complete(k, sample, texts, source, self.model.stays_clean(index, cut, filled))
+        sample = masks.Sample(T2T, clean=0 if dropped else n - self.block_len, noisy=n, skip=skip)
+        return self.complete(k, sample, texts, source, self.model.stays_clean(index, cut, padded))
 
     def t2i(self, k: int) -> Example:
         """A share aux_caption of the samples also predicts the caption, block by block."""
@@ -165,7 +162,7 @@ class Batches:
         chances = self.args.cfg_drop, self.args.aux_caption
         dropped, auxiliary = self.rng(k, Purpose.DROP).random(2) < chances
         ids = [] if dropped else self.text_ids(caption)
-        n = len(ids) // self.patch
+        n = len(ids) // self.patch_size
         sample = masks.Sample(T2I, image=self.grid(image), clean=n, noisy=n if auxiliary else 0)
         return self.complete(k, sample, [ids], np.arange(n), np.zeros(n, bool), image)
 
@@ -173,8 +170,8 @@ class Batches:
         """Without its condition, an answer keeps the coordinates it has behind the instruction."""
         prompt, image, answer = self.dataset.it2t(k)
         prompt_ids, ids = self.model.ids(prompt, end=False), self.text_ids(answer)
-        p, n = len(prompt_ids) // self.patch, len(ids) // self.patch
-        sample = masks.Sample(IT2T, p, self.grid(image), clean=n - self.block, noisy=n, start=p)
+        p, n = len(prompt_ids) // self.patch_size, len(ids) // self.patch_size
+        sample = masks.Sample(IT2T, p, self.grid(image), clean=n - self.block_len, noisy=n, start=p)
         if self.rng(k, Purpose.DROP).random() < self.args.cfg_drop:
             sample, prompt_ids, image = masks.Sample(IT2T, noisy=n, start=p), [], -1
         return self.complete(k, sample, [prompt_ids, ids], sample.prompt + np.arange(n),
@@ -182,40 +179,40 @@ class Batches:
 
     def complete(self, k: int, sample: masks.Sample, texts: list[list[int]], source: np.ndarray,
                  clean: np.ndarray, image: int = -1) -> Example:
-        """Adds the noise and the draws for the times. Of each latent of the predicted text, source
-        is its number among the latents of `texts`, and clean whether it is clean in N (bool)."""
-        (h, w), noisy = sample.image, slice(sample.skip, sample.noisy)
-        normal = self.rng(k, Purpose.TIME).standard_normal(1 + len(source) // self.block)
+        """Adds the noise and the draws for the times. source (n,): the number of each predicted
+        latent among those of `texts`; clean (n,) bool: whether it is clean in N."""
+        (h, w), kept = sample.image, slice(sample.skip, sample.noisy)
+        normal = self.rng(k, Purpose.TIME).standard_normal(1 + len(source) // self.block_len)
         if self.args.time_per == "sample":
             normal[1:] = normal[-1]
         noise = self.rng(k, Purpose.NOISE)
         eps_image = noise.standard_normal((h * w, self.cz), np.float32)
-        eps_text = noise.standard_normal((sample.noisy, self.dz), np.float32)[noisy]
-        source = np.concatenate([np.arange(sample.prompt), source[:sample.clean], source[noisy]])
-        return Example(sample, texts, image, source, clean[noisy], normal, eps_text, eps_image,
+        eps_text = noise.standard_normal((sample.noisy, self.dz), np.float32)[kept]
+        source = np.concatenate([np.arange(sample.prompt), source[:sample.clean], source[kept]])
+        return Example(sample, texts, image, source, clean[kept], normal, eps_text, eps_image,
                        *self.vae_noise(k, texts))
 
     def whole_blocks(self, ids: list[int]) -> list[int]:
         """Adds at least one end token, up to whole blocks, and keeps those within seq_len."""
-        block = self.block * self.patch
+        block = self.block_len * self.patch_size
         longest = self.args.seq_len // block * block
         return pad_to_multiple(ids, block, self.model.tokenizer.end)[:longest]
 
     def text_ids(self, text: str) -> list[int]:
         return self.whole_blocks(self.model.tokenizer.encode(text))
 
-    def cut_text(self, text: str, draw: np.random.Generator) -> tuple[list[int], int, range]:
+    def cut_text(self, text: str, rng: np.random.Generator) -> tuple[list[int], int, range]:
         """A text cut at random: its ids, latents before the cut, padded latents (Cola.align)."""
         ids = self.model.tokenizer.encode(text)
-        cut = int(draw.integers(min(len(ids) + 1, len(self.whole_blocks(ids)))))
-        ids, cut, filled = self.model.align(ids, cut)
+        cut = int(rng.integers(min(len(ids) + 1, len(self.whole_blocks(ids)))))
+        ids, cut, padded = self.model.align(ids, cut)
         ids = self.whole_blocks(ids)
-        return ids, min(cut, len(ids)) // self.patch, filled
+        return ids, min(cut, len(ids)) // self.patch_size, padded
 
     def vae_noise(self, k: int, texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Posterior noise (latents, Dz) of texts, and bool (tokens,): which of them to hide."""
         tokens = sum(map(len, texts))
-        shape = tokens // self.patch, self.dz
+        shape = tokens // self.patch_size, self.dz
         noise = self.rng(k, Purpose.POSTERIOR).standard_normal(shape, np.float32)
         return noise, self.rng(k, Purpose.MASK).random(tokens) < 0.15        # as in BERT
 
@@ -259,13 +256,13 @@ class Batches:
             group = [k for k, i in image.items() if self.dataset.image_hw(i) == hw]
             x = to_float(np.stack(self.dataset.images([image[k] for k in group])))    # (B, 3, H, W)
             shape = self.model.image_vae.channels, *self.grid(image[group[0]])
-            draws = [self.rng(k, Purpose.POSTERIOR) for k in group]
-            noise = [draw.standard_normal(shape, np.float32) for draw in draws]   # B of (Cz, h, w)
+            noise = [self.rng(k, Purpose.POSTERIOR).standard_normal(shape, np.float32)
+                     for k in group]                                            # B of (Cz, h, w)
             batches.append(ImageBatch(x, torch.from_numpy(np.stack(noise))))
         return batches
 
     def pixels(self, numbers: range) -> Iterator[Tensor]:
-        """The same images on the model's device, (B, 3, H, W), at most 32 at a time."""
+        """The pixels of such images on the model's device, (B, 3, H, W), at most 32 at a time."""
         for start in range(0, len(numbers), 32):
             for batch in self.images(numbers[start:start + 32]):
                 yield batch.x.to(self.model.device)
@@ -273,10 +270,11 @@ class Batches:
     def prior(self, work: list[tuple[int, int]]) -> Batch:
         """The packed batch of these samples, each a task and a number."""
         examples = [(self.t2t, self.t2i, self.it2t)[task](k) for task, k in work]
+
         def join(name: str) -> Tensor:
             return torch.from_numpy(np.concatenate([getattr(e, name) for e in examples]))
 
-        layout = masks.pack([e.sample for e in examples], self.block)
+        layout = masks.pack([e.sample for e in examples], self.block_len)
         task, is_image = layout.task[layout.sample], layout.segment == I      # (L,) each
         moving = is_image & (task == T2I)                                     # t > 0
         moving[layout.segment == N] = ~join("clean")
@@ -303,17 +301,16 @@ class Batches:
     def packed(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Tokens (T,) of all texts, and latents of each but the empty ones (a dropped caption)."""
         ids = torch.tensor([token for text in texts for token in text], dtype=torch.long)
-        return ids, [len(text) // self.patch for text in texts if text]
-
+        return ids, [len(text) // self.patch_size for text in texts if text]
 
 # ---- Ahead of the device -----------------------------------------------------------------------
 
 def to_device(batch, device: torch.device):
     """The batch with its tensors on the device, and its attention plans built there."""
-    counts = batch.counts()        # on the CPU: on a GPU it would wait for the running step
+    counts = batch.counts()        # on a GPU it would wait for the running step
     batch = replace(batch, **{name: x.to(device) for name, x in vars(batch).items()
                               if isinstance(x, Tensor | Layout)})
-    batch.counts = lambda: counts
+    batch.counts = lambda: counts                          # computed once, on the CPU
     if isinstance(batch, Batch):
         batch.plan.build()
         batch.target_plan.build()
@@ -323,8 +320,10 @@ def to_device(batch, device: torch.device):
 def ahead(make: Callable, steps: range, device: torch.device) -> Iterator[tuple[int, list, float]]:
     """(step, its batches on the device, seconds waited for them), made one step ahead in a thread.
     make(step) -> the batches of a step, on the CPU. steps: at least one."""
+
     def prepare(step: int) -> list:
         return [to_device(batch, device) for batch in make(step)]
+
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(prepare, steps[0])
         for step in steps:

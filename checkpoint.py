@@ -11,15 +11,13 @@ A checkpoint is one dict of plain types and tensors (cola.read opens it, cola.bu
     moments   the optimizers' tensors of the stage that was trained last, by parameter
     extra     weights that belong to the training alone: "ref.." and "repa.." of stage 2
     args      every flag of the run            progress  steps done of each stage
-    seconds   of training                      closed    stages that came trained from elsewhere
+    seconds   of training                      closed    VAEs trained by another run
 
 It is written to a temporary file first, which then takes the place of the old one: there is a whole
 checkpoint at every moment after the first.
 
 Run: python checkpoint.py   (CPU, 5 s)
 """
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -59,9 +57,8 @@ class State:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, found: dict | None) -> State:
+    def of(cls, found: dict | None) -> "State":
         return cls(**{name: found[name] for name in cls.__dataclass_fields__}) if found else cls()
-
 
 # ---- Where a run begins ------------------------------------------------------------------------
 
@@ -70,7 +67,7 @@ def begin(given: dict) -> tuple[Namespace, dict | None]:
     FileNotFoundError, one line, if a run would be overwritten or flags contradict a checkpoint."""
     folder = Path(given.get("out_dir", config.DEFAULTS["out_dir"]))
     path = folder / "ckpt.pt"
-    exists = path.exists() or path.with_name("ckpt.prev.pt").exists()
+    exists = any(folder.glob("ckpt*.pt"))
     if exists and given.get("resume") == "auto":
         found = latest(folder)
         return config.merge(given, found["args"], "resume", str(path)), found
@@ -80,7 +77,7 @@ def begin(given: dict) -> tuple[Namespace, dict | None]:
     if given.get("init_from"):
         found = cola.read(given["init_from"])
         args = config.merge(given, found["args"], "init", given["init_from"])
-        done = found["progress"]                           # a joint stage 2 trains the text VAE
+        done = found["progress"]                           # a prior implies a trained text VAE
         trained = {x for x in config.STAGES[:2] if done[x] or x == "text_vae" and done["mmdit"]}
         new = State(closed=sorted(trained | {*found["closed"]}))
         return args, found | vars(new) | {"model": found["model"] | found["ema"]}
@@ -92,38 +89,39 @@ def begin(given: dict) -> tuple[Namespace, dict | None]:
 
 def latest(folder: Path) -> dict:
     """The last checkpoint of a run, or the one before it if the last is damaged."""
+    before = folder / "ckpt.prev.pt"
     try:
         return cola.read(folder / "ckpt.pt")
     except (ValueError, FileNotFoundError):
-        if not (folder / "ckpt.prev.pt").exists():
-            raise
-        return cola.read(folder / "ckpt.prev.pt")
+        if before.exists():
+            return cola.read(before)
+        raise
 
 
 def new_model(args: Namespace, dataset) -> Cola:
     """A system with fresh weights, or with those of a public release and a fresh image side: the
     same on every worker, as all start from one seed."""
-    a, released, hw = args, None, config.image_hw(args)
-    if not a.init_official:
-        tokenizer = Tokenizer.named(a.tokenizer) if a.tokenizer else \
-            Tokenizer.train(dataset.corpus(4000), a.vocab_size)
-    torch.manual_seed(a.seed)
+    a, hw, head_dim = args, config.image_hw(args), args.width // args.heads
+    image_config = ImageVAEConfig(
+        a.image_latent_dim, a.downsample, a.image_vae_width, tuple(a.image_vae_levels),
+        a.image_vae_blocks, a.image_vae_patch)
+    torch.manual_seed(a.seed)                              # fresh weights are drawn in this order
     if a.init_official:
         released = release.load(a.init_official, a.image_latent_dim, a.dual_layers)
-        tokenizer, text_vae = released.tokenizer, released.text_vae
+        tokenizer, text_vae, mmdit = released.tokenizer, released.text_vae, released.mmdit
+        image_vae = ImageVAE(image_config)
     else:
+        tokenizer = Tokenizer.named(a.tokenizer) if a.tokenizer else \
+            Tokenizer.train(dataset.corpus(4000), a.vocab_size)
         text_vae = TextVAE(TextVAEConfig(
             tokenizer.n_vocab, a.text_vae_width, 4 * a.text_vae_width, a.text_vae_heads,
             a.text_vae_layers, a.text_vae_layers, a.text_latent_dim, a.text_patch,
             a.vae_block_len, config.logsnr(a)))
-    image_vae = ImageVAE(ImageVAEConfig(
-        a.image_latent_dim, a.downsample, a.image_vae_width, tuple(a.image_vae_levels),
-        a.image_vae_blocks, a.image_vae_patch))
+        image_vae = ImageVAE(image_config)
+        mmdit = MMDiT(MMDiTConfig(
+            a.text_latent_dim, a.image_latent_dim, a.width, a.heads, head_dim, a.layers,
+            a.dual_layers, emb_dim=a.width, rope_dim=head_dim, as_released=a.as_released))
     image_vae.check_size(*hw)
-    head_dim = a.width // a.heads
-    mmdit = released.mmdit if released else MMDiT(MMDiTConfig(
-        a.text_latent_dim, a.image_latent_dim, a.width, a.heads, head_dim, a.layers,
-        a.dual_layers, emb_dim=a.width, rope_dim=head_dim, as_released=a.as_released))
     return Cola(text_vae, image_vae, mmdit, tokenizer, a.block_len, hw, config.image_time_loc(a),
                 a.first_block, tuple(config.task_shares(a.tasks)))
 
@@ -139,24 +137,23 @@ def build(found: dict, args: Namespace) -> Cola:
 
 
 def open_stages(args: Namespace, state: State) -> tuple[list[str], list[str]]:
-    """The stages to train, and those that have steps left but are closed. A stage is closed once a
-    later one has begun, as that learns from it; a VAE that came trained from another run is open
-    only if --stage names it. ValueError for a prior without trained VAEs."""
-    done, open_, closed = state.progress, [], []
+    """The stages to train, and those that have steps left but are finished: a later stage, which
+    learns from them, has begun. A VAE trained by another run is trained further only if --stage
+    names it. ValueError for a prior without trained VAEs."""
+    done, open_, finished = state.progress, [], []
     for i, name in enumerate(config.STAGES):
         later = any(done[x] for x in config.STAGES[i + 1:])
         used = later and done[name] or name == "text_vae" and done["mmdit"]
         foreign = name in state.closed and args.stage != name
         if name in config.stages(args) and config.steps(args, name) > done[name]:
-            (closed if used or foreign else open_).append(name)
+            (finished if used or foreign else open_).append(name)
     if open_ == ["mmdit"] and not done["mmdit"]:
         images = config.task_shares(args.tasks).keys() - {"t2t"}
         for name in ("text_vae", "image_vae") if images else ("text_vae",):
             if not done[name] and name not in state.closed and config.steps(args, name):
                 raise ValueError(f"--stage mmdit: the {name} is not trained; first --stage {name}, "
                                  "or start from a checkpoint with --init_from")
-    return open_, closed
-
+    return open_, finished
 
 # ---- Saving ------------------------------------------------------------------------------------
 
@@ -211,7 +208,6 @@ def restore_moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, 
                 optimizer.state[p] = {key: like(x, p) if x.shape == p.shape else
                                       x.to(p.device, copy=True) for key, x in saved[name].items()}
 
-
 # ---- The log -----------------------------------------------------------------------------------
 
 def read_log(path: str | Path) -> list[dict]:
@@ -242,7 +238,8 @@ class Log:
                         disable=worker.rank > 0)
 
     def write(self, step: int, terms: dict[str, float], **more: float) -> None:
-        """One line. A value that is not finite is null, as JSON has no word for it."""
+        """One line. A value that is not finite is null, as JSON has no word for it. "skipped"
+        counts the steps in a row, up to this one, that were left out; 0 if it was taken."""
         entry = {name: x if math.isfinite(x) else None for name, x in (terms | more).items()}
         self.file.write(json.dumps({"stage": self.stage, "step": step, **entry}) + "\n")
         speed = more["positions"] / max(more["seconds"], 1e-9)
@@ -255,23 +252,13 @@ class Log:
         self.bar.close()
 
 
-def demonstrate() -> None:
-    """Saves a new model as the checkpoint of a run, and takes the run up again."""
+if __name__ == "__main__":
     args = config.merge({"device": "cpu", "pool": 50})
     with tempfile.TemporaryDirectory() as args.out_dir:
-        model = new_model(args, data.open_data(args))
-        save(args, model, nn.Module(), State(progress=dict.fromkeys(config.STAGES, 7)), Worker())
-        resume = {"out_dir": args.out_dir, "resume": "auto"}
-        again, found = begin(resume | {"lr": 0.001})
+        saved = new_model(args, data.open_data(args))
+        save(args, saved, nn.Module(), State(progress=dict.fromkeys(config.STAGES, 7)), Worker())
+        args, found = begin({"out_dir": args.out_dir, "resume": "auto", "lr": 0.001})
         print(f"resumed at {found['progress']} (expect 7 each)")
-        print(f"lr {again.lr} (expect the given 0.001), width {again.width} (expect 128 as before)")
-        same = torch.equal(build(found, again).mmdit.text_in.weight, model.mmdit.text_in.weight)
+        print(f"lr {args.lr} (expect the given 0.001), width {args.width} (expect 128 as before)")
+        same = torch.equal(build(found, args).mmdit.text_in.weight, saved.mmdit.text_in.weight)
         print(f"the same weights: {same} (expect True)")
-        try:
-            begin(resume | {"width": 64})
-        except ValueError as error:
-            print(f"expect a refusal of another width: {error}")
-
-
-if __name__ == "__main__":
-    demonstrate()

@@ -1,8 +1,8 @@
 """Cola: the whole system: a tokenizer, two VAEs and the prior over their latents.
 
-    text   --tokenizer-->  ids  --text VAE-->  z (L, Dz)  \\
-                                                            one packed sequence  --MMDiT-->  v
-    pixels                 --image VAE------>  z (L, Cz)  /
+    text   --tokenizer-->  ids  --text VAE-->  z (L, Dz)  --+
+                                                            +-->  one packed sequence  --MMDiT-->  v
+    pixels                 --image VAE------>  z (L, Cz)  --+
 
 Text becomes one latent for every `patch_size` tokens; an image becomes a grid of latents, read row
 by row. The prior generates text in blocks of `block_len` latents.
@@ -88,7 +88,7 @@ class Tokenizer:
         for word in counts:
             count(word, 1)
         # For 6 MB of text and 4,096 tokens, a heap takes 3 s where max(pairs) takes 56 s.
-        heap = sorted((-n, pair) for pair, n in pairs.items())                   # is a heap
+        heap = sorted((-n, pair) for pair, n in pairs.items())    # a sorted list is a heap
         while heap and len(tokens) < vocab_size - 1:
             n, pair = heapq.heappop(heap)
             if pairs[pair] != -n:                           # the count has changed: put it back
@@ -145,7 +145,6 @@ def pad_to_multiple(ids: Sequence[int], multiple: int, end: int, ended: bool = T
     """ids, then end tokens until their number is a multiple. ended: at least one end token."""
     return [*ids, *[end] * (ended + -(len(ids) + ended) % multiple)]
 
-
 # ---- The system --------------------------------------------------------------------------------
 
 @dataclass
@@ -163,7 +162,7 @@ class Cola:
 
     def __post_init__(self) -> None:
         vae, channels = self.text_vae.config, self.mmdit.config.text_channels
-        # If a block of the VAE lay in two blocks of the prior, the first would contain the second.
+        # A VAE block in two blocks of the prior would leak the second into the first.
         if self.block_len < 1 or self.block_len % vae.block_len:
             raise ValueError(f"blocks of {self.block_len}: expected a multiple of {vae.block_len}")
         if channels != vae.latent_dim:
@@ -202,31 +201,32 @@ class Cola:
         return self.text_vae.scale_latents(self.text_vae.encode(flat, lengths)[0]), lengths
 
     def encode_images(self, images: list[np.ndarray]) -> Tensor:
-        """Images uint8 (H, W, 3) of one size -> normalised posterior means, packed (B h w, Cz)."""
+        """Images uint8 (H, W, 3) of one size -> normalized posterior means, packed (B h w, Cz)."""
         x = to_float(np.stack(images)).to(self.device)                          # (B, 3, H, W)
         z = self.image_vae.normalize(self.image_vae.encode(x)[0])               # (B, Cz, h, w)
         return z.flatten(2).transpose(1, 2).flatten(0, 1)                       # (B h w, Cz)
 
-    def decode_images(self, z: Tensor, hw: tuple[int, int]) -> list[np.ndarray]:
+    def decode_images(self, z: Tensor, grid: tuple[int, int]) -> list[np.ndarray]:
         """Packed latents (B h w, Cz) of grids (h, w) -> images uint8 (H, W, 3)."""
-        z = z.view(-1, *hw, z.shape[-1]).permute(0, 3, 1, 2)                    # (B, Cz, h, w)
+        z = z.view(-1, *grid, z.shape[-1]).permute(0, 3, 1, 2)                  # (B, Cz, h, w)
         return list(to_uint8(self.image_vae.decode(self.image_vae.denormalize(z))))
 
     def align(self, ids: list[int], cut: int) -> tuple[list[int], int, range]:
-        """Insert end tokens until the first `cut` tokens end with a latent; for left and right with
-        a block. Returns ids, cut, and the latents with inserted tokens that are not predicted."""
+        """Inserts end tokens so that the first `cut` tokens end with a latent (left, right: with a
+        block). Returns the ids, the new cut, and which latents hold inserted tokens that are never
+        predicted."""
         p = self.text_vae.config.patch_size
         multiple = p * self.block_len if self.first_block in ("left", "right") else p
         count = -cut % multiple                             # end tokens to insert
         at = cut if self.first_block == "right" else 0      # before this token
         ids = [*ids[:at], *[self.tokenizer.end] * count, *ids[at:]]
-        filled = range(at // p, -(-(at + count) // p))
-        return ids, cut + count, range(0) if self.first_block == "repaint" else filled
+        padded = range(at // p, -(-(at + count) // p))
+        return ids, cut + count, range(0) if self.first_block == "repaint" else padded
 
-    def stays_clean(self, index: np.ndarray, cut: int, filled: range) -> np.ndarray:
+    def stays_clean(self, index: np.ndarray, cut: int, padded: range) -> np.ndarray:
         """Which latents of a text stay at t = 0 in its noisy copy and have no loss: bool (n,).
-        index (n,): their places in the text.   cut: latents in the prefix.   filled: from align."""
-        clean = (filled.start <= index) & (index < filled.stop)
+        index (n,): their places in the text.   cut: latents in the prefix.   padded: from align."""
+        clean = (padded.start <= index) & (index < padded.stop)
         if self.first_block != "repaint":
             clean |= (index < cut) & (index // self.block_len == cut // self.block_len)
         return clean
@@ -240,7 +240,6 @@ def to_float(images: np.ndarray) -> Tensor:
 def to_uint8(x: Tensor) -> np.ndarray:
     """(B, 3, H, W), clamped to [-1, 1] -> uint8 (B, H, W, 3)"""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
 
 # ---- From a checkpoint -------------------------------------------------------------------------
 
@@ -257,7 +256,7 @@ def read(path: str | Path) -> dict:
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
     except Exception as error:                              # torch.load raises errors of any class
-        raise ValueError(f"{path}: not a checkpoint of this program, or damaged ({error!r:.80}); "
+        raise ValueError(f"{path}: not a checkpoint of this program, or damaged ({error!s:.80}); "
                          "take an earlier copy, or make one with train.py") from None
     return found
 

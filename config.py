@@ -1,7 +1,6 @@
 """Config: every flag of a run in one table, one row each.
 
-`allowed` is the lowest and the highest number, or the words to choose from; None allows any text.
-`kind` decides which value a flag has when a run starts from a checkpoint:
+`kind` decides which value a flag has when a run starts from a checkpoint; DATA also holds --scale:
 
     kind      --resume auto                      --init_from FILE, --init_official DIR
     MODEL     the checkpoint's; others refused   the checkpoint's; others refused
@@ -36,10 +35,9 @@ STAGES = ("text_vae", "image_vae", "mmdit")        # in the order in which they 
 class Flag(NamedTuple):
     name: str
     default: Any              # None: depends on other flags
-    allowed: tuple | None     # lowest and highest number, or all words
+    allowed: tuple | None     # lowest and highest number, or all words; None: no limits
     kind: str                 # MODEL, RECIPE, DATA or RUN
     why: str                  # what the flag does and why one would change it
-
 
 # ---- Ranges that several flags share -----------------------------------------------------------
 
@@ -69,8 +67,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("fsdp", False, None, RUN, "shard stage 2 over GPUs (FSDP2) if one cannot hold it"),
         Flag("compile", False, None, RUN, "torch.compile the prior: slow to start, then faster"),
         Flag("attention", "auto", BACKENDS, RUN, "auto is padded; others may be faster on GPUs"),
-        Flag("bf16", "auto", ("auto", "on", "off"), RECIPE, "matrix products in bfloat16; auto: on "
-             "a GPU; on a CPU it pays only for a wide prior"),
+        Flag("bf16", "auto", ("auto", "on", "off"), RECIPE, "matrix products in bfloat16, not in "
+             "stage 1; auto: on a GPU; on a CPU it pays only for a wide prior"),
         Flag("save_every", 500, COUNT, RUN, "steps between checkpoints: what a crash can lose"),
     ],
     "data": [
@@ -98,8 +96,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("vae_block_len", 1, SIZE, MODEL, "latents per VAE block; paper: 1, release: 16"),
         Flag("vae_logsnr", "2.5", None, MODEL, "'learned', or a fixed log(mu^2 / sigma^2): a lower "
              "one gives noisier latents and a more robust decoder"),
-        Flag("beta", 1e-3, WEIGHT, RECIPE, "weight of KL(q || N(0, I)), and of E log q in stage 2: "
-             "a larger one brings latents closer to a normal distribution"),
+        Flag("beta", 1e-3, WEIGHT, RECIPE, "weight of KL(q || N(0, I)) of the text VAE, and of E "
+             "log q in stage 2: a larger one brings latents closer to a normal distribution"),
         Flag("lambda_mask", 0.1, WEIGHT, RECIPE, "weight of the loss of masked tokens, which makes "
              "latents describe their context; 0 saves a forward pass"),
         Flag("text_vae_steps", 200, STEPS, RECIPE, "steps of stage 1; 0 starts stage 2 with an "
@@ -129,9 +127,11 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("block_len", 1, SIZE, RECIPE, "text latents generated together; release: 16"),
         Flag("steps", 3200, COUNT, RECIPE, "steps of stage 2"),
         Flag("scale", 1.0, RATE, DATA, "multiplies the steps of every stage, to train longer"),
-        Flag("batch_size", 10, SIZE, RECIPE, "samples per micro-step, over all workers"),
-        Flag("micro_steps", 6, SIZE, RECIPE, "micro-steps per step, each of one task"),
-        Flag("accumulate", False, None, RECIPE, "one pass per micro-step: slower, less memory"),
+        Flag("batch_size", 10, SIZE, RECIPE, "samples of a micro-step, over all workers"),
+        Flag("micro_steps", 6, SIZE, RECIPE, "groups of --batch_size samples in "
+             "a step, each of one task"),
+        Flag("accumulate", False, None, RECIPE, "as many passes as micro-steps, each of all tasks: "
+             "slower, less memory"),
         Flag("optimizer", "muon", ("muon", "adamw"), RECIPE, "for the matrices inside the blocks "
              "of the prior and the image VAE; AdamW trains all other weights"),
         Flag("muon_lr", 0.02, RATE, RECIPE, "peak learning rate of Muon"),
@@ -150,7 +150,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("lambda_fm", 1.0, WEIGHT, RECIPE, "weight of the flow-matching losses"),
         Flag("lambda_ref", 0.0, WEIGHT, RECIPE, "weight of KL(q || q_ref), to stay near stage 1"),
         Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
-        Flag("w_answer", 4.0, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
+        Flag("w_answer", 3.0, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
         Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA, which aligns hidden states with "
              "clean latents; 0.5 in the literature, 0 is off"),
         Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
@@ -183,8 +183,8 @@ FLAGS: dict[str, list[Flag]] = {
 }
 FLAG = {flag.name: flag for group in FLAGS.values() for flag in group}
 DEFAULTS = {flag.name: flag.default for flag in FLAG.values()}
+# The flags of evaluate.py
 EVALUATE = {f.name for f in FLAGS["evaluation"]} | {"out_dir", "device", "procs", "attention"}
-
 
 # ---- From the command line to the flags of a run -----------------------------------------------
 
@@ -225,12 +225,18 @@ def merge(given: dict[str, Any], found: dict[str, Any] | None = None, start: str
         if FLAG[name].kind == MODEL and given.get(name, value) != value:
             raise ValueError(f"{in_words(name, given[name])}: {source} has {value}; leave it out")
     a = Namespace(**DEFAULTS | found | given)
-    if a.dual_layers is None:                                         # as in hybrid MMDiTs
-        a.dual_layers = max(1, round(a.layers / 3))
+    if a.dual_layers is None:
+        a.dual_layers = third(a.layers)
     check(a)
-    if not (found or a.text_vae_steps or a.vae_lr_ratio * a.lambda_vae):  # VAE never trained
+    if not (found or a.text_vae_steps or a.vae_lr_ratio * a.lambda_vae):
+        # The text VAE would never be trained.
         raise ValueError("--text_vae_steps 0: add --vae_lr_ratio 1 and a --lambda_vae above 0")
     return a
+
+
+def third(layers: int) -> int:
+    """A third of the layers, at least 1: the default of --dual_layers."""
+    return max(1, round(layers / 3))
 
 
 def changes(given: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -246,7 +252,7 @@ def check(a: Namespace) -> None:
         for x in value if isinstance(value, list) else [value]:
             if flag.allowed and isinstance(x, (int, float)):
                 low, high = flag.allowed
-                if not low <= x <= high:                              # also NaN
+                if not low <= x <= high:            # written so that NaN fails, too
                     raise ValueError(f"--{flag.name} {x}: expected {low:g} to {high:g}")
     gpu = a.device != "cpu" and torch.cuda.is_available()
     # Padding at the cut of a T2T text can fill a block: then its own tokens need a second one.
@@ -263,7 +269,6 @@ def check(a: Namespace) -> None:
             (a.text_vae_width % (2 * a.text_vae_heads),
              f"--text_vae_width {a.text_vae_width}: expected a multiple of 2 x --text_vae_heads"),
             (a.dual_layers > a.layers, f"--dual_layers {a.dual_layers}: more than --layers"),
-            # Else the context of a block would be encoded with tokens of the block in view.
             (a.block_len % a.vae_block_len,
              f"--vae_block_len {a.vae_block_len}: expected a divisor of --block_len {a.block_len}"),
             (a.seq_len < blocks * a.block_len * a.text_patch, f"--seq_len {a.seq_len}: expected "
@@ -276,7 +281,6 @@ def check(a: Namespace) -> None:
     logsnr(a)
     if not a.data and not a.text:
         check_size(*image_hw(a))
-
 
 # ---- Flags that hold more than one number ------------------------------------------------------
 
@@ -337,7 +341,7 @@ def in_words(name: str, value: Any) -> str:
 
 def show(a: Namespace) -> str:
     """The flags that differ from their defaults, as the command line gives them."""
-    usual = DEFAULTS | {"dual_layers": merge({"layers": a.layers}).dual_layers}
+    usual = DEFAULTS | {"dual_layers": third(a.layers)}
     return " ".join(in_words(name, value) for name, value in vars(a).items()
                     if value != usual[name]) or "all as by default"
 

@@ -1,10 +1,11 @@
 """Evaluate: rates on generated scenes, a grid of samples, and the curves of the losses.
 
 Images, captions, answers and stories are generated for scenes that training never drew: of
-compositions it has seen, and of compositions that were held out. The exact readers of scenes/ judge
-them, without a network. Every rate has its Wilson interval (95 %).
+compositions it has seen, and of compositions that were held out. The hand-written readers of
+scenes/ judge them, without a network. Every rate has its Wilson interval (95 %).
 
     metrics.json  {"n", "seen": {"t2i": {"scene": rate}}, "heldout", "ceiling", "seconds", "config"}
+                  "ceiling": what the VAEs alone keep; "config": all flags of the run
     samples.png   images drawn for captions; captions and answers given to images
     loss.png      every loss in log.jsonl
 
@@ -32,11 +33,12 @@ import cola
 import config
 import cuda_attention
 import sample
+import workers
 from checkpoint import read_log
 from cola import Cola
 from data import SEEDS, Purpose, open_data, rng
 from scenes import language, pictures
-from workers import Worker, join
+from workers import Worker
 
 GROUP = 64                                 # scenes that are sampled together
 Verdicts = Iterator[tuple[str, bool]]      # name of a rate, whether this sample is right
@@ -60,7 +62,6 @@ def draw_scenes(seed: int, numbers: range, heldout: bool) -> Group:
     """Scenes of one to three objects, of compositions seen in training or of held-out ones."""
     return Group([pictures.sample_scene(rng(seed, k, Purpose.EVAL), heldout, 1 + k % 3)
                   for k in numbers], seed, numbers)
-
 
 # ---- Judges: a verdict for each rate and sample ------------------------------------------------
 
@@ -118,7 +119,6 @@ def judge_vaes(model: Cola, group: Group, tasks: set[str]) -> Verdicts:
             found = language.matches(pictures.read_image(image), language.read_caption(caption))
             yield "image", found["scene"]
 
-
 # ---- Rates -------------------------------------------------------------------------------------
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
@@ -170,13 +170,14 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
 
 
 def table(metrics: dict) -> str:
-    """Lines of text: every rate with the interval of its number of samples, `counts`."""
+    """Lines of text: every rate with its interval; counts: samples behind a rate."""
     n, tasks = metrics["n"], metrics["seen"].keys()
     kinds = ("t2t" in tasks) + bool(tasks - {"t2t"})           # of texts: stories, captions
     counts = {"t2i.scene": 3 * n, "t2i.by_count.1": n, "t2i.by_count.2": n, "t2i.by_count.3": n,
               "t2i.count": 3 * n, "t2i.color": 3 * n, "t2i.shape": 3 * n, "t2i.size": 3 * n,
               "t2i.relation": 2 * n, "t2i.background": 3 * n, "it2t.exact": n, "it2t.true": n,
               "it2t.vqa": n, "t2t.consistent": n, "ceiling.image": n, "ceiling.text": kinds * n}
+
     def cell(path: str, count: int) -> str:
         rate = metrics
         for key in path.split("."):
@@ -185,13 +186,13 @@ def table(metrics: dict) -> str:
             return ""
         low, high = wilson(rate, count)
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
+
     lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
     for name, count in counts.items():
         if seen := cell(f"seen.{name}", count) or cell(name, count):
             heldout = cell(f"heldout.{name}", count)
             lines.append(f"{name.replace('.', ' '):26s}{seen:24s}{heldout}")
     return "\n".join(lines)
-
 
 # ---- Pictures ----------------------------------------------------------------------------------
 
@@ -209,10 +210,10 @@ def captioned_grid(cells: Cells) -> Image.Image:
 
 def loss_plot(stage: str, entries: list[dict]) -> Image.Image:
     """Every loss in the log of a stage against its step, on a log scale."""
-    other = {"stage", "step", "skipped", "lr", "norm", "seconds", "data_seconds", "positions",
-             "logsnr", "log_q", "drift"}
+    not_losses = {"stage", "step", "skipped", "lr", "norm", "seconds", "data_seconds", "positions",
+                  "logsnr", "log_q", "drift"}
     curves = {}                            # name: (n, 2) steps and losses
-    for name in sorted(set().union(*entries) - other):
+    for name in sorted(set().union(*entries) - not_losses):
         if points := [(e["step"], e[name]) for e in entries if (e.get(name) or 0) > 0]:
             parts = np.array_split(points, min(50, len(points)))       # each becomes its mean
             curves[name] = np.array([part.mean(0) for part in parts])
@@ -229,7 +230,6 @@ def loss_plot(stage: str, entries: list[dict]) -> Image.Image:
         pen.line(list(zip(x, y)), fill=colors[i % 6], width=2)
         pen.text((320, 30 + 12 * i), f"{name} {curve[-1, 1]:.3g}", fill=colors[i % 6])
     return canvas
-
 
 # ---- The report of a run -----------------------------------------------------------------------
 
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         given = config.parse(sys.argv[1:] if argv is None else argv, "evaluate.py", config.EVALUATE)
         path = Path(given.get("out_dir", config.DEFAULTS["out_dir"]), "ckpt.pt")
         args = config.merge(given, cola.read(path)["args"], "resume", str(path))
-        worker = join(args)
+        worker = workers.join(args)
         line = cuda_attention.set_backend(args.attention, worker.device)
         if worker.rank == 0:
             print(line)

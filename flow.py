@@ -1,6 +1,6 @@
 """Flow: the straight path from data to noise, the training times, the loss and the ODE solvers.
 
-    z_t = (1 - t) z_0 + t eps,  eps ~ N(0, I)        t = 0 is data, t = 1 is noise (paper, Eq. 9.31)
+    z_t = (1 - t) z_0 + t eps,  eps ~ N(0, I)        paper, Eq. 9.31 with alpha(t) = t
     v   = dz_t/dt = eps - z_0                        the network predicts this (Eq. 9.32)
     L   = sum |v_pred - v|^2 / count                 flow matching (Eq. 3.7, 9.33)
     t   = sigmoid(loc + scale n),  n ~ N(0, 1)       training times (Eq. 16.5, 16.6)
@@ -8,8 +8,8 @@
     z_0 = z_1 + integral of v dt from t = 1 to 0     sampling (Eq. 10.2)
     v   = v_u + w (v_c - v_u)                        classifier-free guidance
 
-Clean context has t = 0, so every position may have its own time. This file draws no random numbers:
-noise is always an argument.
+t = 0 is data, t = 1 is noise. Clean context has t = 0, so every position may have its own time.
+This file draws no random numbers: noise is always an argument.
 
 Shapes: B samples, L positions, Dz channels. z is (..., Dz). t has the leading dimensions of z, or
 is a float.    Run: python flow.py   (CPU, 2 s)
@@ -24,11 +24,10 @@ from torch import Tensor
 SOLVERS = {"euler": 1, "heun": 2, "rk4": 4}      # network calls a step: compare at equal calls
 Velocity = Callable[[Tensor, float], Tensor]     # (z, t) -> dz/dt, of z's shape
 
-
 # ---- The path ----------------------------------------------------------------------------------
 
 def over_channels(x: Tensor, z: Tensor) -> Tensor:
-    """Appends dimensions of size 1 to x, which has the leading ones of z, to broadcast with z."""
+    """x (...) with dimensions of size 1 appended, to broadcast with z (..., Dz)."""
     return x.reshape(x.shape + (1,) * (z.ndim - x.ndim))
 
 
@@ -43,12 +42,11 @@ def velocity(z0: Tensor, eps: Tensor) -> Tensor:
     """The regression target v = eps - z_0, constant along a path (paper, Eq. 9.32)."""
     return eps - z0
 
-
 # ---- Times -------------------------------------------------------------------------------------
 
 def shift_time(t: Tensor, shift: float | Tensor) -> Tensor:
-    """Moves times towards noise if shift > 1, as large images need: at equal noise, more correlated
-    latents are easier to read. The times 0 and 1 stay. ValueError unless shift > 0."""
+    """Moves times other than 0 and 1 towards noise if shift > 1, as large images need: the more
+    correlated latents, the more noise they can be read through. ValueError: shift <= 0."""
     if not torch.as_tensor(shift > 0).all():
         raise ValueError(f"time shift {shift}: expected a positive number; 1 changes nothing")
     return shift * t / (shift * t + (1 - t))
@@ -59,11 +57,12 @@ def sample_time(normal: Tensor, law: str = "logit_normal", loc: float | Tensor =
     """Training times in [0, 1], made from standard normal numbers of any shape.
 
     law: "logit_normal" (paper, Eq. 16.5, 16.6), where a larger loc trains noisier inputs, or
-    "uniform" without loc and scale; ValueError for others. loc and shift may be like normal."""
+    "uniform" without loc and scale; ValueError for others. loc and shift: numbers, or tensors
+    like normal."""
     if law == "logit_normal":
         t = torch.sigmoid(loc + scale * normal)
     elif law == "uniform":
-        t = torch.special.ndtr(normal)
+        t = torch.special.ndtr(normal)     # the normal CDF makes it uniform
     else:
         raise ValueError(f"time law {law!r}: expected logit_normal or uniform")
     return shift_time(t, shift)
@@ -73,13 +72,15 @@ def text_loc(channels: int, block_len: int) -> float:
     """loc of the times of text latents: 1 + ln(channels / 16) / 2, plus 1 if block_len is 1.
 
     More channels carry the same meaning through more noise, by a ln d + b in the paper (Eq. 15.38);
-    it measured optima of 1.0, 1.7, 2.3 at 16, 64, 128 channels, in blocks of 16. The extra 1 is
-    ours: without neighbours in the block, a latent's meaning is decided near noise."""
+    it measured optima of 1.0, 1.7, 2.3 (ours: 1.0, 1.7, 2.0) at 16, 64, 128 channels, in
+    blocks of 16 (Fig. 2). The extra 1 is ours: without neighbors in the block, a latent's meaning
+    is decided near noise."""
     return 1.0 + 0.5 * math.log(channels / 16) + (block_len == 1)
 
 
 def image_shift(numbers: int) -> float:
-    """Time shift of an image: sqrt(numbers / 4096), at least 1; numbers = positions x channels."""
+    """Time shift of an image with so many numbers, positions x channels; at least 1 (the square
+    root rule of Zheng et al. 2510.11690, from 4096 numbers)."""
     return max(1.0, math.sqrt(numbers / 4096))
 
 
@@ -87,9 +88,8 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
     """Sampling times from 1 to 0, (steps + 1,) float64 on the CPU. ValueError for no steps."""
     if steps < 1:
         raise ValueError(f"{steps} sampling steps: expected at least 1")
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return shift_time(times, shift)
-
 
 # ---- Loss --------------------------------------------------------------------------------------
 
@@ -104,14 +104,13 @@ def flow_matching_loss(v_pred: Tensor, v: Tensor, count: int, mask: Tensor | Non
         error = torch.where(over_channels(mask, error), error, 0.0)
     return error.sum() / max(count, 1)
 
-
 # ---- Sampling ----------------------------------------------------------------------------------
 
 def solve(velocity_fn: Velocity, z: Tensor, grid: Tensor, solver: str = "euler",
           known: Tensor | None = None) -> Tensor:
     """Integrates dz/dt = velocity_fn(z, t) along the grid (paper, Eq. 10.2); returns the last z.
 
-    z: (..., Dz) at time grid[0]; kept in float32 for any precision of the network (float64 stays).
+    z: (..., Dz) at time grid[0]; float32, or float64 if z is, for any precision of the network.
     grid: monotone times. time_grid(n) generates; time_grid(n).flip(0) encodes data into noise.
     solver: of order 1, 2 or 4. heun and rk4 also evaluate v at t = 0, which is seldom trained.
     known: (...) bool, positions that keep their z, as in the clean repaint of a first block (paper,
@@ -144,10 +143,11 @@ def repaint(velocity_fn: Velocity, z: Tensor, grid: Tensor, known: Tensor,
 
     z: (..., Dz), clean latents where known (...) is True, and noise elsewhere.
     noise: returns fresh noise of z's shape at every call.
-    fraction: share of the steps, at least the first, in which known positions are reset to their
-    clean latents with the noise of time t. In later steps they move like the others.
-    cycles: how often each of these steps is taken; noise takes z back to t before a repetition."""
-    clean = z = z.float()
+    fraction (m in the paper): share of the steps, at least the first, in which known positions are
+    reset to their clean latents with the noise of time t. In later steps they move like the others.
+    cycles (t in the paper): how often each of these steps is taken; noise takes z back to t before
+    a repetition."""
+    start = z = z.float()
     known = over_channels(known, z)
     steps = len(grid) - 1
     for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
@@ -158,7 +158,7 @@ def repaint(velocity_fn: Velocity, z: Tensor, grid: Tensor, known: Tensor,
                 added = math.sqrt(t * t - (alpha_ratio * t_next) ** 2)
                 z = alpha_ratio * z + added * noise()
             if in_lead:
-                z = torch.where(known, interpolate(clean, noise(), t), z)
+                z = torch.where(known, interpolate(start, noise(), t), z)
             z = z + (t_next - t) * velocity_fn(z, t).float()
     return z
 

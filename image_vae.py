@@ -6,8 +6,11 @@
     lap_k = avg_k(d) - up(avg_{k+1}(d)),  avg_k = mean over 2^k x 2^k pixels      Laplacian pyramid
     z_bar = (z - m_c) / s_c                                                       input of the MMDiT
 
-Convolutions at full resolution cost the most, so the stem folds `patch` x `patch` pixels into the
-channels of one cell; blocks work on cells, and the head folds `fold` x `fold` cells into a latent.
+Convolutions at full resolution cost the most, so the blocks work on cells:
+
+    stem: patch x patch pixels -> a cell;  further levels: 2 x 2 cells -> a cell;
+    head: fold x fold cells -> a latent
+
 The pyramid replaces a perceptual loss: a wrong edge costs at every scale. The fixed sigma teaches
 the decoder to tolerate the prior's errors.
 
@@ -26,7 +29,7 @@ from torch import Tensor
 
 @dataclass
 class ImageVAEConfig:
-    """For 1024 pixels, as in the paper: ImageVAEConfig(64, 16, 128, (1, 2, 4, 4), 3, 2)."""
+    """The paper's 64 channels at 1/16 the size: ImageVAEConfig(64, 16, 128, (1, 2, 4, 4), 3, 2)."""
     latent_channels: int = 32              # C
     downsample: int = 8                    # image pixels per latent pixel and side
     width: int = 64                        # D of the first level
@@ -45,34 +48,30 @@ class ImageVAEConfig:
             raise ValueError(f"latent_channels {self.latent_channels}: expected a multiple of "
                              f"{self.fold ** 2}, the cells in a latent pixel")
 
-
 # ---- Layers ------------------------------------------------------------------------------------
 
 class Conv(nn.Module):
     """A k x k convolution that keeps H and W. Its kernel is a matrix, as Muon takes matrices."""
-
     def __init__(self, fan_in: int, out: int, k: int = 3, gain: float = 1.0):
         super().__init__()
-        self.shape = (out, k, k, fan_in)
+        self.kernel_shape = (out, k, k, fan_in)
         inputs = k * k * fan_in
         self.weight = nn.Parameter(torch.randn(out, inputs) * gain / math.sqrt(inputs))
         self.bias = nn.Parameter(torch.zeros(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = self.weight.view(self.shape).permute(0, 3, 1, 2)      # channels-last is fast
-        return F.conv2d(x, kernel, self.bias, padding=self.shape[1] // 2)
+        kernel = self.weight.view(self.kernel_shape).permute(0, 3, 1, 2)    # channels-last is fast
+        return F.conv2d(x, kernel, self.bias, padding=self.kernel_shape[1] // 2)
 
 
 class PixelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each pixel: a faint object counts as much as a bright one."""
-
     def forward(self, x: Tensor) -> Tensor:                                      # (B, D, H, W)
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
     """x + conv(silu(conv(norm(x)))), the identity at the start of training."""
-
     def __init__(self, width: int):
         super().__init__()
         self.norm = PixelNorm(width)
@@ -94,7 +93,6 @@ def stack(widths: list[int], blocks: int, up: bool) -> nn.Sequential:
         layers += resize + level
     return nn.Sequential(*layers)
 
-
 # ---- The VAE -----------------------------------------------------------------------------------
 
 class ImageVAE(nn.Module):
@@ -104,15 +102,18 @@ class ImageVAE(nn.Module):
         self.channels, self.downsample = c.latent_channels, c.downsample
         widths = [c.width * m for m in c.multipliers]
         fine, coarse = widths[0], widths[-1]
-        patch, cell = 3 * c.patch ** 2, c.latent_channels // c.fold ** 2         # channels of each
+        patch_channels = 3 * c.patch ** 2
+        cell_channels = c.latent_channels // c.fold ** 2
         blocks = stack(widths, c.blocks, up=False)
-        stem = nn.Sequential(nn.PixelUnshuffle(c.patch), Conv(patch, fine))
-        head = nn.Sequential(PixelNorm(coarse), Conv(coarse, cell), nn.PixelUnshuffle(c.fold))
+        stem = nn.Sequential(nn.PixelUnshuffle(c.patch), Conv(patch_channels, fine))
+        head = nn.Sequential(PixelNorm(coarse), Conv(coarse, cell_channels),
+                             nn.PixelUnshuffle(c.fold))
         self.encoder = nn.Sequential(OrderedDict(stem=stem, blocks=blocks, head=head))
 
         blocks = stack(widths[::-1], c.blocks, up=True)
-        stem = nn.Sequential(nn.PixelShuffle(c.fold), Conv(cell, coarse))
-        head = nn.Sequential(PixelNorm(fine), Conv(fine, patch, gain=0.3), nn.PixelShuffle(c.patch))
+        stem = nn.Sequential(nn.PixelShuffle(c.fold), Conv(cell_channels, coarse))
+        head = nn.Sequential(PixelNorm(fine), Conv(fine, patch_channels, gain=0.3),
+                             nn.PixelShuffle(c.patch))
         self.decoder = nn.Sequential(OrderedDict(stem=stem, blocks=blocks, head=head))
         self.register_buffer("latent_mean", torch.zeros(c.latent_channels))      # m_c
         self.register_buffer("latent_std", torch.ones(c.latent_channels))        # s_c
@@ -129,7 +130,7 @@ class ImageVAE(nn.Module):
         return mean, torch.full_like(mean, 2 * math.log(self.config.posterior_std))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w), not normalised -> images (B, 3, H, W) fp32, not clamped."""
+        """Latents (B, C, h, w), not normalized -> images (B, 3, H, W) fp32, not clamped."""
         return self.decoder(z.contiguous(memory_format=torch.channels_last)).float()
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -150,7 +151,6 @@ class ImageVAE(nn.Module):
         mean = first / count
         self.latent_mean.copy_(mean)
         self.latent_std.copy_((second / count - mean.square()).clamp_min(1e-8).sqrt())
-
 
 # ---- Loss --------------------------------------------------------------------------------------
 

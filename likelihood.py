@@ -3,11 +3,11 @@
     log p(z_0) = log N(z_1; 0, I) + integral of div v dt,  t from 0 to 1     (Eq. 10.23, 10.24)
     div v = E[e^T (dv/dz) e],  E[e e^T] = I              Hutchinson          (Eq. 10.25)
     log w = log p(x | z) + log p(z) - log q(z | x),  z ~ q(z | x)            (Eq. 10.8)
-    ELBO = mean of log w,  IWAE = log of the mean of w   over K draws        (Eq. 10.8, 10.9)
+    ELBO = mean of log w,  IWAE = log of the mean of w   over K draws        (Eq. 10.9)
     log p(response | prefix) = log p(prefix, response) - log p(prefix)       (Eq. 10.12 - 10.14)
     perplexity = exp(-sum of log p / sum of tokens)                          (Eq. 10.7, 10.10)
 
-All in nats. A low training loss does not imply a high log p (Sec. 9.4).
+All in nats. A low training loss does not imply a high log p (Sec. 5.1, 9.4).
 Shapes: K draws, n latents of a text, Dz channels, bl latents in a block, B samples of D numbers.
 Run: python likelihood.py "there is a red circle." " the circle is red." --checkpoint out/ckpt.pt
 """
@@ -63,7 +63,7 @@ def log_prob(velocity_fn: flow.Velocity, z0: Tensor, grid: Tensor, probe: Tensor
 
 
 def elbo(log_px: Tensor, log_pz: Tensor, log_q: Tensor) -> Tensor:
-    """The mean of log w over K draws, (K, ..) each -> (..); a lower bound of log p (Eq. 10.8)."""
+    """The mean of log w over K draws, (K, ..) each -> (..); a lower bound of log p (Eq. 10.9)."""
     return (log_px + log_pz - log_q).mean(0)
 
 
@@ -77,7 +77,6 @@ def perplexity(log_p: Tensor, tokens: Tensor) -> Tensor:
     """Perplexity of texts with these log p and numbers of tokens (Eq. 10.7, 10.10); a scalar."""
     return (-torch.as_tensor(log_p).double().sum() / torch.as_tensor(tokens).sum()).exp()
 
-
 # ---- Texts -------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -85,15 +84,16 @@ def log_weights(model: Cola, ids: list[int], K: int, grid: Tensor, known: int = 
                 exact: bool = True, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """log p(x_b | z), log p(z_b | z_<b) and log q(z_b | x) of every block b of a text, for K draws
     z ~ q(z | x): (K, blocks) each (Algorithm A.1, Eq. 10.16).
-    ids: tokens in whole blocks. known: latents at the front that are given and have no terms. grid:
-    times from 1 to t_min. If it is above 0, p and q have further noise, of variance
-    (t_min / (1 - t_min))^2. exact: the exact divergence, or else the estimate of one probe."""
+    ids: tokens in whole blocks. known: latents at the front that are given and have no terms.
+    grid: times from 1 to t_min. At t_min > 0 the flow ends at (1 - t_min) z + t_min eps: p and q
+    are of z with noise of variance (t_min / (1 - t_min))^2.
+    exact: the exact divergence, or else the estimate of one probe."""
     vae, n = model.text_vae, len(ids) // model.text_vae.config.patch_size
     given = torch.arange(n, device=model.device).repeat(K) < known                   # (K n,)
     mean, logvar = (x.repeat(K, 1) for x in posterior(model, ids, known, grid[-1].item()))
-    generators = [data.rng(seed, k, data.Purpose.POSTERIOR) for k in range(K)]
-    z = mean + (logvar / 2).exp() * draw_noise(generators, n, mean.shape[1]).to(mean)   # (K n, Dz)
-    signs = [torch.from_numpy(g.choice([-1.0, 1.0], (n, z.shape[1]))) for g in generators]
+    rngs = [data.rng(seed, k, data.Purpose.POSTERIOR) for k in range(K)]
+    z = mean + (logvar / 2).exp() * draw_noise(rngs, n, mean.shape[1]).to(mean)         # (K n, Dz)
+    signs = [torch.from_numpy(g.choice([-1.0, 1.0], (n, z.shape[1]))) for g in rngs]
     probe = None if exact else torch.cat(signs).to(z)                                # (K n, Dz)
     log_pz = prior_log_prob(model, z, given.view(K, n), grid, probe)                 # (K blocks,)
     tokens = torch.tensor(ids * K, device=z.device)                                  # (K n patch,)
@@ -122,7 +122,8 @@ def prior_log_prob(model: Cola, z: Tensor, given: Tensor, grid: Tensor,
                    probe: Tensor | None) -> Tensor:
     """log p(z_b | z_<b) of every block of K texts, (K blocks,). z (K n, Dz), given (K, n) bool.
     One solve gives all: noisy blocks do not see each other, only the clean blocks before."""
-    (K, n), bl, channels, t_min = given.shape, model.block_len, z.shape[1], grid[-1].item()
+    (K, n), bl, channels = given.shape, model.block_len, z.shape[1]
+    t_min = grid[-1].item()
     given, t_index = given.flatten(), (~given).flatten().long()                      # (K n,) each
     context = Context(model)
     context.add(z, context.no_image, pack([Sample(T2T, clean=n)] * K, bl, model.device))
@@ -148,7 +149,8 @@ def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int 
     counts as response. In the last rows it is given, if first_block is clean."""
     head, tail = model.tokenizer.encode(prefix), model.tokenizer.encode(response)
     patch, bl, rows = model.text_vae.config.patch_size, model.block_len, []
-    exact = bl * model.text_vae.config.latent_dim <= 64        # backward passes, or else one
+    # The exact divergence takes a backward pass for each number of a block, the estimate one.
+    exact = bl * model.text_vae.config.latent_dim <= 64
     ids = pad_to_multiple(head + tail, patch * bl, model.tokenizer.end)
     grid = t_min + (1 - t_min) * flow.time_grid(steps)
     cut = len(head) // (patch * bl)                            # whole blocks of the prefix

@@ -11,8 +11,6 @@ their two segment types s allows it, given their block ids b (blog, section 3):
 C is clean text; noisy text N has the same blocks and coordinates. A new task needs one more table.
 Shapes: L positions, S samples.    Run: python masks.py   (CPU, 2 s; draws masks.png)
 """
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,8 +23,9 @@ SEGMENTS = "PCIN"
 T2T, T2I, IT2T = range(3)                              # tasks
 TASKS = ("t2t", "t2i", "it2t")
 LT, EQ, GT = 1, 2, 4                                   # key's block before, at, after the query's
-_, LE, ALWAYS = 0, LT | EQ, LT | EQ | GT               # sets of these; _ is never
+_, LE, ALWAYS = 0, LT | EQ, LT | EQ | GT               # sets of these
 
+# `_` in a table is never.
 # keys:       P       C       I       N          queries
 T2T_RULE = [[_,      _,      _,      _],       # P
             [_,      LE,     _,      _],       # C   block-causal
@@ -50,27 +49,27 @@ class Layout:
     sample: Tensor      # index into the samples of this sequence
     segment: Tensor     # P, C, I or N
     block: Tensor       # C and N: index of the latent in its text // block_len; P and I: 0
-    row: Tensor         # coordinates for RoPE: text has row = col = its index, an image its grid
+    row: Tensor         # coordinates of RoPE: text has row = col = start + index, an image its grid
     col: Tensor
     task: Tensor        # (S,) task of each sample
 
     def __len__(self) -> int:
         return self.sample.numel()
 
-    def positions(self) -> list[Tensor]:    # the fields of shape (L,)
+    def per_position(self) -> list[Tensor]:    # the fields of shape (L,)
         return [self.sample, self.segment, self.block, self.row, self.col]
 
-    def to(self, device) -> Layout:
+    def to(self, device) -> "Layout":
         return Layout(*(x.to(device, non_blocking=True) for x in vars(self).values()))
 
-    def select(self, index: Tensor) -> Layout:
+    def select(self, index: Tensor) -> "Layout":
         """The layout of some of the positions; index is (n,) positions or (L,) bool."""
-        return Layout(*(x[index] for x in self.positions()), self.task)
+        return Layout(*(x[index] for x in self.per_position()), self.task)
 
 
 def concat(a: Layout, b: Layout) -> Layout:
-    """Positions of a, then of b. a's samples are the first of b's: an append to a KV cache."""
-    return Layout(*(torch.cat(pair) for pair in zip(a.positions(), b.positions())), b.task)
+    """Positions of a, then of b; b has all samples of a. Appends to a KV cache."""
+    return Layout(*(torch.cat(pair) for pair in zip(a.per_position(), b.per_position())), b.task)
 
 
 def duplicate(a: Layout) -> Layout:
@@ -86,14 +85,14 @@ class Sample:
     image: tuple[int, int] = (0, 0)        # rows and columns of I
     clean: int = 0                         # positions of C
     noisy: int = 0                         # positions of N, including the skipped ones
-    start: int = 0                         # coordinate of the text's latent 0: behind P
+    start: int = 0                         # row = col of the text's latent 0, behind P
     first: int = 0                         # index in the text of the first latent packed
     skip: int = 0                          # positions left out at the front of N: a given prefix
 
 
 def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
     """Lays samples one after another, each as [P][I][C][N] or, without P, as [C][I][N]."""
-    pieces = []    # of a segment: sample, type, length, coordinate of index 0, first index, columns
+    pieces = []    # (sample, segment, length, start, first, columns) of each segment
     for number, s in enumerate(samples):
         h, w = s.image
         p = number, P, s.prompt, 0, 0, 1
@@ -104,24 +103,18 @@ def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
     pieces = np.array(pieces, dtype=np.int64).reshape(-1, 6)
     length = pieces[:, 2]
     begin = np.cumsum(length) - length                                      # (pieces,)
-    sample, segment, _, start, first, w = pieces.repeat(length, 0).T        # (L,) each
+    sample, segment, _, start, first, columns = pieces.repeat(length, 0).T  # (L,) each
     index = first + np.arange(len(sample)) - begin.repeat(length)           # in its text or image
     block = np.where((segment == C) | (segment == N), index // block_len, 0)
-    row = np.where(segment == I, index // w, start + index)
-    col = np.where(segment == I, index % w, start + index)
+    row = np.where(segment == I, index // columns, start + index)
+    col = np.where(segment == I, index % columns, start + index)
     arrays = sample, segment, block, row, col, np.array([s.task for s in samples], dtype=np.int64)
     return Layout(*(torch.tensor(x, device=device) for x in arrays))
-
-
-def text_layout(lengths, block_len: int, device=None) -> Layout:
-    """Clean texts of `lengths` latents: block-causal, and causal if block_len is 1 (text VAE)."""
-    return pack([Sample(T2T, clean=int(n)) for n in lengths], block_len, device)
-
 
 # ---- The mask ----------------------------------------------------------------------------------
 
 def relation_allows(relation: Tensor, b_i: Tensor, b_j: Tensor) -> Tensor:
-    """Whether `relation`, a set of LT, EQ, GT, has that of b_j to b_i. All broadcast; bool."""
+    """Whether the relation of b_j to b_i (LT, EQ or GT) is in the set `relation`. All broadcast."""
     bit = (b_j >= b_i).to(relation.dtype) + (b_j > b_i)                     # LT 0, EQ 1, GT 2
     return (relation >> bit & 1).bool()
 

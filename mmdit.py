@@ -3,11 +3,12 @@
     v = MMDiT(z_t, t, layout), trained to predict eps - z_0        (paper, Eq. 9.32; blog, Sec. 3)
     block    x = x + gate * attention((1 + scale) * LN(x) + shift),    then the same with an MLP
              shift, scale, gate: linear maps of the embedded time (adaLN, Peebles & Xie 2212.09748)
-    RoPE     channels (2i, 2i + 1) of a head turn by freq_i * (row if i is even, else column)
+    RoPE     channels (2i, 2i + 1) of a head turn by freq_i * (row if i is even, else column), so
+             text, where row = column, has plain 1-D RoPE
 
-Texts and images lie in one packed sequence (masks.py); each position has its own flow time. In the
-first `dual_layers` layers, text and image have their own weights and meet in attention (Esser et
-al. 2403.03206); in the other layers they share one set, as in the blog.
+Texts and images lie in one packed sequence (masks.py); each position has its own flow time, clean
+context t = 0. In the first `dual_layers` layers, text and image have their own weights and meet in
+attention (Esser et al. 2403.03206); in the other layers they share one set, as in the blog.
 
 Shapes: L packed positions, Lt of text, Li of images; U distinct times; E width of their embedding;
 D width; nh heads; hd head width; Dz text, Cz image latent channels.    Run: python mmdit.py
@@ -30,15 +31,15 @@ class MMDiTConfig:
     text_channels: int = 16            # Dz
     image_channels: int = 32           # Cz; 0 builds a text-only model
     width: int = 128                   # D
-    heads: int = 4                     # nh
-    head_dim: int = 32                 # hd
+    heads: int = 8                     # nh
+    head_dim: int = 16                 # hd
     layers: int = 4
     dual_layers: int = 1               # first layers with separate weights for text and image
     expand_ratio: int = 4              # MLP width / D
     emb_dim: int = 128                 # E
-    rope_dim: int = 32                 # channels of a head that RoPE rotates
-    as_released: bool = False          # no PositionEmbedding, no RMS norm of the time embedding
-    qk_bias: bool = False              # biases in the four projections of attention
+    rope_dim: int = 16                 # channels of a head that RoPE rotates
+    as_released: bool = False          # public release: no PositionEmbedding, no RMS norm of emb
+    qk_bias: bool = False              # biases in attention's projections (the release's name)
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -62,7 +63,6 @@ class Cache:
             self.kv[layer:layer + 1] = [(k, v)]
         return k, v
 
-
 # ---- Embeddings --------------------------------------------------------------------------------
 
 def timestep_embedding(t: Tensor) -> Tensor:
@@ -74,7 +74,6 @@ def timestep_embedding(t: Tensor) -> Tensor:
 
 class PositionEmbedding(nn.Module):
     """Absolute position and segment: RoPE shows only the distances between positions."""
-
     def __init__(self, width: int):
         super().__init__()
         self.proj = nn.Linear(64, width, bias=False)
@@ -87,7 +86,7 @@ class PositionEmbedding(nn.Module):
         return self.proj(sinusoids) + self.segment(layout.segment)               # (L, D)
 
 
-def rope_angles(layout: masks.Layout, rope_dim: int) -> Tensor:
+def rope_rotations(layout: masks.Layout, rope_dim: int) -> Tensor:
     """exp(i angle) of every channel pair at every position: complex (L, 1, rope_dim / 2)."""
     pair = torch.arange(rope_dim // 2, device=layout.row.device)
     freqs = 10000.0 ** (-2 * pair / rope_dim)
@@ -104,12 +103,10 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     rotated = torch.view_as_real(pairs * rope).flatten(-2)
     return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
 
-
 # ---- Block -------------------------------------------------------------------------------------
 
 class QKNorm(nn.LayerNorm):
     """LayerNorm over one head in fp32, also where FSDP holds its weights in bf16."""
-
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
@@ -156,7 +153,6 @@ class Block(nn.Module):
         gate = self.ada_mlp_out(emb).float().index_select(0, t_index)
         return torch.addcmul(x, self.mlp(h).to(x.dtype), gate)
 
-
 # ---- Model -------------------------------------------------------------------------------------
 
 def split(is_image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,10 +194,10 @@ class MMDiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, names: set[str] | None = None) -> None:
-        """Initialise the parameters of these names, or all of them, so that v = 0.
+        """Initialize the parameters of these names, or all of them, so that v = 0.
 
-        Gates start at 1: from 0 (adaLN-Zero) they only reach 0.1 in 600 steps. Matrices of blocks
-        have variance 1 / (3 inputs), divided by the number of branches at a branch's end."""
+        Gates start at 1; from 0 (adaLN-Zero) they grow slowly: 0.1 after 600 steps. Matrices of
+        blocks have variance 1 / (3 inputs), divided by 2 x layers where a branch ends."""
         for name, p in self.named_parameters():
             if names is not None and name not in names:
                 continue
@@ -232,7 +228,8 @@ class MMDiT(nn.Module):
         plan: make_plan(layout); with a cache make_plan(layout, concat(cache.layout, layout)).
         commit: add these positions to the cache, and return three None.
         targets: (n,) positions with a loss, and the plan from them to all; the last layer and the
-            velocity are computed for these alone. tap: any layer but the last, with targets."""
+            velocity are computed for these alone.
+        tap: a layer, before the last if there are targets."""
         is_image = layout.segment == masks.I
         at_text, at_image, order = split(is_image)
         x = self.text_in(text)                                                   # (Lt, D)
@@ -242,8 +239,10 @@ class MMDiT(nn.Module):
         if not self.config.as_released:
             x = x + self.position(layout)
             emb = F.rms_norm(emb, emb.shape[-1:])          # bounds emb at rare times
-        x, emb = x.float(), F.silu(emb)                    # each adaLN map takes the SiLU of emb
-        rope, last, hidden = rope_angles(layout, self.config.rope_dim), self.config.layers - 1, None
+        x, emb = x.float(), F.silu(emb)    # the residual stream is fp32; adaLN maps take silu(emb)
+        rope = rope_rotations(layout, self.config.rope_dim)                   # (L, 1, rope_dim / 2)
+        last = self.config.layers - 1
+        hidden = None
         for layer in range(self.config.layers):
             parts = [block.pre_attention(take(x, i), emb, take(t_index, i), take(rope, i))
                      for block, i in self.streams(layer, at_text, at_image)]
@@ -277,7 +276,8 @@ if __name__ == "__main__":
     layout = masks.pack([masks.Sample(masks.T2I, clean=16, image=(4, 4), noisy=16)], block_len=16)
     t = torch.tensor([0.0, 0.3, 0.8])                      # of clean text, noisy text, image
     t_index = torch.tensor([0, 0, 2, 1])[layout.segment]   # of the segments P, C, I, N
-    model, (clean, noisy) = MMDiT(MMDiTConfig()), torch.randn(2, 16, 16)
+    model = MMDiT(MMDiTConfig())
+    clean, noisy = torch.randn(2, 16, 16)
     inputs = torch.randn(16, 32), t, t_index, layout, make_plan(layout)
     v = model(torch.cat([clean, noisy]), *inputs)[1]
     print(f"untrained: image velocity {v.abs().max():.1f} (expect 0.0)")

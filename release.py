@@ -38,7 +38,6 @@ def one_line_errors(path: Path) -> Iterator[None]:
         reason = " ".join(f"{type(error).__name__}: {error}".split())    # without line breaks
         raise ValueError(f"{path}: damaged, or not supported ({reason:.300})") from None
 
-
 # ---- Weights -----------------------------------------------------------------------------------
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -80,15 +79,15 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         for x in tensors.values():
             file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
-
 # ---- Names -------------------------------------------------------------------------------------
 
-# Settings: {name in our config: name in config.json}. The release always learns the variance.
+# {name in our config: name in config.json}. logsnr is not stored: the release learns the variance.
 VAE_KEYS = {f.name: f.name for f in fields(TextVAEConfig) if f.name != "logsnr"}
 VAE_KEYS |= {"block_len": "block_size"}
 DIT_KEYS = {f.name: f.name for f in fields(MMDiTConfig)
             if f.name not in ("image_channels", "dual_layers", "as_released")}
-DIT_KEYS |= {"text_channels": "txt_in_channels", "width": "txt_dim", "layers": "num_layers"}
+DIT_KEYS |= {"text_channels": "txt_in_channels", "width": "txt_dim", "layers": "num_layers",
+             "block_len": "block_size"}
 # Settings for which only one value is supported.
 VAE_FIXED = {"model_type": "cola_text_vae", "act": "swiglu", "block_causal": True,
              "post_norm": True, "qk_norm": True, "qk_norm_affine": True, "layer_norm_affine": True,
@@ -109,7 +108,6 @@ def rename(name: str, pairs: list[tuple[str, str]]) -> str:
     for old, new in pairs:
         name = name.replace(old, new)
     return name
-
 
 # ---- The folder --------------------------------------------------------------------------------
 
@@ -138,8 +136,7 @@ def load_text_vae(folder: Path) -> TextVAE:
 def load_mmdit(folder: Path, image_channels: int = 0, dual_layers: int = 0) -> tuple[MMDiT, int]:
     """The prior in a cola_dit folder, and its block length. With image_channels above 0 it gets an
     image side of fresh weights, drawn from torch's generator."""
-    keys = DIT_KEYS | {"block_len": "block_size"}
-    settings = read_config(folder / "config.json", keys, DIT_FIXED)
+    settings = read_config(folder / "config.json", DIT_KEYS, DIT_FIXED)
     block_len = settings.pop("block_len")
     to_ours = [(theirs, ours) for ours, theirs in NAMES]
     weights = {rename(name, to_ours): x for name, x in read_weights(folder).items()
@@ -166,15 +163,16 @@ def load(folder: str | Path, image_channels: int = 0, dual_layers: int = 0) -> C
 
 
 def flags(folder: str | Path) -> dict:
-    """The flags of config.py that the release in a folder settles."""
-    model = load(folder)
-    vae, prior = model.text_vae.config, model.mmdit.config
-    return {"text_latent_dim": vae.latent_dim, "text_patch": vae.patch_size,
-            "text_vae_width": vae.dim, "text_vae_layers": vae.encoder_num_blocks,
-            "text_vae_heads": vae.num_heads, "vae_block_len": vae.block_len,
-            "vae_logsnr": "learned", "width": prior.width, "layers": prior.layers,
-            "heads": prior.heads, "as_released": True, "block_len": model.block_len,
-            "vocab_size": model.tokenizer.n_vocab, "tokenizer": ""}
+    """The flags of config.py that the release in a folder settles. Reads no weights."""
+    folder = Path(folder)
+    vae = read_config(folder / "cola_vae" / "config.json", VAE_KEYS, VAE_FIXED)
+    prior = read_config(folder / "cola_dit" / "config.json", DIT_KEYS, DIT_FIXED)
+    return {"text_latent_dim": vae["latent_dim"], "text_patch": vae["patch_size"],
+            "text_vae_width": vae["dim"], "text_vae_layers": vae["encoder_num_blocks"],
+            "text_vae_heads": vae["num_heads"], "vae_block_len": vae["block_len"],
+            "vae_logsnr": "learned", "width": prior["width"], "layers": prior["layers"],
+            "heads": prior["heads"], "as_released": True, "block_len": prior["block_len"],
+            "vocab_size": read_tokenizer(folder / "tokenizer.json").n_vocab, "tokenizer": ""}
 
 
 def save(model: Cola, folder: str | Path) -> None:
@@ -196,15 +194,15 @@ def save(model: Cola, folder: str | Path) -> None:
     freqs = 10000.0 ** (-torch.arange(0, prior.rope_dim, 2) / prior.rope_dim)
     weights |= {f"blocks.{i}{FREQS}": freqs for i in range(prior.layers)}
     vae_config = VAE_FIXED | {theirs: getattr(vae, ours) for ours, theirs in VAE_KEYS.items()}
-    config = DIT_FIXED | {theirs: getattr(prior, ours) for ours, theirs in DIT_KEYS.items()}
-    config |= {"block_size": model.block_len, "txt_out_channels": prior.text_channels}
+    values = vars(prior) | {"block_len": model.block_len}
+    config = DIT_FIXED | {theirs: values[ours] for ours, theirs in DIT_KEYS.items()}
+    config |= {"txt_out_channels": prior.text_channels}
     for part, tensors, settings in (("cola_vae", vae_weights, vae_config),
                                     ("cola_dit", weights, config)):
         (folder / part).mkdir()
         write_safetensors(folder / part / "model.safetensors", tensors)
         (folder / part / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     write_tokenizer(folder / "tokenizer.json", model.tokenizer)
-
 
 # ---- tokenizer.json ----------------------------------------------------------------------------
 

@@ -48,16 +48,15 @@ class Settings:
     temperature: float = 1.0               # scale of the initial noise
     repaint_share: float = 1.0             # share of the steps that reset the prefix (flow.repaint)
     repaint_cycles: int = 1                # how often each of these steps is taken
-    snap: bool = True                      # finished text joins the context as encoded tokens
+    snap: bool = True                      # condition on the encoding of the decoded tokens
     seed: int = 0
 
 
-# Guiding an image below t = 0.6 makes colours bleed into each other (cf. 2404.07724). Text at
+# Guiding an image below t = 0.6 makes colors bleed into each other (cf. 2404.07724). Text at
 # temperature 1 has outliers, at 0 it repeats one story, and guidance makes it too uniform.
 IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))
 TEXT = Settings(shift=3.0, temperature=0.3)
 RELEASED = Settings(guidance=7.0, shift=1.0, snap=False)       # the paper's, for the public release
-
 
 # ---- Transport ---------------------------------------------------------------------------------
 
@@ -96,7 +95,7 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
     t_index = torch.ones_like(layout.segment)                                        # (L,)
     if known is not None and new_noise is None:
         t_index[known] = 0                 # the network gets t = 0 there
-    single = t_index, layout, context.plan(layout)
+    single = t_index, layout, context.plan(layout)                   # arguments of prior
     if is_guided:
         # Every sample twice, the second time without context: one pass gives v_c and v_u.
         both = masks.duplicate(layout)
@@ -104,7 +103,8 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
 
     def prior(z: Tensor, t: float, positions: tuple[Tensor, Layout, Plan]) -> Tensor:
         text, image = (context.no_text, z) if is_image else (z, context.no_image)
-        return context.velocity(text, image, [0.0, t], *positions)[is_image]
+        v_text, v_image = context.velocity(text, image, [0.0, t], *positions)
+        return v_image if is_image else v_text
 
     def velocity(z: Tensor, t: float) -> Tensor:
         if not is_guided or not s.interval[0] <= t <= s.interval[1]:
@@ -118,16 +118,15 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
     return flow.solve(velocity, z, grid, s.solver, known)
 
 
-def generators(seed: int, first: int, count: int) -> list[np.random.Generator]:
+def make_rngs(seed: int, first: int, count: int) -> list[np.random.Generator]:
     """One generator per sample number: a sample is the same alone and in any batch."""
     return [data.rng(seed, first + k, data.Purpose.SAMPLE) for k in range(count)]
 
 
-def draw_noise(sources: list[np.random.Generator], length: int, channels: int) -> Tensor:
+def draw_noise(rngs: list[np.random.Generator], length: int, channels: int) -> Tensor:
     """Standard normal noise, `length` positions from each generator. (B length, channels)"""
     return torch.from_numpy(np.concatenate(
-        [g.standard_normal((length, channels), np.float32) for g in sources]))
-
+        [rng.standard_normal((length, channels), np.float32) for rng in rngs]))
 
 # ---- Images and text ---------------------------------------------------------------------------
 
@@ -143,8 +142,8 @@ def generate_images(model: Cola, captions: list[str], settings: Settings = IMAGE
     context.add(z_text, context.no_image,
                 pack([Sample(T2I, clean=n) for n in lengths], model.block_len, model.device))
     layout = pack([Sample(T2I, image=(h, w))] * len(captions), model.block_len, model.device)
-    sources = generators(settings.seed, first, len(captions))
-    noise = settings.temperature * draw_noise(sources, h * w, vae.channels).to(model.device)
+    rngs = make_rngs(settings.seed, first, len(captions))
+    noise = settings.temperature * draw_noise(rngs, h * w, vae.channels).to(model.device)
     if settings.shift is None:             # as in training, where image_loc shifts times as well
         shift = math.exp(model.image_loc) * flow.image_shift(h * w * vae.channels)
         settings = replace(settings, shift=shift)
@@ -158,20 +157,20 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
     """Text to text; image and text to text where prompts and images, uint8 (H, W, 3) of one size,
     are given. Returns the continuation of each of B prefixes, with the sample numbers first, first
     + 1, .., up to an end token or max_tokens new tokens."""
-    context, sources = Context(model), generators(settings.seed, first, len(prefixes))
+    context, rngs = Context(model), make_rngs(settings.seed, first, len(prefixes))
     task, bl, patch = T2T, model.block_len, model.text_vae.config.patch_size
     starts = [0] * len(prefixes)           # coordinate of the first latent, after the instruction
     if images is not None:
-        z, starts = model.encode_text([model.ids(prompt, end=False) for prompt in prompts])
+        z_prompt, starts = model.encode_text([model.ids(prompt, end=False) for prompt in prompts])
         h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
         layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in starts], bl, model.device)
-        context.add(z, model.encode_images(images), layout)
+        context.add(z_prompt, model.encode_images(images), layout)
         task = IT2T
     repaints = task == T2T and model.first_block == "repaint"
     # Each list has one entry per text: tokens, latents (n, Dz), number of latents in the context.
     prefix_ids = [model.align(ids, len(ids))[0] for ids in map(model.tokenizer.encode, prefixes)]
-    z, lengths = model.encode_text(prefix_ids)                                       # (sum n, Dz)
-    prefix_z = z.split(lengths)
+    packed, lengths = model.encode_text(prefix_ids)                                  # (sum n, Dz)
+    prefix_z = packed.split(lengths)
     ids, z, done = prefix_ids, prefix_z, [0] * len(prefixes)
     while True:
         # Whole blocks join the context: first those of the prefixes, then one block at a time.
@@ -186,7 +185,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         layout = pack([Sample(task, noisy=bl, start=start, first=begin)
                        for start, begin in zip(starts, done)], bl, model.device)
         known = [x[begin:] for x, begin in zip(z, done)]   # a prefix may end inside this block
-        blocks = generate_block(context, layout, known, sources, settings, repaints)
+        blocks = generate_block(context, layout, known, rngs, settings, repaints)
         repaints = False                   # only the first block contains a part of a prefix
         z = [torch.cat([x[:begin], block]) for x, begin, block in zip(z, done, blocks)]
         lengths = [len(x) for x in z]
@@ -194,30 +193,29 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         # Decoded tokens never change: only those of the new block are appended.
         ids = [old + decoded[len(old):].tolist()
                for old, decoded in zip(ids, tokens.split([n * patch for n in lengths]))]
-        new = [x[len(prefix):] for x, prefix in zip(ids, prefix_ids)]
-        if all(model.tokenizer.end in x or len(x) >= max_tokens for x in new):
-            return [model.tokenizer.decode(x[:max_tokens]) for x in new]
+        new_ids = [x[len(prefix):] for x, prefix in zip(ids, prefix_ids)]
+        if all(model.tokenizer.end in x or len(x) >= max_tokens for x in new_ids):
+            return [model.tokenizer.decode(x[:max_tokens]) for x in new_ids]
         if settings.snap:                  # a prefix keeps the latents it has when encoded alone
-            z, lengths = model.encode_text(ids)
+            packed, lengths = model.encode_text(ids)
             z = [torch.cat([prefix, x[len(prefix):]])
-                 for prefix, x in zip(prefix_z, z.split(lengths))]
+                 for prefix, x in zip(prefix_z, packed.split(lengths))]
 
 
 def generate_block(context: Context, layout: Layout, known: list[Tensor],
-                   sources: list[np.random.Generator], s: Settings, repaints: bool) -> Tensor:
+                   rngs: list[np.random.Generator], s: Settings, repaints: bool) -> Tensor:
     """The next block of every text, latents (B, bl, Dz). known: the (n, Dz) at its beginning that
     are clean already, n < bl; repaints: by flow.repaint instead of staying as they are."""
     model = context.model
     bl, dz = model.block_len, model.text_vae.config.latent_dim
     lengths = torch.tensor([len(x) for x in known])
     is_known = (torch.arange(bl) < lengths[:, None]).flatten().to(model.device)      # (B bl,)
-    # Known latents get the full noise of their time, whatever the temperature of the others.
+    # Known latents get noise of scale 1, not of the temperature (only repainting noises them).
     scale = torch.where(is_known, 1.0, s.temperature)[:, None]                       # (B bl, 1)
-    noise = lambda: scale * draw_noise(sources, bl, dz).to(model.device)             # (B bl, Dz)
+    noise = lambda: scale * draw_noise(rngs, bl, dz).to(model.device)                # (B bl, Dz)
     z = noise()
     z[is_known] = torch.cat(known)
     return transport(context, layout, z, s, is_known, noise if repaints else None).view(-1, bl, dz)
-
 
 # ---- Command line ------------------------------------------------------------------------------
 
@@ -233,7 +231,7 @@ class Parser(argparse.ArgumentParser):
 
 def within(low: float, high: float, kind: type = float) -> Callable[[str], float]:
     """A `type` for argparse: a number from low to high."""
-    def number(text: str) -> float:        # argparse shows this name for what is no number
+    def number(text: str) -> float:        # argparse says `invalid number value`
         if not low <= kind(text) <= high:  # also NaN
             raise argparse.ArgumentTypeError(f"{text}: expected {low:g} to {high:g}")
         return kind(text)

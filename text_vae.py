@@ -10,7 +10,8 @@ A LayerNorm makes mean mu^2 = 1, so a fixed logSNR gives a constant sigma: this 
 decoder to tolerate the prior's errors. Names and arithmetic are those of the public release.
 
 Shapes: T tokens of all texts, L = T / patch_size latents, D width, Dz latent channels, V vocabulary
-size, nh heads, hd head width.    Run: python text_vae.py   (CPU, 5 s)
+size, nh heads, hd head width; plan: which latent sees which (cuda_attention.make_plan).
+Run: python text_vae.py   (CPU, 5 s)
 """
 import math
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class TextVAEConfig:
     latent_dim: int = 16               # Dz
     patch_size: int = 1                # tokens per latent
     block_len: int = 1                 # latents that see each other; 1 is causal, as in the paper
-    logsnr: float | None = 1.5         # of Eq. 16.2; None learns sigma for every coordinate
+    logsnr: float | None = 2.5         # of Eq. 16.2; None learns sigma for every coordinate
     rope_theta: float = 500000.0
     layer_norm_eps: float = 1e-6
     qk_bias: bool = False
@@ -49,7 +50,6 @@ class TextVAEConfig:
             raise ValueError(f"text VAE width {self.dim}: expected a multiple of 2 x num_heads")
         if self.logsnr is not None and not self.encoder_last_ln:
             raise ValueError("a fixed logsnr needs encoder_last_ln, which fixes the mean's power")
-
 
 # ---- Transformer -------------------------------------------------------------------------------
 
@@ -69,11 +69,10 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Block(nn.Module):
-    """Post-norm transformer block of the release, with QK LayerNorm and SwiGLU."""
-
+    """Transformer block of the release, with QK LayerNorm and SwiGLU."""
     def __init__(self, c: TextVAEConfig):
         super().__init__()
-        self.heads = c.num_heads, -1
+        self.head_shape = c.num_heads, -1
         self.qkv_proj = nn.Linear(c.dim, 3 * c.dim, bias=c.qk_bias)
         self.q_norm = nn.LayerNorm(c.dim, c.layer_norm_eps)           # over all heads together
         self.k_norm = nn.LayerNorm(c.dim, c.layer_norm_eps)
@@ -85,10 +84,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, plan: Plan, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv_proj(x).chunk(3, dim=-1)                   # (L, D) each
-        q = rotate(self.q_norm(q).unflatten(1, self.heads), rope).to(v.dtype)    # (L, nh, hd)
-        k = rotate(self.k_norm(k).unflatten(1, self.heads), rope).to(v.dtype)
-        o = attention(q, k, v.unflatten(1, self.heads), plan).flatten(1)         # (L, D)
-        x = self.norm_attn(x) + self.attn_out_proj(o)                 # normalises x, not the branch
+        q = rotate(self.q_norm(q).unflatten(1, self.head_shape), rope).to(v.dtype)   # (L, nh, hd)
+        k = rotate(self.k_norm(k).unflatten(1, self.head_shape), rope).to(v.dtype)
+        o = attention(q, k, v.unflatten(1, self.head_shape), plan).flatten(1)        # (L, D)
+        x = self.norm_attn(x) + self.attn_out_proj(o)   # as released: normalizes x, not the branch
         up, gate = self.ffn_proj(x).chunk(2, dim=-1)                  # (L, ffn_dim / 2) each
         return x + self.norm_ffn(self.ffn_out(F.silu(gate) * up))     # (L, D)
 
@@ -132,7 +131,6 @@ class Decoder(nn.Module):
         x = self.unpatch_layer(x).unflatten(1, (x.shape[1], -1))      # (L, D, patch)
         return self.final_norm(x.transpose(1, 2).flatten(0, 1))       # (T, D)
 
-
 # ---- The VAE -----------------------------------------------------------------------------------
 
 class TextVAE(nn.Module):
@@ -148,12 +146,13 @@ class TextVAE(nn.Module):
                 nn.init.zeros_(p)
 
     def make_plan(self, lengths: list[int]) -> Plan:
-        """Which latent sees which; lengths: the number of latents of each text."""
-        device = self.encoder.wte.weight.device
-        return make_plan(masks.text_layout(lengths, self.config.block_len, device))
+        """Which latent sees which, as clean text; lengths: the number of latents of each text."""
+        texts = [masks.Sample(masks.T2T, clean=int(n)) for n in lengths]
+        return make_plan(masks.pack(texts, self.config.block_len, self.encoder.wte.weight.device))
 
     def encode(self, ids: Tensor, lengths: list[int], plan=None) -> tuple[Tensor, Tensor]:
-        """The posterior of Eq. 16.1, not yet scaled. ids (T,) -> mean, logvar (L, Dz) fp32"""
+        """The posterior of Eq. 16.1, not yet scaled. ids (T,) -> mean, logvar (L, Dz) fp32
+        plan: of these lengths, if it was made before."""
         c, plan = self.config, plan or self.make_plan(lengths)
         if len(ids) != len(plan.q) * c.patch_size:
             raise ValueError(f"got {len(ids)} tokens for {len(plan.q)} latents of {c.patch_size}")
@@ -175,14 +174,13 @@ class TextVAE(nn.Module):
         """Scaled latents z (L, Dz) -> logits of every token (T, V)"""
         return self.decoder.final_layer(self.decoder(z, plan or self.make_plan(lengths)))
 
-
 # ---- Losses ------------------------------------------------------------------------------------
 
 def kl(mean: Tensor, logvar: Tensor, mean_ref=0.0, logvar_ref=torch.zeros(())) -> Tensor:
     """KL(q || q_ref) of diagonal Gaussians; by default q_ref = N(0, I). (L, Dz) -> nats (L,)"""
-    ratio = logvar - logvar_ref
+    log_ratio = logvar - logvar_ref
     distance = (mean - mean_ref).square() * (-logvar_ref).exp()
-    return 0.5 * (ratio.exp() + distance - 1.0 - ratio).sum(-1)
+    return 0.5 * (log_ratio.exp() + distance - 1.0 - log_ratio).sum(-1)
 
 
 def expected_log_q(logvar: Tensor) -> Tensor:
@@ -203,7 +201,7 @@ def text_vae_loss(vae: TextVAE, ids: Tensor, lengths: list[int], noise: Tensor,
 
     ids (T,); noise (L, Dz) ~ N(0, I); mask (T,): tokens that L_mask hides and predicts, if any.
     learned_prior: Eq. 3.18 instead of 3.16; the prior's own loss stands for -E_q log p(z).
-    posterior: (mean, logvar) of these ids, if they were encoded before.
+    posterior, plan: (mean, logvar) of these ids and the plan of these lengths, if made before.
     count, mask_count: tokens of all workers and micro-steps to divide by; default, those given."""
     plan, count = plan or vae.make_plan(lengths), count or len(ids)
     mean, logvar = posterior or vae.encode(ids, lengths, plan)
@@ -220,7 +218,7 @@ def text_vae_loss(vae: TextVAE, ids: Tensor, lengths: list[int], noise: Tensor,
         terms["mask"] = total / (mask_count or max(len(logits), 1))
         loss = loss + lambda_mask * terms["mask"]
     share = len(ids) / count                              # terms are summed over batches
-    terms["logsnr"] = share * logsnr(mean, logvar) if share else mean.sum()
+    terms["logsnr"] = share * logsnr(mean, logvar) if share else mean.new_zeros(())
     return loss, {name: term.detach() for name, term in terms.items()}
 
 

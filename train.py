@@ -1,25 +1,20 @@
 """Train: tokens and pixels in, one model that writes, draws and describes out.
 
     stage 1    text VAE      -E log p(x|z) + beta KL + lambda_mask L_mask       (paper, Eq. 3.16)
-    stage 1b   image VAE     reconstruction + beta KL; then frozen
+    stage 1b   image VAE     reconstruction + 0.001 KL; then frozen
     stage 2    MMDiT prior   lambda_fm (L_image + w_text L_text + w_repa L_REPA)  (blog, section 3)
                              + lambda_vae L_vae + lambda_ref KL(q || q_ref)     (paper, Eq. 3.18)
 
-A step of stage 2 has `micro_steps` micro-steps, each of one task. The workers deal the samples of a
-step out, and every loss is divided by the count of its positions in the whole step: so the number
-of workers changes nothing but rounding.
-
-    python train.py                      everything, on generated scenes; on a CPU a worker per core
-    torchrun --nproc_per_node=8 train.py --data DIR --text FILE
+A step of stage 2 has `micro_steps` x `batch_size` samples, each `batch_size` of them of one task.
+The workers share them, and every loss is divided by the count of its positions in the whole step:
+so the number of workers changes nothing but rounding.
 
 Shapes: T tokens and Lv latents of all texts of a batch; L positions of the prior, Lt of them text
 and Li image; Dz and Cz channels of a text and an image latent.
 """
-from __future__ import annotations
-
 import os
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")      # DDP warns if all weights were used
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")      # else DDP warns if all weights are used
 
 import copy
 import math
@@ -57,7 +52,6 @@ from workers import Worker
 
 PATIENCE = 20              # steps in a row without a finite gradient, after which the run gives up
 Terms = dict[str, Tensor]  # the terms of a loss, before their weights and without gradient
-
 
 # ---- Losses: one module a stage. forward(batch, counts of the whole step) -> loss and its terms --
 
@@ -99,9 +93,9 @@ class PriorStage(nn.Module):
         self.args, self.mmdit, self.text_vae = args, model.mmdit, model.text_vae
         self.step, self.steps = 0, 1                       # steps done, and in all
         self.text_vae.requires_grad_(args.vae_lr_ratio > 0)
-        if args.vae_lr_ratio:                              # the encoder as stage 2 found it
+        if args.vae_lr_ratio:                              # q_ref: the VAE as stage 2 found it
             self.ref = copy.deepcopy(model.text_vae).requires_grad_(False)
-        if args.w_repa:                                    # reads image latents (2601.17830)
+        if args.w_repa:                                    # predicts image latents (2601.17830)
             self.repa = nn.Linear(args.width, model.image_vae.channels)
 
     def vae_trains(self) -> bool:
@@ -134,14 +128,14 @@ class PriorStage(nn.Module):
         loss = loss + a.lambda_fm * a.w_text * text_loss
         if counts["image"]:
             v = flow.velocity(b.z_image, b.eps_image)[b.image_moves]               # (targets, Cz)
-            terms["image"] = flow.flow_matching_loss(
-                v if v_image is None else v_image, v, counts["image"])
+            v_image = v if v_image is None else v_image    # without an image here, its share is 0
+            terms["image"] = flow.flow_matching_loss(v_image, v, counts["image"])
             loss = loss + a.lambda_fm * terms["image"]
         if w_repa:
             predicted = self.repa(hidden[is_image].float())                        # (Li, Cz)
             distance = 1 - F.cosine_similarity(predicted, b.z_image, dim=-1)       # (Li,)
-            images = counts["image"] / b.z_image.shape[1]                          # positions
-            terms["repa"] = distance[b.image_moves].sum() / images
+            positions = counts["image"] / b.z_image.shape[1]
+            terms["repa"] = distance[b.image_moves].sum() / positions
             loss = loss + a.lambda_fm * w_repa * terms["repa"]
         if a.fsdp:         # weights outside the blocks need a gradient on every worker, if only 0
             used = (p for name, p in self.named_parameters() if p.requires_grad and
@@ -177,9 +171,7 @@ class PriorStage(nn.Module):
         numbers = tokens * vae.config.latent_dim / vae.config.patch_size
         terms["drift"] = (mean - mean_ref).square().sum() / numbers
         terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / tokens
-        loss = self.args.lambda_vae * loss
-        return loss + self.args.lambda_ref * terms["ref"] if self.args.lambda_ref else loss, terms
-
+        return self.args.lambda_vae * loss + self.args.lambda_ref * terms["ref"], terms
 
 # ---- Optimizers, learning rate, average --------------------------------------------------------
 
@@ -190,9 +182,7 @@ class Muon(torch.optim.Optimizer):
         W = (1 - lr wd) W - lr sqrt(max(1, rows / columns)) U
         NS: X / |X|, then `steps` times X = a X + (b XX^T + c (XX^T)^2) X: singular values near 1
 
-    Matrices of one shape are iterated together, and the workers divide them. dtype: of the
-    iteration; bfloat16 where its products are faster.
-    """
+    Matrices of one shape are iterated together, in dtype, and the workers divide them."""
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95,
                  steps: int = 3, dtype: torch.dtype = torch.float32):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -242,9 +232,9 @@ def make_optimizers(args: Namespace, stage: nn.Module, lr: float,
     hidden, rest, vae = [], [], []
     for name, p in stage.named_parameters():
         if p.requires_grad:
-            is_hidden = muon and "blocks." in name and p.dim() == 2 and ".ada_" not in name
+            for_muon = muon and "blocks." in name and p.dim() == 2 and ".ada_" not in name
             in_vae = hasattr(stage, "mmdit") and name.startswith("text_vae.")
-            (vae if in_vae else hidden if is_hidden else rest).append(p)
+            (vae if in_vae else hidden if for_muon else rest).append(p)
     groups = [{"params": rest, "lr": lr}]
     groups += [{"params": vae, "lr": lr * args.vae_lr_ratio}] if vae else []
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -261,13 +251,13 @@ def schedule(args: Namespace, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def follow(average: dict[str, Tensor], weights: dict[str, Tensor], limit: float, step: int) -> None:
-    """The average follows the weights, faster in the first steps."""
-    decay = min(limit, (1 + step) / (10 + step))
+def update_average(average: dict[str, Tensor], weights: dict[str, Tensor], ema: float,
+                   step: int) -> None:
+    """The average follows the weights with the decay `ema`, and faster in the first steps."""
+    decay = min(ema, (1 + step) / (10 + step))
     here = lambda x: x.to_local() if isinstance(x, DTensor) else x         # this worker's part
     torch._foreach_lerp_([here(x) for x in average.values()],
                          [here(weights[name]) for name in average], 1 - decay)
-
 
 # ---- The loop ----------------------------------------------------------------------------------
 
@@ -281,16 +271,16 @@ class Run:
     state: State
 
 
-def forward_backward(wrapped: nn.Module, micro: list, worker: Worker,
+def forward_backward(wrapped: nn.Module, micro_batches: list, worker: Worker,
                      autocast: torch.autocast) -> tuple[Terms, dict[str, float]]:
     """Computes the gradients of a step. Returns this worker's share of each term, on the device,
     and the counts of the whole step."""
     counts, sums = Counter(), Counter()
-    for batch in micro:
+    for batch in micro_batches:
         counts.update(batch.counts())
     counts = worker.sum(counts)
-    for i, batch in enumerate(micro):
-        last = i == len(micro) - 1                         # DDP sums over workers only then
+    for i, batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1                         # DDP sums over workers only then
         with nullcontext() if last or not hasattr(wrapped, "no_sync") else wrapped.no_sync():
             with autocast:
                 loss, terms = wrapped(batch, counts)
@@ -301,11 +291,9 @@ def forward_backward(wrapped: nn.Module, micro: list, worker: Worker,
 
 def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int], list], lr: float,
         muon: bool = False, average: bool = False, at_end: Callable = lambda: None) -> None:
-    """Trains one stage from where it stands, saving on the way. make(step) -> this worker's
-    micro-batches; average: keep an EMA; at_end is called before the last save.
-
-    KeyboardInterrupt after saving, if a signal has asked for the end.
-    """
+    """Trains one stage from where it stands, and saves. make(step) -> this worker's micro-batches;
+    average: keep an EMA; at_end is called before the last save. KeyboardInterrupt after saving, if
+    a signal has asked for the end."""
     a, worker, state = run.args, run.worker, run.state
     start, lost = state.progress[name], 0
     wrapped = workers.wrap(stage, worker, a)               # DDP, FSDP2, or the stage itself
@@ -317,16 +305,16 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
     if average:
         state.ema = {n: workers.like(state.ema.get(n, workers.full(p.detach())), p)
                      for n, p in weights.items() if n.startswith(("mmdit.", "text_vae."))}
-    autocast = torch.autocast(worker.device.type, torch.bfloat16,
-                              enabled=a.bf16 == "on" and name != "text_vae")
+    bf16 = a.bf16 == "on" and name != "text_vae"           # stage 1 is too small to gain
+    autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=bf16)
     log = checkpoint.Log(a.out_dir, name, start, steps, worker)
     clock = time.perf_counter()
-    for step, micro, waited in batches.ahead(make, range(start, steps), worker.device):
+    for step, micro_batches, waited in batches.ahead(make, range(start, steps), worker.device):
         stage.step, stage.steps = step, steps              # L_REPA and the VAE's rests go by them
         for group, peak in groups:
             group["lr"] = peak * schedule(a, step, steps)
 
-        terms, counts = forward_backward(wrapped, micro, worker, autocast)
+        terms, counts = forward_backward(wrapped, micro_batches, worker, autocast)
         norm = workers.full(nn.utils.clip_grad_norm_(weights.values(), a.clip))
         # Every worker has the same norm: a share of it, so that the sum is the norm.
         values = worker.sum(terms | {"norm": norm / worker.world,
@@ -338,16 +326,15 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
                 optimizer.step()                           # a weight without a gradient stays
             optimizer.zero_grad(set_to_none=True)
         if lost == PATIENCE:
-            raise ValueError(f"{name}: no finite gradient in {PATIENCE} steps in a row, up to step "
-                             f"{step + 1}; the last checkpoint is as it was")
+            raise ValueError(f"{name}: no finite gradient in {PATIENCE} steps up to {step + 1}")
         if average:
-            follow(state.ema, weights, a.ema, step)
+            update_average(state.ema, weights, a.ema, step)
 
         state.progress[name] = step + 1
         took = time.perf_counter() - clock
         state.seconds += took
-        log.write(step + 1, values, lr=groups[0][0]["lr"], positions=counts["positions"], skipped=lost,
-                  seconds=round(took, 4), data_seconds=round(waited, 4))
+        log.write(step + 1, values, lr=groups[0][0]["lr"], positions=counts["positions"],
+                  skipped=lost, seconds=round(took, 4), data_seconds=round(waited, 4))
         done = step + 1 == steps
         if done:
             at_end()
@@ -359,29 +346,26 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
         clock = time.perf_counter()                        # saving is not training
     log.close()
 
-
 # ---- The three stages --------------------------------------------------------------------------
 
 def train(run: Run) -> None:
     """Stage 1, 1b and 2, as far as they are open."""
     a, worker, model, make = run.args, run.worker, run.model, run.batches
-    open_, closed = checkpoint.open_stages(a, run.state)
-    muon = a.optimizer == "muon"
+    (open_, finished), muon = checkpoint.open_stages(a, run.state), a.optimizer == "muon"
     mine = lambda step, size: worker.share(range(step * size, (step + 1) * size))
-    if closed and worker.rank == 0:
-        print(f"{', '.join(closed)}: not trained further, as the prior learns from it")
+    if finished and worker.rank == 0:
+        print(f"{', '.join(finished)}: not trained further, as the prior learns from it")
 
     if "text_vae" in open_:
         fit(run, "text_vae", TextStage(model.text_vae, a), config.steps(a, "text_vae"),
             lambda step: [make.text(mine(step, a.text_vae_batch))], a.text_vae_lr)
 
     if "image_vae" in open_:
-        model.image_vae.train()
         fit(run, "image_vae", ImageStage(model.image_vae), config.steps(a, "image_vae"),
             lambda step: make.images(mine(step, a.image_vae_batch)),
             a.image_vae_lr, muon,
             at_end=lambda: model.image_vae.set_statistics(make.pixels(range(1024))))
-    model.image_vae.eval().requires_grad_(False)
+    model.image_vae.requires_grad_(False)
 
     if "mmdit" in open_:
         torch.manual_seed(a.seed)                          # for the head of L_REPA
@@ -395,7 +379,6 @@ def train(run: Run) -> None:
             passes = a.micro_steps if a.accumulate else 1
             return [make.prior(work[i::passes]) for i in range(passes)]
         fit(run, "mmdit", stage, config.steps(a, "mmdit"), make_step, a.lr, muon, average=True)
-
 
 # ---- Main --------------------------------------------------------------------------------------
 

@@ -7,11 +7,8 @@ sharded over the workers (FSDP2): a block of the prior is whole only while it co
 
 Run: python workers.py   (CPU, 5 s: two workers share a sum)
 """
-from __future__ import annotations
-
 import contextlib
 import fcntl
-import math
 import os
 import signal
 import socket
@@ -36,7 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config
 
-
 # ---- One worker --------------------------------------------------------------------------------
 
 @dataclass
@@ -45,12 +41,12 @@ class Worker:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
-    stop: float = 0.0              # 1 after a signal has asked for the end
+    stop: float = 0.0              # 1.0 after a signal, to be summed
     training: bool = False         # the set-up, which is the same on every worker, is over
     started: list[subprocess.Popen] = field(default_factory=list)      # workers of this process
 
     def share(self, numbers: range | list) -> range | list:
-        """This worker's part of some samples: each worker has every kind within one sample."""
+        """This worker's samples of all; the numbers of a task differ by at most one sample."""
         return numbers[self.rank::self.world]
 
     def gather(self, items: list) -> list:
@@ -76,14 +72,14 @@ class Worker:
         such as a full disk, may be of this worker alone. A RuntimeError about a connection says
         that another worker has ended, which prints its own reason."""
         if isinstance(error, RuntimeError):
-            if not dist.is_initialized() or "onnection" not in str(error):
+            if not dist.is_initialized() or "onnection" not in str(error):   # Connection .. or c..
                 raise error
             error = ""
             for process in self.started:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=3)
         line, own = str(error), self.training and isinstance(error, OSError)
-        codes = [process.poll() or 0 for process in self.started]
+        codes = [process.poll() or 0 for process in self.started]      # < 0: by a signal
         if min(codes, default=0) < 0 and not self.stop:
             line = "a worker was killed; continue with --resume auto"
         elif status == 1:                                  # the other worker has printed why
@@ -96,20 +92,20 @@ class Worker:
             process.wait()
         if dist.is_initialized():
             if status:                                     # without waiting for the group
-                sys.stdout.flush(), sys.stderr.flush()
+                sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(status)
             dist.destroy_process_group()
         return status
 
-
 # ---- Starting ----------------------------------------------------------------------------------
 
 def join(args: Namespace) -> Worker:
-    """This process's place among the workers; on a CPU it starts the others first. Settles
+    """This process's place among the workers; on a CPU it starts the others first. Sets
     args.device and args.bf16. ValueError where there are fewer samples or GPUs than workers."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.bf16 == "auto":        # a CPU builds code for each new number of rows, which costs more
+    if args.bf16 == "auto":  # on a CPU each new shape is compiled, which costs more than it saves
         args.bf16 = "on" if args.device == "cuda" else "off"
     on_cpu, started = args.device == "cpu", []
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -163,7 +159,6 @@ def join_group(device: str) -> torch.device:
                             world_size=world, timeout=timedelta(hours=2))
     return torch.device(device)
 
-
 # ---- Training together -------------------------------------------------------------------------
 
 def wrap(stage: nn.Module, worker: Worker, args: Namespace) -> nn.Module:
@@ -208,7 +203,6 @@ def like(x: Tensor, p: Tensor) -> Tensor:
     if not isinstance(p, DTensor):
         return x
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-
 
 # ---- Signals and the folder --------------------------------------------------------------------
 
@@ -257,5 +251,5 @@ if __name__ == "__main__":
         if me.rank == 0:
             print(line)
     if me.rank == 0:
-        print(f"the sum of all their numbers is {total:.0f} (expect {math.comb(7, 2)})")
+        print(f"the sum of all their numbers is {total:.0f} (expect 21)")
     sys.exit(me.leave(0))

@@ -16,8 +16,6 @@ masks.py defines which keys these are. The backends agree up to rounding:
 
 Shapes: Nq, Nk query and key positions, nh heads, hd head width.
 """
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 
@@ -34,7 +32,6 @@ BACKENDS = ("auto", "reference", "padded", "flex", "cuda")
 default_backend = "auto"       # of `attention`; changed by set_backend (--attention)
 compile_once = functools.cache(torch.compile)
 
-
 # ---- Plans -------------------------------------------------------------------------------------
 
 @dataclass
@@ -48,7 +45,8 @@ class Plan:
         """Builds the form that the default backend needs, ahead of the first call."""
         forms = {"cuda": "tiles", "flex": "block_mask"}
         empty = not len(self.q) or not len(self.k)             # only the padded backend accepts it
-        getattr(self, "rows" if empty else forms.get(default_backend, "rows"))
+        form = "rows" if empty else forms.get(default_backend, "rows")
+        getattr(self, form)                                    # reading the property builds it
 
     @functools.cached_property
     def rows(self) -> Rows:
@@ -75,7 +73,6 @@ def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = RULES) -> Plan
         raise ValueError(f"q has samples of tasks {q.task.tolist()}, k of {k.task.tolist()}: "
                          "expected the same samples")
     return Plan(q, k, rules)
-
 
 # ---- Attention ---------------------------------------------------------------------------------
 

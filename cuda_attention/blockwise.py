@@ -9,8 +9,6 @@ lse is the base-2 logarithm of a row's sum. A row without keys gives o = 0 and l
 
 Shapes: q (Nq, nh, hd), k and v (Nk, nh, hd), lse and D (nh, Nq). Products are in fp32 at least.
 """
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

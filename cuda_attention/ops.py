@@ -8,8 +8,6 @@ tested without a GPU.
 
 Shapes: q, o, do (Nq, nh, hd), k and v (Nk, nh, hd), lse (nh, Nq) fp32.
 """
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib
@@ -30,7 +28,6 @@ FOLDER = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", f"-I{FOLDER}"]
 WIDTHS = (64, 128)                         # head widths that kernels are built for
 MAX_HEADS = 65535                          # the second dimension of a grid
-
 
 # ---- The library -------------------------------------------------------------------------------
 
@@ -85,7 +82,6 @@ def check(tiles: Sequence[Tensor], **tensors: Tensor) -> None:
         if not x.is_contiguous() or x.data_ptr() % 16:            # TMA copies need both
             raise ValueError(f"{name} is not contiguous, or not aligned to 16 bytes")
 
-
 # ---- Calls into the library --------------------------------------------------------------------
 
 class VisitsPointer(ctypes.Structure):
@@ -139,7 +135,6 @@ def launch_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do:
     call("attention_backward", q, k, [q, k, v, do, lse, delta, dq, dk, dv,
                                       tiles[:4], tiles[4:8], tiles[8], tiles[9]])
     return dq, dk, dv
-
 
 # ---- Operators ---------------------------------------------------------------------------------
 

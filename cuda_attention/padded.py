@@ -6,8 +6,6 @@ attention. Time and memory are linear in the number of samples. This is the back
 Shapes: Nq, Nk query and key positions of the packed sequence, S samples, n samples of a group, Wq
 and Wk their slots, nh heads, hd head width.
 """
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +16,6 @@ from masks import Layout, relation_allows
 
 GROUP_STEP = 32         # keys; fastest on a CPU
 SHORT = 256             # keys up to which plain products beat the fused kernel's backward on a CPU
-
 
 # ---- Padding -----------------------------------------------------------------------------------
 
@@ -53,7 +50,6 @@ def padded_mask(q: Layout, k: Layout, q_rows: Padded, k_rows: Padded, rules: Ten
     mask = relation_allows(relation, b_i[:, :, None], b_j[:, None, :])
     return mask & q_rows.valid[:, :, None] & k_rows.valid[:, None, :]
 
-
 # ---- Attention ---------------------------------------------------------------------------------
 
 @dataclass
@@ -68,8 +64,10 @@ class Rows:
 
 
 def make_rows(q: Layout, k: Layout, rules: Tensor) -> Rows:
+    """The groups for queries laid out as q and keys as k, and their masks by the rules."""
     step = -(-torch.bincount(k.sample, minlength=k.task.numel()) // GROUP_STEP)         # (S,)
-    groups = [(step == x).nonzero()[:, 0] for x in step.unique().tolist()] or [step]
+    groups = [(step == x).nonzero()[:, 0] for x in step.unique().tolist()]
+    groups = groups or [step]                                # no samples: one empty group
     q_rows = pad(q, groups)
     k_rows = q_rows if k is q else pad(k, groups)
     mask = [padded_mask(q, k, *rows, rules) for rows in zip(q_rows, k_rows)]

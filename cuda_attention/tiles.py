@@ -11,8 +11,6 @@ the tiles that are not empty, and read bits only where a tile is partial.
 
 Shapes: Nq, Nk queries and keys, Tq, Tk tiles of them, n visited tiles, P partial tiles.
 """
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -84,7 +84,7 @@ class Step:
     def finish(self, step: int) -> None:
         """What follows the gradients: clipping and the averaged weights."""
         nn.utils.clip_grad_norm_(self.weights.values(), self.args.clip)
-        train.follow(self.ema, self.weights, self.args.ema, step)
+        train.update_average(self.ema, self.weights, self.args.ema, step)
 
     def parts(self, step: int, clock: Clock) -> Counter[str]:
         """Seconds of each part of one step."""

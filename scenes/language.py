@@ -1,4 +1,4 @@
-"""Language: texts about a scene (captions, questions, answers, stories), with their exact readers.
+"""Language: texts about a scene (captions, questions, stories) and their hand-written readers.
 
     scene --caption--> text --read_caption--> Description, or None if the text is not a caption
     scene --question--> question, answer
@@ -9,8 +9,8 @@ with a random order a model mixes up their attributes.
 
 Run: python -m scenes.language   (CPU, 1 s)
 """
-
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -37,7 +37,6 @@ def with_article(words) -> str:
     """("large", "red", "circle") -> "a large red circle"."""
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
-
 # ---- Captions ----------------------------------------------------------------------------------
 
 # The same wordings write and read captions. a, b and c are the objects in reading order, ab is the
@@ -60,7 +59,7 @@ WORDINGS = {
         "{ba} {a} is {b}. {cb} that is {c}. the background is {bg}."),
 }
 
-# A regular expression for each wording, its groups named as in WORDINGS.
+# Patterns: a regular expression for each wording, its groups named as in WORDINGS.
 PARTS = dict.fromkeys(("a", "b", "c"), f"a {one_of(SIZES)} {one_of(COLORS)} {one_of(SHAPES)}")
 PARTS |= dict.fromkeys(("ab", "ba", "bc", "cb"), one_of(INVERSE))
 PARTS |= {"ba_suffix": one_of(SUFFIX.values()), "bg": one_of(BACKGROUNDS)}
@@ -94,7 +93,6 @@ def read_caption(text: str) -> Description | None:
         relations=tuple(("abc".index(p), words[p + q], "abc".index(q))
                         for p, q in ("ab", "ba", "bc", "cb") if p + q in words),
         background=words["bg"])
-
 
 # ---- Judging -----------------------------------------------------------------------------------
 
@@ -136,11 +134,10 @@ def is_true(description: Description | None, scene: Scene) -> bool:
         return False
     return best_assignment(description, scene) == (3 * len(description.objects), True)
 
-
 # ---- Questions ---------------------------------------------------------------------------------
 
 PLURAL = {s: s + ("es" if s.endswith("s") else "s") for s in (*SHAPES, "object")}
-ADJECTIVES = f"(?:{one_of(SIZES)} )?(?:{one_of(COLORS)} )?"
+ADJECTIVES = f"(?:{one_of(SIZES)} )?(?:{one_of(COLORS)} )?"               # patterns of questions
 THE = f"the ({ADJECTIVES}{one_of((*SHAPES, 'object'))})"               # one group: the phrase
 RELATION = f"({one_of(INVERSE)})"
 
@@ -157,11 +154,12 @@ def named(scene: Scene, phrase: str) -> list[Object]:
     return [o for o in scene.objects if words <= set(o.attributes)]
 
 
-def unique_phrases(scene: Scene, o: Object) -> list[str]:
+@functools.lru_cache(maxsize=256)             # a story asks for the same ones again and again
+def unique_phrases(scene: Scene, o: Object) -> tuple[str, ...]:
     """Every phrase that is true of this object and of no other one in the scene."""
     size, color, shape = o.attributes
     choices = itertools.product(("", size + " "), ("", color + " "), (shape, "object"))
-    return [phrase for phrase in map("".join, choices) if len(named(scene, phrase)) == 1]
+    return tuple(phrase for phrase in map("".join, choices) if len(named(scene, phrase)) == 1)
 
 
 def question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -219,10 +217,9 @@ def answers(scene: Scene, asked: str) -> set[str]:
                 for o in the(m[1]) for other in the(m[3])}
     return set()
 
-
 # ---- Stories -----------------------------------------------------------------------------------
 
-THING = f"{ADJECTIVES}{one_of(SHAPES)}"
+THING = f"{ADJECTIVES}{one_of(SHAPES)}"                       # patterns of sentences
 A_THING = f"(?:a(?! o)|an(?= o)) ({THING})"                   # a red ..., an orange ...
 
 SAY_COUNT = ("there is one object", "there are two objects", "there are three objects")
@@ -237,7 +234,6 @@ KIND = {word: kind for kind, words in VALUES.items() for word in words}
 
 class Facts:
     """What a sequence of sentences states, as the sets of values that are still possible."""
-
     def __init__(self):
         ranks = set(itertools.permutations(range(3)))     # ranks of the three objects
         self.scene = {"background": set(BACKGROUNDS), "count": {1, 2, 3},
@@ -262,7 +258,7 @@ class Facts:
         raise ValueError("not in the grammar")
 
     def narrow(self, facts: dict, key: str, values: set) -> bool:
-        """Exclude all values but these -> whether this is new. ValueError if none is left."""
+        """Excludes all other values -> whether this is new. A ValueError leaves the facts alone."""
         before = facts[key]
         if not before & values:
             raise ValueError(f"this contradicts the {key}")
@@ -306,7 +302,7 @@ def story(scene: Scene, rng: np.random.Generator) -> str:
     kinds = ["exists", "exists", "attribute", "background", "count"]
     if len(scene.objects) > 1:
         kinds += ["next to", "next to", "relation"]
-    for kind in rng.permutation(8 * kinds):   # attempts; at least three succeed
+    for kind in rng.permutation(8 * kinds):   # attempts, enough for three sentences
         o = pick(rng, scene.objects)
         sentence = propose(kind, o, scene, mentioned, rng)
         try:
@@ -323,8 +319,8 @@ def story(scene: Scene, rng: np.random.Generator) -> str:
 
 def propose(kind: str, o: Object, scene: Scene, mentioned: dict, rng) -> str | None:
     """A sentence of a kind about an object, or None if what was mentioned does not allow one."""
-    def phrase(o):
-        found = [p for p in unique_phrases(scene, o) if is_stated(p, mentioned.get(o, {}))]
+    def phrase(a):
+        found = [p for p in unique_phrases(scene, a) if is_stated(p, mentioned.get(a, {}))]
         return pick(rng, found) if found else None
 
     if kind == "background":
@@ -354,7 +350,7 @@ def consistent(prefix: str, continuation: str) -> bool:
     for text in (prefix.strip(), continuation.strip()):
         if text and not text.endswith("."):
             return False
-        try:
+        try:                                  # a list: every sentence must be added
             is_new = any([facts.add(sentence) for sentence in text[:-1].split(". ") if text])
         except ValueError:
             return False

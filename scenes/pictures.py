@@ -1,15 +1,15 @@
-"""Pictures: random scenes, drawn as images, and an exact reader from an image back to its scene.
+"""Pictures: random scenes, drawn as images, and a hand-written reader from image to scene.
 
     scene --render--> image --read_image--> scene, or None if the image is not of this world
 
 A scene is one to three objects (shape, color, size, place) on a plain background. Places are
 fractions of the width and height, so a scene can be drawn at any size. Lengths are in units: a unit
-is 1 / 32 of the shorter side, a pixel of a 32 x 32 picture. The reader judges generated pictures:
-it draws the scene that it has read and refuses a picture that differs too much from the drawing.
+is 1 / 32 of the shorter side (where places are compared, of the side along which they differ). The
+reader judges generated pictures: it draws the scene that it has read and refuses a picture that
+differs too much from the drawing.
 
 Run: python -m scenes.pictures   (CPU, 1 s)
 """
-
 import dataclasses
 import functools
 import itertools
@@ -54,7 +54,6 @@ class Object:
 class Scene:
     background: str
     objects: tuple[Object, ...]               # in reading order
-
 
 # ---- Places ------------------------------------------------------------------------------------
 
@@ -123,7 +122,6 @@ def place(objects, rng: np.random.Generator) -> list[Object]:
     return [dataclasses.replace(o, x=float(x) / 32, y=float(y) / 32)        # of the centroid
             for o, x, y in zip(objects, x, y + (up - down) / 2)]
 
-
 # ---- Drawing -----------------------------------------------------------------------------------
 
 def is_inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -145,7 +143,7 @@ def is_inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def reach_of(unit: float) -> int:
     """Pixels to each side of its central pixel that an object may touch; unit in pixels."""
-    return int(0.68 * SIZES["large"] * unit) + 1
+    return int(0.68 * SIZES["large"] * unit) + 1             # 0.68: the largest extent in SHAPES
 
 
 def coverage(shape: str, size: str, fx: float, fy: float, unit: float) -> np.ndarray:
@@ -154,7 +152,8 @@ def coverage(shape: str, size: str, fx: float, fy: float, unit: float) -> np.nda
     n = 2 * reach + 1
     grid = (np.arange(n * points, dtype=np.float32) + 0.5) / points - reach
     u, v = (grid[None] - np.float32(fx)) / diameter, (grid[:, None] - np.float32(fy)) / diameter
-    return is_inside(shape, u, v).reshape(n, points, n, points).mean((1, 3), dtype=np.float32)
+    inside = is_inside(shape, u, v).reshape(n, points, n * points).sum(1, dtype=np.uint8)
+    return inside.reshape(n, n, points).sum(2, dtype=np.uint8) / np.float32(points * points)
 
 
 def check_size(H: int, W: int) -> None:
@@ -177,19 +176,17 @@ def render(scene: Scene, hw: tuple[int, int] = (32, 32)) -> np.ndarray:
         patch += share * (COLORS[o.color] - background)
     return (image[reach:reach + H, reach:reach + W] + 0.5).astype(np.uint8)
 
-
 # ---- Reading -----------------------------------------------------------------------------------
 
-# The tolerances (colors in 0..1) were set on noise, blur and the reconstructions of a small
-# autoencoder, before any prior was trained. Rates are comparable only while they stay the same.
+# Tolerances (colors in 0..1). Rates are comparable only while they stay the same.
 FOREGROUND = 0.27            # distance from the background color of a pixel of an object
-SPECK = 6                    # pixels; a smaller component is no object (STRAY_ERROR judges it)
+SPECK = 6                    # square units; a smaller component is no object: STRAY_ERROR judges it
 BACKGROUND_ERROR = 0.1       # of the background's mean color
 COLOR_ERROR = 0.2            # of an object's mean color; two colors are at least 0.474 apart
 OBJECT_ERROR = 0.17          # squared residual of an object, over its squared contrast
 AMBIGUITY = 0.02             # least difference in error to the best other shape or size
-LOCAL_ERROR = 0.1            # mean squared residual in a 3 x 3 window, over the largest contrast^2
-STRAY_ERROR = 0.03           # mean square of what lies outside all objects in a 3 x 3 window
+LOCAL_ERROR = 0.1            # mean squared residual in a window, over the largest contrast^2
+STRAY_ERROR = 0.03           # mean square of what lies outside all objects in a window: 3 x 3 units
 
 RGB = {name: np.array(c, np.float32) / 255 for name, c in (COLORS | BACKGROUNDS).items()}
 
@@ -272,13 +269,15 @@ def fit(signal: np.ndarray, mask: np.ndarray, palette: np.ndarray, unit: float) 
     signal (H, W, 3), palette (8, 3): minus the background color. x, y of the result: in pixels."""
     y, x = np.nonzero(mask)
     s = signal[y, x]                                                                # (n, 3)
-    weight = np.maximum(s @ (s.T @ (s ** 2).sum(1)), 0)     # (n,) along the object's mean color
+    # (n,) projections on the object's energy-weighted mean color
+    weight = np.maximum(s @ (s.T @ (s ** 2).sum(1)), 0)
     if not weight.any():
         return None
     cx, cy = weight @ (x + 0.5) / weight.sum(), weight @ (y + 0.5) / weight.sum()
     centers = [(round(8 * cx) + dx, round(8 * cy) + dy)                  # in eighths of a pixel
                for dx, dy in itertools.product((-2, 0, 2), repeat=2)]
-    masked, energy, reach, errors = signal * mask[..., None], (s ** 2).sum(), reach_of(unit), []
+    masked, energy = signal * mask[..., None], (s ** 2).sum()
+    reach, errors = reach_of(unit), []
     for cx, cy in centers:
         t = templates(cx % 8, cy % 8, unit)                                         # (10, p)
         patch = masked[cy // 8 - reach:cy // 8 + reach + 1, cx // 8 - reach:cx // 8 + reach + 1]
@@ -298,7 +297,7 @@ def fit(signal: np.ndarray, mask: np.ndarray, palette: np.ndarray, unit: float) 
 
 
 def worst_window(difference: np.ndarray, unit: float) -> float:
-    """Largest mean of a squared difference (H, W, 3), summed over channels, in a 3 x 3 window."""
+    """Largest mean of a squared difference (H, W, 3), summed over channels, in 3 x 3 units."""
     n = max(3, round(3 * unit))
     squares = (difference ** 2).sum(-1, dtype=np.float64)                           # (H, W)
     return np.lib.stride_tricks.sliding_window_view(squares, (n, n)).mean((2, 3)).max()

@@ -47,7 +47,6 @@ def with_vae(made, first_block="clean", **changed):
     vae = TextVAE(dataclasses.replace(made.model.text_vae.config, **changed))
     return dataclasses.replace(made.model, text_vae=vae, first_block=first_block)
 
-
 # ---- A batch against its samples ---------------------------------------------------------------
 
 @pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=TASKS)
@@ -106,7 +105,7 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch, made):
     for k in range(30):
         draw, again = (data.rng(0, k, Purpose.DROP) for _ in range(2))
         draw.random(), again.random()                          # is the condition dropped?
-        ids, cut, filled = made.cut_text(made.dataset.t2t(k), draw)
+        ids, cut, stays = made.cut_text(made.dataset.t2t(k), draw)
         text = model.tokenizer.encode(made.dataset.t2t(k))
         at = int(again.integers(len(text) + 1))
         prefix, length, _ = model.align(text[:at], at)         # as in sampling
@@ -116,8 +115,9 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch, made):
         noisy = (b.layout.sample == k) & (b.layout.segment == N)
         index, t = b.layout.row[noisy].numpy(), b.t[b.t_index[noisy]]
         padded = {i // patch for i in range(length) if prefix[i] == end and mode != "repaint"}
-        inside = (index < cut) & (index // made.block == cut // made.block) & (mode != "repaint")
-        assert set(filled) == {*padded}
+        in_block = index // made.block_len == cut // made.block_len
+        inside = (index < cut) & in_block & (mode != "repaint")
+        assert set(stays) == {*padded}
         assert np.array_equal(t.numpy() == 0, np.isin(index, list(padded)) | inside)
         seen |= {word for word, there in (("padded", padded), ("inside", inside.any())) if there}
     assert ("padded" in seen) == (mode in ("left", "right") or mode == "clean" and patch > 1)
@@ -133,7 +133,6 @@ def test_a_prefix_is_encoded_alone_where_the_vae_looks_ahead(made):
         assert prefix in ([], [text[:cut]])
         index = b.layout.row.numpy()
         assert np.array_equal(b.source.numpy(), np.where(index < cut, n + index, index))
-
 
 # ---- What a batch depends on -------------------------------------------------------------------
 
@@ -214,7 +213,6 @@ def test_packed_image_latents_are_in_the_order_of_the_samples(two_sizes):
     each = torch.cat([two_sizes.image_latents([i]) for i in numbers])
     torch.testing.assert_close(together, each, atol=1e-5, rtol=1e-5)
 
-
 # ---- Stages 1 and 1b ---------------------------------------------------------------------------
 
 def test_texts_of_stage_1_are_those_of_the_tasks(made):
@@ -258,7 +256,6 @@ def test_images_of_stage_1b_come_by_size(two_sizes, made):
     pixels = list(made.pixels(range(40)))
     assert [len(x) for x in pixels] == [32, 8]
     assert torch.equal(torch.cat(pixels), made.images(range(40))[0].x)
-
 
 # ---- Ahead of the device -----------------------------------------------------------------------
 

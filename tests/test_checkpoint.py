@@ -35,7 +35,6 @@ def assert_equal(a, b, kinds=("model", "ema", "extra")):
 def strip(entries):
     return [{k: v for k, v in e.items() if k not in ("seconds", "data_seconds")} for e in entries]
 
-
 # ---- Resuming ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("after", (1, 3, 5, 6, 8))
@@ -146,7 +145,6 @@ def test_tasks_of_a_model_are_those_of_all_its_runs(tmp_path):
     assert [e["stage"] for e in log_of(out)].count("image_vae") == 3      # the first to need it
     assert set(cola.load(out / "ckpt.pt").tasks) == {"t2t", "t2i"}
 
-
 # ---- Starting from another run -----------------------------------------------------------------
 
 def test_init_from_takes_the_averages_and_trains_the_prior_alone(tiny, tmp_path):
@@ -189,7 +187,6 @@ def test_bad_checkpoints(tiny, tmp_path, capsys):
     torch.save(found, bad)
     fails(argv, capsys, "another architecture")
     assert not out.exists()
-
 
 # ---- Saving and the log ------------------------------------------------------------------------
 

@@ -22,7 +22,6 @@ from text_vae import TextVAE, TextVAEConfig
 
 CAPTION = "a large red circle above a small blue square on a gray background"
 
-
 # ---- Tokenizer ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,6 @@ def test_encodings_by_name(tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="^.*cl100k_base.*online$"):
         Tokenizer.named("cl100k_base")
 
-
 # ---- The system --------------------------------------------------------------------------------
 
 def system(tokenizer, seed=0, patch_size=2, **changes) -> Cola:
@@ -102,19 +100,19 @@ def test_a_prefix_ends_with_a_latent_or_a_block(tokenizer, first_block, patch_si
     p, block = patch_size, 3 * patch_size
     ids = [*range(14)]
     for cut in range(15):
-        out, new_cut, filled = model.align(ids, cut)
+        out, new_cut, padded = model.align(ids, cut)
         added = new_cut - cut
         at = cut if first_block == "right" else 0
         assert out == [*ids[:at], *[tokenizer.end] * added, *ids[at:]]
         assert new_cut % (block if first_block in ("left", "right") else p) == 0 <= added < block
         inserted = {j // p for j, i in enumerate(out) if i == tokenizer.end}
-        assert {*filled} == (set() if first_block == "repaint" else inserted)
+        assert {*padded} == (set() if first_block == "repaint" else inserted)
 
         # Latents that stay clean, by the definition of each strategy.
         n = -(-len(out) // p)
-        clean = model.stays_clean(np.arange(n), new_cut // p, filled)
+        clean = model.stays_clean(np.arange(n), new_cut // p, padded)
         prefix = range(new_cut // block * 3, new_cut // p) if first_block == "clean" else ()
-        assert {*np.flatnonzero(clean)} == {*filled, *prefix}
+        assert {*np.flatnonzero(clean)} == {*padded, *prefix}
 
 
 def test_ids_are_padded(tokenizer):
@@ -153,7 +151,6 @@ def test_parts_must_fit(tokenizer):
                           ({"mmdit": MMDiT(replace(prior, text_channels=6))}, "8 channels.* 6")):
         with pytest.raises(ValueError, match=match):
             replace(model, **change)
-
 
 # ---- Checkpoints -------------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ def other(name):
         return next((word for word in flag.allowed or () if word != usual), "1.5")
     return flag.allowed[0] if usual != flag.allowed[0] else flag.allowed[1]
 
-
 # ---- The table ---------------------------------------------------------------------------------
 
 def test_every_row_is_whole():
@@ -78,7 +77,6 @@ def test_help_and_unknown_flags(capsys):
     with pytest.raises(SystemExit):
         parse(["--lr", "1"], "evaluate.py", config.EVALUATE)
 
-
 # ---- A run that starts from a checkpoint -------------------------------------------------------
 
 @pytest.mark.parametrize("start", ("resume", "init"))
@@ -110,7 +108,6 @@ def test_dual_layers():
     release = {"width": 128, "layers": 24, "text_vae_steps": 0}            # has no --dual_layers
     assert merge({"dual_layers": 3}, release, "init").dual_layers == 3
     assert merge({}, release, "init").dual_layers == 8
-
 
 # ---- Values that do not go together ------------------------------------------------------------
 
@@ -158,7 +155,6 @@ def test_out_dir_is_a_folder(tmp_path):
         with pytest.raises(ValueError, match="--out_dir"):
             merge({"out_dir": folder})
     merge({"out_dir": str(tmp_path)})
-
 
 # ---- Flags that hold more than one number ------------------------------------------------------
 

@@ -25,7 +25,6 @@ def gaussian_flow(m, s):
         return -m + (t - (1 - t) * s ** 2) / sd * (z - (1 - t) * m) / sd
     return velocity_fn, lambda z1: m + s * z1
 
-
 # ---- The path ----------------------------------------------------------------------------------
 
 def test_path_ends_and_velocity():
@@ -42,7 +41,6 @@ def test_every_position_has_its_own_time(t_shape):
     t = torch.rand(t_shape, dtype=F64, generator=torch.Generator().manual_seed(2))
     each = t.view(2, -1, 1).expand(2, 5, 3)
     torch.testing.assert_close(flow.interpolate(z0, eps, t), (1 - each) * z0 + each * eps)
-
 
 # ---- Times -------------------------------------------------------------------------------------
 
@@ -96,7 +94,6 @@ def test_time_grid(shift):
     assert grid.shape == (17,) and grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
     assert grid[8].item() == pytest.approx(shift / (shift + 1))              # t = 1/2 moves here
 
-
 # ---- Loss --------------------------------------------------------------------------------------
 
 def test_parts_of_a_step_add_up_to_its_mean():
@@ -134,7 +131,6 @@ def test_closed_form_velocity_is_the_conditional_mean():
     for g in (torch.ones_like(zt), zt, zt.flip(1), zt.cos(), (3 * zt).sin(), (zt > 0.3).to(F64)):
         product = residual * g
         assert (product.mean(0).abs() < 4.5 * product.std(0) / math.sqrt(n)).all()
-
 
 # ---- Sampling ----------------------------------------------------------------------------------
 

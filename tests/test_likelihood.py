@@ -28,7 +28,6 @@ def draw_signs(*shape, seed=0):
     signs = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed))
     return signs.to(F64) * 2 - 1
 
-
 # ---- The density, against Gaussians ------------------------------------------------------------
 
 def gaussian_flow(m, s):
@@ -131,7 +130,6 @@ def test_log_prob_leaves_no_graph(grad, probe):
     assert not got.requires_grad and got.isfinite().all()
     assert z0.grad is None and net.weight.grad is None
 
-
 # ---- Bounds: z ~ N(0, 1) and x | z ~ N(z, NOISE), so that x ~ N(0, 1 + NOISE) ------------------
 
 NOISE = 0.25
@@ -187,7 +185,6 @@ def test_perplexity():
     got = likelihood.perplexity(-lengths * math.log(257), lengths)
     assert got.item() == pytest.approx(257, rel=1e-6)
     assert likelihood.perplexity([-6.0, -2.0], [1, 3]).item() == pytest.approx(math.exp(2.0))
-
 
 # ---- Texts -------------------------------------------------------------------------------------
 

@@ -44,7 +44,6 @@ def brute_force(q, k):
                 want[i, j] = allowed(*(int(x) for x in case))
     return want
 
-
 # ---- The mask ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(8))
@@ -66,8 +65,8 @@ def test_blog_example_by_hand():
     assert ["".join(".#"[int(m)] for m in row) for row in masks.dense(layout, layout)] == want
 
 
-def test_text_layout_is_causal_at_block_len_1():
-    layout = masks.text_layout([3, 2], 1)
+def test_text_is_causal_at_block_len_1():
+    layout = pack([Sample(T2T, clean=3), Sample(T2T, clean=2)], 1)
     want = torch.block_diag(torch.ones(3, 3).tril(), torch.ones(2, 2).tril()).bool()
     assert torch.equal(masks.dense(layout, layout), want)
 
@@ -97,7 +96,6 @@ def test_picture():
     centers = picture[25::10, 25::10]                                        # of the cells
     assert (centers[..., 0] > centers[..., 1] + 50).tolist() == masks.dense(layout, layout).tolist()
 
-
 # ---- Packing -----------------------------------------------------------------------------------
 
 def test_pack_lays_out_segments_blocks_and_coordinates():
@@ -121,7 +119,6 @@ def test_concat_and_duplicate():
     assert joined.sample.tolist() == [0, 0, 0, 1, 1] and joined.task.tolist() == [T2T, T2I]
     assert again.sample.tolist() == [0, 1, 1, 2, 3, 3] and again.row.tolist() == [0, 0, 1] * 2
     assert again.task.tolist() == [T2T, T2I] * 2
-
 
 # ---- Attention ---------------------------------------------------------------------------------
 

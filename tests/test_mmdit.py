@@ -51,7 +51,6 @@ def run(model, layout, z, plan=None, targets=None, **options):
 
 assert_close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
 
-
 # ---- Parts -------------------------------------------------------------------------------------
 
 def test_rope_turns_pairs_as_complex_numbers():
@@ -59,7 +58,7 @@ def test_rope_turns_pairs_as_complex_numbers():
         MMDiTConfig(rope_dim=13)
     layout = pack([Sample(T2I, clean=4, image=(3, 4))], 2)
     x = torch.randn(len(layout), 2, 16)
-    y = mmdit.apply_rope(x, mmdit.rope_angles(layout, 12))
+    y = mmdit.apply_rope(x, mmdit.rope_rotations(layout, 12))
     for i in range(6):
         angle = (layout.row if i % 2 == 0 else layout.col)[:, None] * 10000.0 ** (-2 * i / 12)
         want = torch.complex(x[..., 2 * i], x[..., 2 * i + 1]) * torch.exp(1j * angle)   # (L, nh)
@@ -97,7 +96,6 @@ def test_the_size_of_the_time_embedding_matters_to_the_release_alone(as_released
         p.mul_(3.0)
     moved = (run(model, layout, latents(layout))[0] - before).abs().max()
     assert moved > 0.1 if as_released else moved < 1e-3
-
 
 # ---- The stack ---------------------------------------------------------------------------------
 

@@ -58,7 +58,6 @@ def refused(match, function, *args):
     with pytest.raises((ValueError, FileNotFoundError), match=f"^.*{match}.*$"):
         function(*args)
 
-
 # ---- The numbers of the public code ------------------------------------------------------------
 
 @pytest.mark.parametrize("patch", ("p1", "p2"))
@@ -114,7 +113,6 @@ def test_every_tensor_and_setting_is_written_back(patch, tmp_path):
         want, got = (json.loads((x / part / "config.json").read_text())
                      for x in (folder, tmp_path / "r"))
         assert got.items() <= want.items()
-
 
 # ---- Round trips -------------------------------------------------------------------------------
 
@@ -204,7 +202,6 @@ def test_command(saved, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("release.py: ") and word in error and error.count("\n") == 1
 
-
 # ---- Wrong files -------------------------------------------------------------------------------
 
 def test_every_truncation_is_noticed(tmp_path):
@@ -259,7 +256,6 @@ def test_models_that_the_format_cannot_describe(saved, tokenizer, tmp_path):
     refused("--first_block left", release.save, replace(saved[0], first_block="left"), folder)
     refused("--as_released", release.save, system(tokenizer, as_released=False), folder)
     assert not folder.exists()
-
 
 # ---- tokenizer.json ----------------------------------------------------------------------------
 

@@ -82,7 +82,6 @@ def picture(seed, hw=(32, 32)):
 def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
-
 # ---- The context -------------------------------------------------------------------------------
 
 class Uncached(sample.Context):
@@ -128,7 +127,6 @@ def test_the_cache_equals_recomputation(model, latents, monkeypatch):
         close(a, b)
     assert not torch.equal(z[0], oracle_z[0]), "the two ways of computing must differ"
 
-
 # ---- Seeds and lengths -------------------------------------------------------------------------
 
 def test_a_sample_is_the_same_alone_and_in_a_batch(model, latents):
@@ -163,7 +161,6 @@ def test_max_tokens_cuts_and_the_end_token_ends(model, monkeypatch):
         return logits
     monkeypatch.setattr(model.text_vae, "decode", ending)
     assert sample.generate_text(model, [STORY], settings=S, max_tokens=99) == [short]
-
 
 # ---- What the prior sees -----------------------------------------------------------------------
 
@@ -255,7 +252,6 @@ def test_a_prefix_keeps_the_latents_of_its_own_encoding():
     assert len(commits) > 1 and torch.equal(commits[0], z[:BLOCK])
     assert torch.equal(commits[1][:2], z[BLOCK:])
 
-
 # ---- Guidance, times, noise --------------------------------------------------------------------
 
 def test_guidance(model, latents):
@@ -266,7 +262,7 @@ def test_guidance(model, latents):
     assert (conditional - unconditional).abs().max() > 1e-2
     close(guided, unconditional + 3.0 * (conditional - unconditional))
     layout = pack([Sample(T2I, image=(4, 4))] * 3, BLOCK)
-    noise = sample.draw_noise(sample.generators(0, 0, 3), 16, 32)
+    noise = sample.draw_noise(sample.make_rngs(0, 0, 3), 16, 32)
     with torch.no_grad():
         close(sample.transport(sample.Context(model), layout, noise, replace(S, steps=1)),
               unconditional)
@@ -312,7 +308,6 @@ def test_the_time_grid_of_images_follows_their_size(model, calls):
         sample.generate_images(replace(model, image_loc=loc), CAPTIONS[:1],
                                replace(S, steps=2, shift=shift), hw)
         assert calls[2][1][0].item() == pytest.approx(middle)
-
 
 # ---- Command line ------------------------------------------------------------------------------
 

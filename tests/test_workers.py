@@ -93,7 +93,6 @@ def test_two_runs_do_not_share_a_folder(tiny, tmp_path, capsys):
         holder.wait()
     assert train.main(argv) == 0
 
-
 # ---- Signals -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 5, [signal.SIGINT],

@@ -53,7 +53,6 @@ def layouts(seed, most=90):
     index = torch.randperm(len(k), generator=g)[:len(k) // 2].sort().values
     return k.select(index), k
 
-
 # ---- Tiles -------------------------------------------------------------------------------------
 
 MADE_UP = torch.zeros(4, 4, 4, dtype=torch.uint8)      # the three tasks, and one that looks ahead
@@ -114,7 +113,6 @@ def test_an_empty_layout_is_an_error():
     with pytest.raises(ValueError, match="0 queries"):
         T.make_tiles(empty, empty)
 
-
 # ---- The algorithm in PyTorch ------------------------------------------------------------------
 
 def whole_softmax(q, k, v, mask):
@@ -146,7 +144,6 @@ def test_blockwise_against_the_whole_mask(seed):
     torch.testing.assert_close(got_lse, lse)
     for x, want in zip(blockwise.backward(q, k, v, got, got_lse, do, plan), grads):
         torch.testing.assert_close(x, want)
-
 
 # ---- The CUDA sources, each thread a fiber on the CPU (emulate.h) ------------------------------
 
@@ -237,7 +234,6 @@ def test_kernels_compile_without_spills(name, archs, kernels, tmp_path):
     attention = ["attention_forward", "attention_backward"]
     entries = ["descriptor_products"] if name == "descriptors" else attention
     assert all(getattr(library, entry) for entry in entries)
-
 
 # ---- The operators -----------------------------------------------------------------------------
 
