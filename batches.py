@@ -12,9 +12,8 @@ of a text, the predicted caption. TIME: normal draws, which flow.sample_time tur
 NOISE: eps of the image, then of the text. POSTERIOR: the VAEs' posterior samples. MASK: tokens that
 the masking loss hides. In stages 1 and 1b: TASK, the task of text k; PICK, image k.
 
-Shapes: T tokens and Lv latents of all texts; L positions of the prior, Lt of text, Li of images;
-U distinct times; Dz, Cz channels of text and image latents; B images of H x W pixels, h x w
-latents.    Run: python batches.py   (CPU, 3 s)
+Shapes: T tokens, Lv latents of all texts; L positions of the prior, Lt text, Li image; U times; Dz,
+Cz text and image channels; B images, H x W pixels, h x w latents.    Run: python batches.py
 """
 import time
 from argparse import Namespace
@@ -339,8 +338,8 @@ if __name__ == "__main__":
     args = config.merge(config.parse(["--pool", "64", "--cfg_drop", "0", "--block_len", "4"]))
     dataset = data.open_data(args)
     tokenizer = Tokenizer.train(dataset.corpus(500), 512)
-    model = Cola(TextVAE(TextVAEConfig(tokenizer.n_vocab)), ImageVAE(ImageVAEConfig()),
-                 MMDiT(MMDiTConfig()), tokenizer, args.block_len, (32, 32), 1.0)
+    vae = TextVAE(TextVAEConfig(tokenizer.n_vocab))
+    model = Cola(vae, ImageVAE(ImageVAEConfig()), MMDiT(MMDiTConfig()), tokenizer, 4, (32, 32), 1.0)
     print("sample 0 of each task; expect time 0 in P and C, and in I except for t2i")
     for task, name in enumerate(TASKS):
         batch = Batches(args, dataset, model).prior([(task, 0)])

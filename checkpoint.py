@@ -137,20 +137,21 @@ def build(found: dict, args: Namespace) -> Cola:
 
 
 def open_stages(args: Namespace, state: State) -> tuple[list[str], list[str]]:
-    """The stages to train, and those that have steps left but are finished: a later stage, which
-    learns from them, has begun. A VAE trained by another run is trained further only if --stage
-    names it. ValueError for a prior without trained VAEs."""
+    """The stages to train, and those with steps left that are finished, because a later stage has
+    learned from them, or another run trained them and --stage does not name them. ValueError for
+    a prior without trained VAEs."""
     done, open_, finished = state.progress, [], []
     for i, name in enumerate(config.STAGES):
         later = any(done[x] for x in config.STAGES[i + 1:])
-        used = later and done[name] or name == "text_vae" and done["mmdit"]
-        foreign = name in state.closed and args.stage != name
+        learned_from = later and done[name] or name == "text_vae" and done["mmdit"]
+        foreign = name in state.closed and not done[name] and args.stage != name
         if name in config.stages(args) and config.steps(args, name) > done[name]:
-            (finished if used or foreign else open_).append(name)
-    if open_ == ["mmdit"] and not done["mmdit"]:
+            (finished if learned_from or foreign else open_).append(name)
+    if open_ == ["mmdit"]:
         images = config.task_shares(args.tasks).keys() - {"t2t"}
         for name in ("text_vae", "image_vae") if images else ("text_vae",):
-            if not done[name] and name not in state.closed and config.steps(args, name):
+            trained = done[name] or name in state.closed or name == "text_vae" and done["mmdit"]
+            if not trained and config.steps(args, name):
                 raise ValueError(f"--stage mmdit: the {name} is not trained; first --stage {name}, "
                                  "or start from a checkpoint with --init_from")
     return open_, finished

@@ -212,9 +212,9 @@ class Cola:
         return list(to_uint8(self.image_vae.decode(self.image_vae.denormalize(z))))
 
     def align(self, ids: list[int], cut: int) -> tuple[list[int], int, range]:
-        """Inserts end tokens so that the first `cut` tokens end with a latent (left, right: with a
-        block). Returns the ids, the new cut, and which latents hold inserted tokens that are never
-        predicted."""
+        """Inserts end tokens so that a prefix of `cut` tokens fills whole latents (left, right:
+        whole blocks). Returns the ids, the new cut, and the latents of inserted tokens, which are
+        never predicted."""
         p = self.text_vae.config.patch_size
         multiple = p * self.block_len if self.first_block in ("left", "right") else p
         count = -cut % multiple                             # end tokens to insert

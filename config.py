@@ -1,6 +1,6 @@
 """Config: every flag of a run in one table, one row each.
 
-`kind` decides which value a flag has when a run starts from a checkpoint; DATA also holds --scale:
+`kind` decides whose value a flag has if a run starts from a checkpoint (--scale, --bf16 are DATA):
 
     kind      --resume auto                      --init_from FILE, --init_official DIR
     MODEL     the checkpoint's; others refused   the checkpoint's; others refused
@@ -42,7 +42,7 @@ class Flag(NamedTuple):
 # ---- Ranges that several flags share -----------------------------------------------------------
 
 COUNT = (1, 10**9)                                 # samples, steps: at least 1
-STEPS = (0, 10**9)                                 # 0 leaves out a stage, a rest or the evaluation
+STEPS = (0, 10**9)                                 # 0: none
 SIZE = (1, 1 << 16)                                # widths, lengths, batches
 SHARE = (0.0, 1.0)                                 # fractions of a whole
 WEIGHT = (0.0, 1e6)                                # 0 switches a term of the loss off
@@ -56,10 +56,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("out_dir", "out", None, RUN, "folder for ckpt.pt, log.jsonl, metrics.json and plots"),
         Flag("stage", "all", (*STAGES, "all"), RUN, "train one stage alone, to tune it"),
         Flag("resume", "never", ("never", "auto"), RUN, "auto continues the run in --out_dir"),
-        Flag("init_from", "", None, RUN, "start from the averaged weights of this checkpoint, for "
-             "other data or a larger image size"),
-        Flag("init_official", "", None, RUN, "start from a public Cola DLM release, a folder with "
-             "cola_vae, cola_dit and tokenizer.json; image weights are new"),
+        Flag("init_from", "", None, RUN, "start from the averaged weights of this checkpoint"),
+        Flag("init_official", "", None, RUN, "start from the folder of a public Cola DLM release"),
         Flag("dry_run", False, None, RUN, "print what would be trained, and write nothing"),
         Flag("seed", 0, (0, SEEDS - 1), RECIPE, "another seed measures how much results vary"),
         Flag("device", "auto", ("auto", "cuda", "cpu"), RUN, "auto takes a GPU if there is one"),
@@ -67,20 +65,15 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("fsdp", False, None, RUN, "shard stage 2 over GPUs (FSDP2) if one cannot hold it"),
         Flag("compile", False, None, RUN, "torch.compile the prior: slow to start, then faster"),
         Flag("attention", "auto", BACKENDS, RUN, "auto is padded; others may be faster on GPUs"),
-        Flag("bf16", "auto", ("auto", "on", "off"), RECIPE, "matrix products in bfloat16, not in "
-             "stage 1; auto: on a GPU; on a CPU it pays only for a wide prior"),
+        Flag("bf16", "auto", ("auto", "on", "off"), DATA, "bfloat16 products; auto: on a GPU"),
         Flag("save_every", 500, COUNT, RUN, "steps between checkpoints: what a crash can lose"),
     ],
     "data": [
-        Flag("data", [], None, DATA, "folders, .jsonl or .tar files of captioned images; without "
-             "--data and --text, scenes are generated"),
-        Flag("text", [], None, DATA, ".txt or .jsonl files, also as .gz, for T2T; without them, "
-             "the texts of T2T are captions, or stories about scenes"),
-        Flag("tasks", "t2t:1,t2i:2,it2t:3", None, RECIPE, "ratios of samples: a task with a larger "
-             "one is learned better, at the cost of the others"),
+        Flag("data", [], None, DATA, "folders, .jsonl, .tar of captioned images; none: scenes"),
+        Flag("text", [], None, DATA, "files for T2T, .txt or .jsonl, also as .gz; none: captions"),
+        Flag("tasks", "t2t:1,t2i:2,it2t:3", None, RECIPE, "ratios: more samples, better learned"),
         Flag("image_size", [32], (8, 1 << 12), RECIPE, "pixels: one number, or height and width"),
-        Flag("aspect", False, None, DATA, "keep each image's aspect ratio, from 1:2 to 2:1, in at "
-             "most the area of --image_size, instead of cropping it"),
+        Flag("aspect", False, None, DATA, "keep aspect ratios from 1:2 to 2:1 instead of cropping"),
         Flag("seq_len", 128, SIZE, RECIPE, "longest text in tokens; longer captions are refused"),
         Flag("vocab_size", 512, COUNT, MODEL, "tokens of the trained BPE; more shorten sequences"),
         Flag("tokenizer", "", None, MODEL, "a tiktoken encoding instead, such as cl100k_base"),
@@ -94,14 +87,10 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("text_vae_layers", 2, SIZE, MODEL, "blocks of encoder and of decoder; paper: 4"),
         Flag("text_vae_heads", 3, SIZE, MODEL, "attention heads; the paper has 12"),
         Flag("vae_block_len", 1, SIZE, MODEL, "latents per VAE block; paper: 1, release: 16"),
-        Flag("vae_logsnr", "2.5", None, MODEL, "'learned', or a fixed log(mu^2 / sigma^2): a lower "
-             "one gives noisier latents and a more robust decoder"),
-        Flag("beta", 1e-3, WEIGHT, RECIPE, "weight of KL(q || N(0, I)) of the text VAE, and of E "
-             "log q in stage 2: a larger one brings latents closer to a normal distribution"),
-        Flag("lambda_mask", 0.1, WEIGHT, RECIPE, "weight of the loss of masked tokens, which makes "
-             "latents describe their context; 0 saves a forward pass"),
-        Flag("text_vae_steps", 200, STEPS, RECIPE, "steps of stage 1; 0 starts stage 2 with an "
-             "untrained text VAE, and needs --vae_lr_ratio"),
+        Flag("vae_logsnr", "2.5", None, MODEL, "'learned', or fixed: a lower one is noisier"),
+        Flag("beta", 1e-3, WEIGHT, RECIPE, "weight of the text VAE's KL or E log q"),
+        Flag("lambda_mask", 0.1, WEIGHT, RECIPE, "weight of L_mask; 0 saves a forward pass"),
+        Flag("text_vae_steps", 200, STEPS, RECIPE, "steps of stage 1; 0 needs --vae_lr_ratio"),
         Flag("text_vae_batch", 48, SIZE, RECIPE, "texts per step"),
         Flag("text_vae_lr", 4e-3, RATE, RECIPE, "peak learning rate of AdamW"),
     ],
@@ -120,39 +109,32 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("width", 128, SIZE, MODEL, "width D; the release has 2048"),
         Flag("layers", 4, SIZE, MODEL, "blocks; the release has 24"),
         Flag("heads", 8, SIZE, MODEL, "attention heads; the release has 16"),
-        Flag("dual_layers", None, (0, 1 << 16), MODEL, "first layers, in which text and images "
-             "have separate weights; all others share them (default: a third of --layers)"),
+        Flag("dual_layers", None, (0, 1 << 16), MODEL, "first layers with separate weights for "
+             "text and images (default: a third of --layers)"),
         Flag("as_released", False, None, MODEL, "the architecture of the release, to export to it: "
              "no position embedding at the input, no norm of the time embedding"),
         Flag("block_len", 1, SIZE, RECIPE, "text latents generated together; release: 16"),
-        Flag("steps", 3200, COUNT, RECIPE, "steps of stage 2"),
+        Flag("steps", 4000, COUNT, RECIPE, "steps of stage 2"),
         Flag("scale", 1.0, RATE, DATA, "multiplies the steps of every stage, to train longer"),
-        Flag("batch_size", 10, SIZE, RECIPE, "samples of a micro-step, over all workers"),
-        Flag("micro_steps", 6, SIZE, RECIPE, "groups of --batch_size samples in "
-             "a step, each of one task"),
-        Flag("accumulate", False, None, RECIPE, "as many passes as micro-steps, each of all tasks: "
-             "slower, less memory"),
-        Flag("optimizer", "muon", ("muon", "adamw"), RECIPE, "for the matrices inside the blocks "
-             "of the prior and the image VAE; AdamW trains all other weights"),
+        Flag("batch_size", 10, SIZE, RECIPE, "samples of a group, over all workers"),
+        Flag("micro_steps", 6, SIZE, RECIPE, "groups in a step, each of one task"),
+        Flag("accumulate", False, None, RECIPE, "as many passes as groups: slower, less memory"),
+        Flag("optimizer", "muon", ("muon", "adamw"), RECIPE, "for the matrices inside the blocks"),
         Flag("muon_lr", 0.02, RATE, RECIPE, "peak learning rate of Muon"),
         Flag("lr", 5e-3, RATE, RECIPE, "peak learning rate of AdamW; lower it for a wide prior"),
         Flag("weight_decay", 0.01, WEIGHT, RECIPE, "decoupled; a larger one limits overfitting"),
         Flag("warmup", 0.03, SHARE, RECIPE, "first share of steps, with rising learning rates"),
         Flag("cooldown", 0.5, SHARE, RECIPE, "last share of steps, with falling learning rates"),
         Flag("clip", 1.0, RATE, RECIPE, "largest gradient norm: lower it if losses jump"),
-        Flag("ema", 0.9999, SHARE, RECIPE, "averaged weights have the decay min(ema, (1 + n) / (10 "
-             "+ n)); 0 averages nothing"),
-        Flag("vae_lr_ratio", 0.0, WEIGHT, RECIPE, "learning rate of the text VAE in stage 2, over "
-             "--lr: 0 freezes it, 1 trains both (the paper's best)"),
-        Flag("vae_interval", [1, 0], STEPS, RECIPE, "the text VAE alternates between this many "
-             "steps of training and of rest; the paper compares 22000 33000"),
+        Flag("ema", 0.9999, SHARE, RECIPE, "largest decay of the averaged weights; 0: no average"),
+        Flag("vae_lr_ratio", 0.0, WEIGHT, RECIPE, "text VAE's rate in stage 2 / --lr; 0: frozen"),
+        Flag("vae_interval", [1, 0], STEPS, RECIPE, "steps that the text VAE trains, then rests"),
         Flag("lambda_vae", 1.0, WEIGHT, RECIPE, "weight of the text VAE's own loss in stage 2"),
         Flag("lambda_fm", 1.0, WEIGHT, RECIPE, "weight of the flow-matching losses"),
         Flag("lambda_ref", 0.0, WEIGHT, RECIPE, "weight of KL(q || q_ref), to stay near stage 1"),
         Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
-        Flag("w_answer", 3.0, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
-        Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA, which aligns hidden states with "
-             "clean latents; 0.5 in the literature, 0 is off"),
+        Flag("w_answer", 4.0, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
+        Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA: 0.5 in the literature, 0 is off"),
         Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
         Flag("repa_until", 0.5, SHARE, RECIPE, "share of the steps after which L_REPA stops"),
         Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples with a loss on the caption"),
@@ -164,16 +146,13 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("time_law", "logit_normal", ("logit_normal", "uniform"), RECIPE, "distribution of t"),
         Flag("first_block", "clean", FIRST_BLOCK, RECIPE, "whether a prefix that ends inside a "
              "block stays clean there, is repainted, or is padded on its left or right"),
-        Flag("time_per", "block", ("block", "sample"), RECIPE, "draw a time for each text block, "
-             "or one for all blocks of a sample"),
+        Flag("time_per", "block", ("block", "sample"), RECIPE, "a time per text block, or one"),
     ],
     "evaluation": [
         Flag("eval_samples", 512, STEPS, RUN, "samples per rate; 0 skips the evaluation"),
-        Flag("guidance", 2.0, REAL, RUN, "guidance for images: more follows the caption closer, "
-             "with less variety; 1 is none"),
+        Flag("guidance", 2.0, REAL, RUN, "for images: more follows captions, varies less"),
         Flag("text_guidance", 1.0, REAL, RUN, "guidance for text; 1 is none"),
-        Flag("text_temperature", 0.3, WEIGHT, RUN, "scale of the noise that text starts from: less "
-             "gives likelier texts with less variety"),
+        Flag("text_temperature", 0.3, WEIGHT, RUN, "scale of text's first noise: less, likelier"),
         Flag("text_shift", 3.0, RATE, RUN, "larger: more of text's solver steps are near noise"),
         Flag("text_snap", True, None, RUN, "condition on re-encoded tokens: errors do not add up"),
         Flag("sample_steps", 16, COUNT, RUN, "solver steps: more are slower and more exact"),
@@ -226,17 +205,12 @@ def merge(given: dict[str, Any], found: dict[str, Any] | None = None, start: str
             raise ValueError(f"{in_words(name, given[name])}: {source} has {value}; leave it out")
     a = Namespace(**DEFAULTS | found | given)
     if a.dual_layers is None:
-        a.dual_layers = third(a.layers)
+        a.dual_layers = max(1, round(a.layers / 3))
     check(a)
     if not (found or a.text_vae_steps or a.vae_lr_ratio * a.lambda_vae):
         # The text VAE would never be trained.
         raise ValueError("--text_vae_steps 0: add --vae_lr_ratio 1 and a --lambda_vae above 0")
     return a
-
-
-def third(layers: int) -> int:
-    """A third of the layers, at least 1: the default of --dual_layers."""
-    return max(1, round(layers / 3))
 
 
 def changes(given: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -263,8 +237,8 @@ def check(a: Namespace) -> None:
             (a.device == "cuda" and not gpu, "--device cuda: there is no CUDA device here"),
             (a.attention == "flex" and not gpu, "--attention flex trains on GPUs only"),
             (len(a.image_size) > 2, "--image_size takes one number, or height and width"),
-            (a.aspect and not a.data, "--aspect is for --data; generated scenes have one shape"),
-            (a.aspect and len({*a.image_size}) > 1, "--aspect needs one number as --image_size"),
+            (a.aspect and (not a.data or len({*a.image_size}) > 1),
+             "--aspect is for --data, and needs one number as --image_size"),
             (a.width % (2 * a.heads), f"--width {a.width}: expected a multiple of 2 x --heads"),
             (a.text_vae_width % (2 * a.text_vae_heads),
              f"--text_vae_width {a.text_vae_width}: expected a multiple of 2 x --text_vae_heads"),
@@ -341,7 +315,7 @@ def in_words(name: str, value: Any) -> str:
 
 def show(a: Namespace) -> str:
     """The flags that differ from their defaults, as the command line gives them."""
-    usual = DEFAULTS | {"dual_layers": third(a.layers)}
+    usual = DEFAULTS | {"dual_layers": max(1, round(a.layers / 3))}
     return " ".join(in_words(name, value) for name, value in vars(a).items()
                     if value != usual[name]) or "all as by default"
 

@@ -45,10 +45,9 @@ SEEDS = 1 << 56     # a run's seed is below SEEDS; its evaluation uses seed + SE
 
 class Purpose(IntEnum):
     """What a random number is for. Append new ones: another value changes every run."""
-    # PICK: the scene and the words of a sample; in stage 1b (batches.py) the image
     TASK, ORDER, SCENE, PICK, CAPTION, WINDOW, CORPUS, DROP = range(8)
     TIME, NOISE, POSTERIOR, MASK = range(8, 12)
-    EVAL, SAMPLE = 13, 14
+    EVAL, SAMPLE = 13, 14       # 12 is unused
 
 
 class Key(tuple, np.random.bit_generator.ISeedSequence):
@@ -58,7 +57,7 @@ class Key(tuple, np.random.bit_generator.ISeedSequence):
 
 
 def rng(seed: int, k: int, purpose: int) -> np.random.Generator:
-    """Generator of (seed, k, purpose), without drawing the numbers of earlier samples first."""
+    """The generator of (seed, k, purpose), independent of all others."""
     return np.random.Generator(np.random.Philox(Key((seed * 64 + purpose, k))))
 
 
@@ -75,6 +74,7 @@ def order(seed: int, k: int, n: int) -> int:
 # ---- Generated scenes --------------------------------------------------------------------------
 
 Shape = tuple[int, int]     # (H, W): height and width in pixels
+CACHE_BYTES = 1 << 28       # of decoded pixels in memory
 DESCRIBE = ("describe the image.", "describe the picture.",
             "what does the image show?", "what is pictured?")
 
@@ -87,7 +87,8 @@ class Scenes:
     def __init__(self, seed: int, hw: Shape = (32, 32), pool: int = 20000, questions: float = 0.75):
         self.seed, self.hw, self.num_images, self.questions = seed, hw, pool, questions
         self.scene_of = cache(lambda i: pictures.sample_scene(rng(seed, i, Purpose.SCENE)))
-        self._pixels = cache(lambda i: pictures.render(self.scene_of(i), self.hw))
+        self._pixels = lru_cache(CACHE_BYTES // (3 * math.prod(hw)))(
+            lambda i: pictures.render(self.scene_of(i), self.hw))
         # One story per scene: writing a new one takes longer than the rest of a sample.
         self._story = cache(
             lambda i: language.story(self.scene_of(i), rng(seed, i, Purpose.CAPTION)))
@@ -225,7 +226,6 @@ class TextFiles:
 
 # ---- Pixels ------------------------------------------------------------------------------------
 
-CACHE_BYTES = 1 << 28       # of decoded pixels in memory
 # EPS is left out: Pillow would have Ghostscript run it as a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 IMAGE_NAMES = tuple(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .jp2".split())
@@ -310,7 +310,7 @@ def find_pictures(path: str) -> Iterator[tuple[Part, str]]:
         root = os.path.realpath(os.path.dirname(path))
         with open(path, "rb") as file:
             for row, text in json_rows(file, path):
-                yield file_part(root, str(row.get("file_name", row.get("file")))), text
+                yield file_part(root, str(row.get("file_name", row.get("file", "")))), text
     elif path.endswith(".tar"):
         yield from with_captions(tar_parts(path))
     elif os.path.isdir(path):
@@ -377,7 +377,8 @@ def warn_once(line: str) -> None:
 class ImageText:
     """Captioned pictures on disk, from the paths that find_pictures reads. They have the shape hw
     or, with aspect, the nearest of buckets(H, multiple). T2T has the captions, or `texts`.
-    Pictures without a header or a caption are left out; ValueError if none is left."""
+    Pictures without a header, or without a file for the caption, are left out; ValueError if none
+    is left. A picture found damaged later is replaced by the next of its shape."""
     tasks = {"t2t", "t2i", "it2t"}
 
     def __init__(self, paths: Sequence[str], seed: int = 0, hw: Shape = (32, 32),
@@ -414,7 +415,7 @@ class ImageText:
                     return other, decode_picture(content, [self._hw[other]])
                 except ValueError as error:
                     warn_once(f"left out from now on: {self._parts[other].name!r} ({error})")
-        raise ValueError("no picture of this shape can be decoded any more; check the files")
+        raise OSError("no picture of this shape can be decoded any more; check the files")
 
     def image_hw(self, index: int) -> Shape:
         return self._hw[index]

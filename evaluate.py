@@ -1,8 +1,7 @@
 """Evaluate: rates on generated scenes, a grid of samples, and the curves of the losses.
 
-Images, captions, answers and stories are generated for scenes that training never drew: of
-compositions it has seen, and of compositions that were held out. The hand-written readers of
-scenes/ judge them, without a network. Every rate has its Wilson interval (95 %).
+Images, captions, answers and stories are generated for scenes that training never drew, of seen and
+of held-out compositions. The hand-written readers of scenes/ judge them, without a network.
 
     metrics.json  {"n", "seen": {"t2i": {"scene": rate}}, "heldout", "ceiling", "seconds", "config"}
                   "ceiling": what the VAEs alone keep; "config": all flags of the run
@@ -13,7 +12,7 @@ Run: python evaluate.py --out_dir out   (CPU, a minute for the default model; tr
 """
 import json
 import math
-import shlex
+import os
 import sys
 import textwrap
 from argparse import Namespace
@@ -40,7 +39,7 @@ from data import SEEDS, Purpose, open_data, rng
 from scenes import language, pictures
 from workers import Worker
 
-GROUP = 64                                 # scenes that are sampled together
+GROUP_SIZE = 64                                 # scenes that are sampled together
 Verdicts = Iterator[tuple[str, bool]]      # name of a rate, whether this sample is right
 Cells = list[tuple[np.ndarray, str]]       # images uint8 (H, W, 3) with their texts
 
@@ -59,7 +58,7 @@ class Group(NamedTuple):
 
 
 def draw_scenes(seed: int, numbers: range, heldout: bool) -> Group:
-    """Scenes of one to three objects, of compositions seen in training or of held-out ones."""
+    """Scenes of one, two and three objects in turn, of seen or of held-out compositions."""
     return Group([pictures.sample_scene(rng(seed, k, Purpose.EVAL), heldout, 1 + k % 3)
                   for k in numbers], seed, numbers)
 
@@ -150,8 +149,8 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
     work = [(split, *judges[task]) for split in ("seen", "heldout") for task in sorted(tasks)]
     work.append(("ceiling", partial(judge_vaes, tasks=tasks), n))
     # A group has successive numbers, because sampling numbers its noise from the first one on.
-    groups = [(split, judge, range(count)[first:first + GROUP])
-              for split, judge, count in work for first in range(0, count, GROUP)]
+    groups = [(split, judge, range(count)[first:first + GROUP_SIZE])
+              for split, judge, count in work for first in range(0, count, GROUP_SIZE)]
     verdicts = []
     for split, judge, numbers in tqdm(worker.share(groups), "evaluate", disable=worker.rank > 0):
         group = draw_scenes(seed, numbers, heldout=split == "heldout")
@@ -258,38 +257,32 @@ def report(args: Namespace, worker: Worker, dataset=None) -> None:
             Image.fromarray(np.hstack(plots)).save(out / "loss.png")
         print(table(metrics) if metrics else "no rates: they need a trained prior, generated "
               "scenes and --eval_samples")
-        print(*lines, f"{found['seconds'] / 60:.1f} minutes of training", sep="\n")
+        print(*lines, f"{found['seconds'] / 60:.1f} minutes of training; see {out}", sep="\n")
+        print(f"next: python sample.py --help; its flag: --checkpoint {out}/ckpt.pt")
 
 
 def draw(model: Cola, args: Namespace, tasks: set[str], dataset) -> tuple[Cells, list[str]]:
-    """Images with texts; lines to print: continued texts, and a command to try for every task."""
-    (image, text), cells, lines, commands = settings(args), [], [], []
+    """Images with texts, and lines to print: continued texts."""
+    (image, text), cells, lines = settings(args), [], []
     numbers = range(10**9, 10**9 + 6)      # samples that training does not reach
     if "t2i" in tasks:
         captions = [dataset.t2i(k)[0] for k in numbers]
         cells += zip(sample.generate_images(model, captions, image), captions)
-        commands.append(["t2i", captions[0], "--out", "a.png"])
     if "it2t" in tasks:
         for prompt, index, _ in map(dataset.it2t, numbers):
             picture = dataset.images([index])[0]
             answer = sample.generate_text(model, [""], [prompt], [picture], text)[0]
             cells.append((picture, f"{prompt} {answer}"))
-        commands.append(["it2t", "a.png" if "t2i" in tasks else "YOUR.png"])
     if "t2t" in tasks:
-        prefixes = [" ".join(dataset.t2t(k).split()[:6]) for k in numbers[:3]]
-        for prefix in prefixes:
+        for prefix in (" ".join(dataset.t2t(k).split()[:6]) for k in numbers[:3]):
             continuation = sample.generate_text(model, [prefix], settings=text)[0]
             lines.append(f"{prefix} |{continuation}")
-        commands.append(["t2t", prefixes[0]])
-    for command in commands:
-        command += ["--checkpoint", f"{args.out_dir}/ckpt.pt"]
-        lines.append(f"try: python sample.py {shlex.join(command)}")
     return cells, lines
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    worker = Worker()
+    worker = Worker(int(os.environ.get("RANK", 0)))
     try:
         given = config.parse(sys.argv[1:] if argv is None else argv, "evaluate.py", config.EVALUATE)
         path = Path(given.get("out_dir", config.DEFAULTS["out_dir"]), "ckpt.pt")

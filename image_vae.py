@@ -11,8 +11,7 @@ Convolutions at full resolution cost the most, so the blocks work on cells:
     stem: patch x patch pixels -> a cell;  further levels: 2 x 2 cells -> a cell;
     head: fold x fold cells -> a latent
 
-The pyramid replaces a perceptual loss: a wrong edge costs at every scale. The fixed sigma teaches
-the decoder to tolerate the prior's errors.
+The pyramid replaces a perceptual loss. The fixed sigma teaches the decoder to tolerate errors.
 
 Shapes: B images; H, W pixels; C latent channels; h, w = H, W / downsample; D width of a level.
 Run: python image_vae.py   (CPU, 4 s)
@@ -48,7 +47,6 @@ class ImageVAEConfig:
             raise ValueError(f"latent_channels {self.latent_channels}: expected a multiple of "
                              f"{self.fold ** 2}, the cells in a latent pixel")
 
-# ---- Layers ------------------------------------------------------------------------------------
 
 class Conv(nn.Module):
     """A k x k convolution that keeps H and W. Its kernel is a matrix, as Muon takes matrices."""
@@ -152,7 +150,6 @@ class ImageVAE(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_((second / count - mean.square()).clamp_min(1e-8).sqrt())
 
-# ---- Loss --------------------------------------------------------------------------------------
 
 def laplacian_pyramid(x: Tensor, levels: int = 3) -> list[Tensor]:
     """[lap_0, lap_1, ..], (B, 3, H / 2^k, W / 2^k) each: what halving the resolution removes."""

@@ -24,7 +24,6 @@ from cola import Cola, pad_to_multiple
 from masks import T2T, Sample, pack
 from sample import COUNT, Context, Parser, add_model_flags, draw_noise, open_model, within
 
-# ---- The density of a flow, and bounds ---------------------------------------------------------
 
 def log_normal(z: Tensor, mean: Tensor | float = 0.0, logvar: Tensor | float = 0.0) -> Tensor:
     """log N(z; mean, exp(logvar)) of every number by itself; shapes broadcast."""
@@ -184,8 +183,6 @@ def main(argv: list[str] | None = None) -> int:
     add_model_flags(p)
     args = p.parse_args(argv)
     try:
-        if not args.response:
-            raise ValueError("the response is empty")
         rows = score(open_model(args, "t2t"), args.prefix, args.response, args.samples, args.steps,
                      args.t_min, args.seed)
     except (ValueError, OSError) as error:

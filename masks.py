@@ -111,7 +111,6 @@ def pack(samples: list[Sample], block_len: int, device=None) -> Layout:
     arrays = sample, segment, block, row, col, np.array([s.task for s in samples], dtype=np.int64)
     return Layout(*(torch.tensor(x, device=device) for x in arrays))
 
-# ---- The mask ----------------------------------------------------------------------------------
 
 def relation_allows(relation: Tensor, b_i: Tensor, b_j: Tensor) -> Tensor:
     """Whether the relation of b_j to b_i (LT, EQ or GT) is in the set `relation`. All broadcast."""

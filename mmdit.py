@@ -3,8 +3,8 @@
     v = MMDiT(z_t, t, layout), trained to predict eps - z_0        (paper, Eq. 9.32; blog, Sec. 3)
     block    x = x + gate * attention((1 + scale) * LN(x) + shift),    then the same with an MLP
              shift, scale, gate: linear maps of the embedded time (adaLN, Peebles & Xie 2212.09748)
-    RoPE     channels (2i, 2i + 1) of a head turn by freq_i * (row if i is even, else column), so
-             text, where row = column, has plain 1-D RoPE
+    RoPE     channels (2i, 2i + 1) of a head turn by freq_i * (row if i is even, else column);
+             text has row = column, so plain 1-D RoPE
 
 Texts and images lie in one packed sequence (masks.py); each position has its own flow time, clean
 context t = 0. In the first `dual_layers` layers, text and image have their own weights and meet in

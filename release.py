@@ -38,7 +38,6 @@ def one_line_errors(path: Path) -> Iterator[None]:
         reason = " ".join(f"{type(error).__name__}: {error}".split())    # without line breaks
         raise ValueError(f"{path}: damaged, or not supported ({reason:.300})") from None
 
-# ---- Weights -----------------------------------------------------------------------------------
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 

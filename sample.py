@@ -5,11 +5,10 @@
     v = v_u + w (v_c - v_u)                            guidance: v_c with the context, v_u without
     x = argmax p(x | z_0)                              decode
 
-Clean context (instruction, input image, caption, text so far) passes through the prior once, at
-t = 0; its keys and values stay in a cache. An image is one block. Text is generated block by block,
-and each finished block joins the context: with "snap" as the posterior mean of its decoded tokens,
-because the prior was trained on encoded tokens only; in the paper, as generated. A prefix that ends
-inside a block stays clean there (Sec. 5.2); cola.FIRST_BLOCK lists the paper's other strategies.
+Clean context (instruction, input image, caption, text so far) passes through the prior once; its
+keys and values stay in a cache. An image is one block. Text is generated block by block, and each
+finished block joins the context: with "snap" as the posterior mean of its decoded tokens, because
+the prior was trained on encoded tokens only; in the paper, as generated.
 
 Run: python sample.py t2i "a large red circle above a small blue square on a gray background"
 Shapes: B samples, L positions, Dz and Cz text and image latent channels, bl latents in a block.

@@ -51,7 +51,6 @@ class TextVAEConfig:
         if self.logsnr is not None and not self.encoder_last_ln:
             raise ValueError("a fixed logsnr needs encoder_last_ln, which fixes the mean's power")
 
-# ---- Transformer -------------------------------------------------------------------------------
 
 def rope_table(position: Tensor, c: TextVAEConfig) -> tuple[Tensor, Tensor]:
     """cos, sin of position * theta^(-2i / hd), i = 0 .. hd/2 - 1. (L,) -> two fp32 (L, 1, hd/2)"""
@@ -217,7 +216,7 @@ def text_vae_loss(vae: TextVAE, ids: Tensor, lengths: list[int], noise: Tensor,
         total = F.cross_entropy(logits, ids[mask], reduction="sum")
         terms["mask"] = total / (mask_count or max(len(logits), 1))
         loss = loss + lambda_mask * terms["mask"]
-    share = len(ids) / count                              # terms are summed over batches
+    share = len(ids) / count                              # a step sums the terms of its batches
     terms["logsnr"] = share * logsnr(mean, logvar) if share else mean.new_zeros(())
     return loss, {name: term.detach() for name, term in terms.items()}
 

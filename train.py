@@ -51,7 +51,7 @@ from text_vae import TextVAE, kl, text_vae_loss
 from workers import Worker
 
 PATIENCE = 20              # steps in a row without a finite gradient, after which the run gives up
-Terms = dict[str, Tensor]  # the terms of a loss, before their weights and without gradient
+Terms = dict[str, Tensor]  # the terms of a loss before their weights, or weights by name
 
 # ---- Losses: one module a stage. forward(batch, counts of the whole step) -> loss and its terms --
 
@@ -244,15 +244,14 @@ def make_optimizers(args: Namespace, stage: nn.Module, lr: float,
 
 
 def schedule(args: Namespace, step: int, steps: int) -> float:
-    """Share of the peak learning rate: it rises, stays, and falls to 0."""
+    """Share of the peak learning rate: it rises, stays, and falls towards 0."""
     rise = (step + 1) / (args.warmup * steps + 1)
     fall = (steps - step) / (args.cooldown * steps + 1)
     return min(1.0, rise, fall)
 
 
 @torch.no_grad()
-def update_average(average: dict[str, Tensor], weights: dict[str, Tensor], ema: float,
-                   step: int) -> None:
+def update_average(average: Terms, weights: Terms, ema: float, step: int) -> None:
     """The average follows the weights with the decay `ema`, and faster in the first steps."""
     decay = min(ema, (1 + step) / (10 + step))
     here = lambda x: x.to_local() if isinstance(x, DTensor) else x         # this worker's part
@@ -273,8 +272,7 @@ class Run:
 
 def forward_backward(wrapped: nn.Module, micro_batches: list, worker: Worker,
                      autocast: torch.autocast) -> tuple[Terms, dict[str, float]]:
-    """Computes the gradients of a step. Returns this worker's share of each term, on the device,
-    and the counts of the whole step."""
+    """The gradients of a step -> this worker's share of each term; counts of the whole step."""
     counts, sums = Counter(), Counter()
     for batch in micro_batches:
         counts.update(batch.counts())
@@ -354,7 +352,7 @@ def train(run: Run) -> None:
     (open_, finished), muon = checkpoint.open_stages(a, run.state), a.optimizer == "muon"
     mine = lambda step, size: worker.share(range(step * size, (step + 1) * size))
     if finished and worker.rank == 0:
-        print(f"{', '.join(finished)}: not trained further, as the prior learns from it")
+        print(f"not trained further, as later stages build on them: {', '.join(finished)}")
 
     if "text_vae" in open_:
         fit(run, "text_vae", TextStage(model.text_vae, a), config.steps(a, "text_vae"),
@@ -369,7 +367,7 @@ def train(run: Run) -> None:
 
     if "mmdit" in open_:
         torch.manual_seed(a.seed)                          # for the head of L_REPA
-        stage = PriorStage(model, a)
+        stage = PriorStage(model, a).to(worker.device)
         stage.load_state_dict(run.state.extra, strict=False)       # if this stage has begun
         if a.compile:
             workers.compile_blocks(model.mmdit)
@@ -398,8 +396,7 @@ def check_data(args: Namespace, dataset, model: Cola) -> None:
 
 
 def describe(run: Run) -> None:
-    """--dry_run: every flag, the sizes of the parts, and a sample of each task."""
-    print("\n".join(f"  {config.in_words(name, x)}" for name, x in sorted(vars(run.args).items())))
+    """--dry_run: the sizes of the parts, and a sample of each task."""
     for name, part in run.model.parts().items():
         print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
     for name, share in config.task_shares(run.args.tasks).items():
@@ -411,7 +408,7 @@ def describe(run: Run) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 2 for a user's mistake, 130 for a run that was stopped."""
-    worker = Worker()
+    worker = Worker(int(os.environ.get("RANK", 0)))
     try:
         given = config.parse(sys.argv[1:] if argv is None else argv)
         args, found = checkpoint.begin(given)              # all flags; the checkpoint, or None

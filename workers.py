@@ -33,7 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config
 
-# ---- One worker --------------------------------------------------------------------------------
 
 @dataclass
 class Worker:
@@ -42,11 +41,11 @@ class Worker:
     world: int = 1
     device: torch.device = torch.device("cpu")
     stop: float = 0.0              # 1.0 after a signal, to be summed
-    training: bool = False         # the set-up, which is the same on every worker, is over
+    training: bool = False         # set-up is over: an error may be of this worker alone
     started: list[subprocess.Popen] = field(default_factory=list)      # workers of this process
 
     def share(self, numbers: range | list) -> range | list:
-        """This worker's samples of all; the numbers of a task differ by at most one sample."""
+        """This worker's samples of all; shares of a task differ by at most one sample."""
         return numbers[self.rank::self.world]
 
     def gather(self, items: list) -> list:
@@ -109,7 +108,7 @@ def join(args: Namespace) -> Worker:
         args.bf16 = "on" if args.device == "cuda" else "off"
     on_cpu, started = args.device == "cpu", []
     world = int(os.environ.get("WORLD_SIZE", 1))
-    # Every worker needs a sample in every pass of the stages that will run.
+    # Every worker needs a sample in every pass of the stages of --stage.
     prior = args.batch_size * (1 if args.accumulate else args.micro_steps)
     samples = {"text_vae": args.text_vae_batch, "image_vae": args.image_vae_batch, "mmdit": prior}
     most = min(samples[stage] for stage in config.stages(args))
@@ -240,16 +239,16 @@ def claimed(folder: str, worker: Worker) -> Iterator[None]:
             except BlockingIOError:
                 raise ValueError(f"{folder}: another run is writing there; choose another "
                                  "--out_dir") from None
+            except OSError:
+                pass                                       # a disk without locks
         yield
 
 
 if __name__ == "__main__":
     me = join(config.merge({"device": "cpu", "procs": 2}))
-    mine = me.share(range(7))
+    mine = list(me.share(range(7)))
     total = me.sum({"numbers": sum(mine)})["numbers"]
-    for line in me.gather([f"worker {me.rank} of {me.world} has {list(mine)}"]):
-        if me.rank == 0:
-            print(line)
+    lines = me.gather([f"worker {me.rank} of {me.world} has {mine}"])
     if me.rank == 0:
-        print(f"the sum of all their numbers is {total:.0f} (expect 21)")
+        print(*lines, f"the sum of all their numbers is {total:.0f} (expect 21)", sep="\n")
     sys.exit(me.leave(0))

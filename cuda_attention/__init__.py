@@ -105,7 +105,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None =
                          f"{tuple(v.shape)}: expected one type, q ({nq}, heads, width), k and v "
                          f"({nk}, heads, width)")
     if backend is None:
-        use_padded = default_backend == "cuda" and not ops.supports(q, k)
+        use_padded = not nq or not nk or default_backend == "cuda" and not ops.supports(q, k)
         backend = "padded" if use_padded else default_backend
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r}: expected one of {', '.join(BACKENDS)}")

@@ -451,8 +451,7 @@ def test_a_folder_with_a_bad_image_trains_on(tmp_path, capsys):
     folder = picture_folder(tmp_path / "pictures", ["a cat", "a dog", "a cow", "a hen"])
     (folder / "2.png").write_bytes(b"not a picture")
     out = trained(tmp_path / "out", *TINY, "--data", str(folder), "--image_size", "32")
-    said = capsys.readouterr()
-    assert "2.png" in said.err and "it2t a.png" in said.out
+    assert "2.png" in capsys.readouterr().err
     assert (out / "samples.png").exists() and len(log_of(out)) == 10
     assert not (out / "metrics.json").exists()
 
