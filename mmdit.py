@@ -228,7 +228,7 @@ class MMDiT(nn.Module):
         plan: make_plan(layout); with a cache make_plan(layout, concat(cache.layout, layout)).
         commit: add these positions to the cache, and return three None.
         targets: (n,) positions with a loss, and the plan from them to all; the last layer and the
-            velocity are computed for these alone.
+            velocities are computed at these positions only.
         tap: a layer, before the last if there are targets."""
         is_image = layout.segment == masks.I
         at_text, at_image, order = split(is_image)

@@ -116,7 +116,7 @@ def test_dual_layers():
     ("--image_size 32 32 32", "--image_size"),
     ("--image_size 23 64", "24 x 24"),
     ("--aspect", "--data"),
-    ("--aspect --data photos --image_size 32 64", "--aspect needs one number"),
+    ("--aspect --data photos --image_size 32 64", "one number"),
     ("--width 30 --heads 4", "--width 30"),
     ("--text_vae_width 30 --text_vae_heads 4", "--text_vae_width 30"),
     ("--block_len 4 --vae_block_len 3", "--vae_block_len 3"),

@@ -67,7 +67,7 @@ def test_right_answers_have_rate_1(tiny, oracle):
 def test_workers_share_the_samples(tiny, monkeypatch):
     """Two workers have the verdicts of one, and no scene twice."""
     model, args = cola.load(tiny / "ckpt.pt"), arguments("--eval_samples", "5")
-    monkeypatch.setattr(evaluate, "GROUP", 2)
+    monkeypatch.setattr(evaluate, "GROUP_SIZE", 2)
     verdicts = {}
 
     class Part(Worker):

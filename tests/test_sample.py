@@ -1,7 +1,6 @@
 """pytest tests/test_sample.py"""
 import math
 import shlex
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -373,5 +372,7 @@ def test_a_mistake_is_one_line_and_status_2(line, word, here, capsys, monkeypatc
 
 
 def test_an_interrupt_is_status_130(here, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "transport", lambda *given: signal.raise_signal(signal.SIGINT))
+    def interrupt(*given):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, "transport", interrupt)
     assert sample.main(["t2i", "a cat", *here]) == 130 and not capsys.readouterr().err
