@@ -256,8 +256,8 @@ def read(path: str | Path) -> dict:
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
     except Exception as error:                              # torch.load raises errors of any class
-        raise ValueError(f"{path}: not a checkpoint of this program, or damaged "
-                         f"({str(error).strip().split(chr(10))[0]:.80}); "
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path}: not a checkpoint of this program, or damaged ({reason:.80}); "
                          "take an earlier copy, or make one with train.py") from None
     return found
 
