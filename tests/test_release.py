@@ -142,13 +142,10 @@ def test_a_saved_system_computes_the_same(tokenizer, tmp_path, logsnr):
         close(a, b, atol=1e-5)
 
 
-def test_weights_are_mapped(saved):
-    """Parameters lie one behind another, as in the file; changing them leaves the file as it is."""
+def test_changed_weights_leave_their_file_as_it_is(saved):
     path = saved[1] / "cola_vae" / "model.safetensors"
-    before, vae = path.read_bytes(), release.load_text_vae(path.parent)
-    spans = sorted((p.data_ptr(), p.nbytes) for p in vae.parameters())
-    assert all(a + n == b for (a, n), (b, _) in zip(spans, spans[1:]))
-    for p in vae.parameters():
+    before = path.read_bytes()
+    for p in release.load_text_vae(path.parent).parameters():
         p.data += 1
     assert path.read_bytes() == before
 
@@ -226,12 +223,11 @@ def test_a_wrong_header(header, tmp_path):
     ("cola_vae", {"act": "gelu"}, "act is 'gelu'"),
     ("cola_vae", {"latent_dim": 9}, "size mismatch"),
     ("cola_vae", {"dim": "24"}, "dim is '24'"),
-    ("cola_vae", {"block_size": 0}, "ZeroDivisionError"),
+    ("cola_vae", {"block_size": 0}, "damaged"),
     ("cola_vae", {"block_size": 3}, "multiple of 3"),
     ("cola_dit", {"block_size": 0}, "blocks of 0"),
     ("cola_dit", {"block_size": [4]}, "block_size"),
     ("cola_dit", {"num_layers": 3}, "Missing key"),
-    ("cola_dit", {"num_layers": 1}, "Unexpected key"),
     ("cola_dit", {"patch_size": 2}, "patch_size is 2")))
 def test_a_wrong_config(saved, tmp_path, part, change, match):
     shutil.copytree(saved[1], tmp_path / "r")
@@ -240,15 +236,14 @@ def test_a_wrong_config(saved, tmp_path, part, change, match):
     refused(f"{tmp_path}.*{match}", release.load, tmp_path / "r")
 
 
-def test_a_missing_or_wrong_file(saved, tmp_path):
-    for name in ("cola_vae/config.json", "cola_dit/config.json", "tokenizer.json"):
-        shutil.copytree(saved[1], tmp_path / "r")
-        for content in ("{", "{}", "[1]", "3"):
-            (tmp_path / "r" / name).write_text(content)
-            refused(name, release.load, tmp_path / "r")
-        (tmp_path / "r" / name).unlink()
+@pytest.mark.parametrize("name", ("cola_vae/config.json", "cola_dit/config.json", "tokenizer.json"))
+def test_a_missing_or_wrong_file(name, saved, tmp_path):
+    shutil.copytree(saved[1], tmp_path / "r")
+    for content in ("{", "{}", "[1]", "3"):
+        (tmp_path / "r" / name).write_text(content)
         refused(name, release.load, tmp_path / "r")
-        shutil.rmtree(tmp_path / "r")
+    (tmp_path / "r" / name).unlink()
+    refused(name, release.load, tmp_path / "r")
 
 
 def test_models_that_the_format_cannot_describe(saved, tokenizer, tmp_path):

@@ -27,15 +27,6 @@ def tokens(vae, lengths, seed=1):
     return ids, noise, torch.rand(ids.shape, generator=g) < 0.3
 
 
-def test_rope_is_complex_rotation():
-    x, position = torch.randn(7, 3, 8), torch.arange(7) + 11
-    angle = position[:, None] * 10000.0 ** (-torch.arange(4) / 4)
-    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(7, 4), angle)[:, None]
-    config = TextVAEConfig(23, dim=24, num_heads=3, rope_theta=10000.0)
-    got = tv.rotate(x, tv.rope_table(position, config))
-    torch.testing.assert_close(got, torch.cat([turned.real, turned.imag], -1))
-
-
 @pytest.mark.parametrize("patch_size,block_len", [(1, 1), (2, 1), (1, 4), (2, 3)])
 def test_no_leak(patch_size, block_len):
     """A later block and another text change not a bit; the own block and the past do."""
@@ -60,19 +51,6 @@ def test_packing_changes_nothing():
     torch.testing.assert_close(vae.encode(ids, lengths)[0], torch.cat(alone))
     alone = [vae.decode(z[:4], [4]), vae.decode(z[4:], [7])]
     torch.testing.assert_close(vae.decode(z, lengths), torch.cat(alone))
-
-
-def test_patch_order():
-    """Conv1d over the tokens of a patch, and unpatching puts channel c of token p at 2 c + p."""
-    vae = make(patch_size=2, encoder_num_blocks=0, decoder_num_blocks=0)
-    ids, z, _ = tokens(vae, [3, 2])
-    x = vae.encoder.patch_embedder(vae.encoder.wte(ids).T[None])[0].T                    # (L, D)
-    mean = vae.encoder.final_layer(x).chunk(2, -1)[0]
-    torch.testing.assert_close(vae.encode(ids, [3, 2])[0], F.layer_norm(mean, (8,), eps=1e-6))
-    out = vae.decoder.unpatch_layer(vae.decoder.in_layer(z))                # channel c * patch + p
-    by_hand = torch.stack([out[i // 2, i % 2::2] for i in range(10)])
-    logits = vae.decoder.final_layer(vae.decoder.final_norm(by_hand))
-    torch.testing.assert_close(vae.decode(z, [3, 2]), logits)
 
 
 def test_fixed_logsnr():
@@ -129,7 +107,9 @@ def test_gradients():
         rows = vae.encoder.wte.weight.grad
         assert rows[ids[0]].any() and rows[23].any() == (hidden is not None)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
-    assert tv.text_vae_loss(vae, ids, [6, 6], noise, torch.zeros_like(mask))[1]["mask"] == 0
+    for count in (None, 0):                                # of a step without a masked token
+        _, terms = tv.text_vae_loss(vae, ids, [6, 6], noise, mask & False, mask_count=count)
+        assert terms["mask"] == 0
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
@@ -163,7 +143,6 @@ def test_robustness_command(tiny, tmp_path, monkeypatch, capsys):
     for flags in ([], ["--text", str(tmp_path / "a.txt")]):
         assert robustness.main(["--checkpoint", str(tiny / "ckpt.pt"), *flags]) == 0
         rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-        assert [int(row[0]) for row in rows] == list(range(0, 1001, 50))
-        assert all(0 <= float(row[1]) <= 1 for row in rows)
+        assert len(rows) == 21 and all(0 <= float(row[1]) <= 1 for row in rows)
     assert robustness.main(["--checkpoint", str(tmp_path / "no.pt")]) == 2
     assert "no.pt" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """pytest tests/test_train.py: losses and gradients of the stages, Muon, the loop, equal runs."""
 import argparse
 import copy
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 import cola
@@ -18,14 +19,14 @@ import data
 import masks
 import sample
 import train
-from batches import Batches, TextBatch
+from batches import Batches
 from checkpoint import new_model
 from conftest import TINY
 from masks import IT2T, T2I, T2T
-from workers import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = {"seconds", "data_seconds"}
+QUIET = [*TINY, "--eval_samples", "0"]                    # no report at the end
 
 
 def args_for(*flags):
@@ -108,14 +109,6 @@ def test_answers_weigh_more(system):
     assert n["t2t"] and n["it2t"] and terms["text_t2t"] != terms["text_it2t"]
 
 
-def test_it2t_has_no_image_loss_and_a_frozen_vae_no_gradient(system):
-    stage, b = stage_and_batch(system, IT2T, "--vae_lr_ratio", "0")
-    loss, terms = stage(b, b.counts())
-    loss.backward()
-    assert "image" not in terms and terms["text"] > 0
-    assert all(not p.requires_grad for p in stage.text_vae.parameters())
-
-
 def test_repa_ends_and_the_reference_is_where_the_stage_began(system):
     stage, b = stage_and_batch(system, T2I, "--w_repa", "0.5", "--repa_layer", "1",
                                "--lambda_ref", "1")
@@ -151,20 +144,13 @@ def test_the_loss_of_stage_2_is_its_equation(system):
 
 @pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
 def test_a_batch_whose_conditions_are_all_dropped(system, task):
+    """Under a frozen text VAE; t2i alone has an image to learn."""
     stage, b = stage_and_batch(system, task, "--cfg_drop", "1", "--vae_lr_ratio", "0")
-    loss, _ = stage(b, b.counts())
+    loss, terms = stage(b, b.counts())
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
-
-
-def test_stage_1_of_a_batch_without_a_masked_token(system):
-    """Its mean over masked tokens is 0, not 0 / 0."""
-    args, _, model = system
-    ids = torch.tensor(model.ids("a red circle", end=True))
-    n = len(ids) // args.text_patch
-    b = TextBatch(ids, [n], torch.zeros(n, args.text_latent_dim), torch.zeros(len(ids), dtype=bool))
-    loss, terms = train.TextStage(model.text_vae, args)(b, b.counts())
-    assert torch.isfinite(loss) and terms["mask"] == 0
+    assert ("image" in terms) == (task == T2I) and (task == T2I or terms["text"] > 0)
+    assert all(not p.requires_grad for p in stage.text_vae.parameters())
 
 
 @pytest.mark.slow
@@ -190,7 +176,6 @@ def test_one_batch_overfits(system, task):
 def test_sampling_asks_what_training_taught(system, task):
     """The velocity of a block of noise in a training batch is that of the same noise behind the
     same context, cached as in sampling."""
-    import dataclasses
     args, dataset, model = system
     stage, b = stage_and_batch(system, task, "--cfg_drop", "0")
     passes = []
@@ -267,30 +252,33 @@ def test_learning_rate_rises_stays_and_falls():
 
 
 def test_steps_without_a_number_are_skipped_and_too_many_end_the_run(tmp_path, capsys, monkeypatch):
-    """Their losses are null in the log, which stays JSON."""
+    """Their losses are null in the log, which stays JSON. A checkpoint before the first finite step
+    has no moments, and is resumed."""
     out, forward, calls = tmp_path / "out", train.PriorStage.forward, []
 
     def broken(self, batch, counts):
         calls.append(1)
         loss, terms = forward(self, batch, counts)
-        bad = float("nan") if len(calls) in (2, 3) or len(calls) > 5 else 1
+        bad = float("nan") if len(calls) in (1, 2, 4) or len(calls) > 5 else 1
         return loss * bad, {name: term * bad for name, term in terms.items()}
     monkeypatch.setattr(train.PriorStage, "forward", broken)
-    flags = [*TINY, "--eval_samples", "0", "--out_dir", str(out), "--save_every", "1"]
-    assert train.main([*flags, "--steps", "5"]) == 0
+    trained(out, *QUIET, "--steps", "2")
+    assert not cola.read(out / "ckpt.pt")["moments"]
+    trained(out, "--resume", "auto", "--steps", "5")
     lines = (out / "log.jsonl").read_text().splitlines()
     log = [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in lines]
     log = [e for e in log if e["stage"] == "mmdit"]
-    assert [e["skipped"] for e in log] == [0, 1, 2, 0, 0] and log[1]["text"] is None
+    assert [e["skipped"] for e in log] == [1, 2, 0, 1, 0] and log[1]["text"] is None
     weights = cola.read(out / "ckpt.pt")["model"]
     assert all(torch.isfinite(v).all() for v in weights.values())
-    assert train.main([*flags, "--resume", "auto", "--steps", "60"]) == 2
-    assert "mmdit" in (error := capsys.readouterr().err) and "up to 25" in error
+    flags = [*QUIET, "--resume", "auto", "--save_every", "1", "--out_dir", str(out)]
+    assert train.main([*flags, "--steps", "60"]) == 2
+    assert "mmdit: no finite gradient" in (error := capsys.readouterr().err) and "to 25" in error
     again = cola.read(out / "ckpt.pt")["model"]
     assert all(torch.equal(v, again[k]) for k, v in weights.items() if k.startswith("mmdit"))
 
 
-def test_the_host_waits_once_a_step(system, tmp_path, monkeypatch):
+def test_the_host_waits_once_a_step(tmp_path, monkeypatch):
     """Loss terms stay on the device until the sum of the step; the counts are on the CPU."""
     calls = []
     for name in ("item", "tolist", "__float__", "__bool__"):
@@ -302,7 +290,7 @@ def test_the_host_waits_once_a_step(system, tmp_path, monkeypatch):
                 calls.append(1)
             return old(self, *rest)
         monkeypatch.setattr(torch.Tensor, name, counted)
-    assert train.main([*TINY, "--eval_samples", "0", "--out_dir", str(tmp_path / "out")]) == 0
+    trained(tmp_path / "out", *QUIET)
     assert len(calls) <= 2 * 10 + 3                        # of 10 steps, one of them for counts
 
 
@@ -311,7 +299,7 @@ def test_the_text_vae_rests_in_its_interval_and_keeps_its_moments(tmp_path):
     found = []
     for steps in (1, 2, 4, 5):
         flags = f"--vae_lr_ratio 1 --vae_interval 2 2 --cooldown 0 --warmup 0 --steps {steps}"
-        out = trained(tmp_path / str(steps), *TINY, *flags.split(), "--eval_samples", "0")
+        out = trained(tmp_path / str(steps), *QUIET, *flags.split())
         found.append(cola.read(out / "ckpt.pt"))
     name = "text_vae.encoder.final_layer.weight"
     one, two, four, five = (x["model"][name] for x in found)
@@ -321,11 +309,10 @@ def test_the_text_vae_rests_in_its_interval_and_keeps_its_moments(tmp_path):
 
 
 def test_stage_2_from_scratch(tmp_path, capsys):
-    out = tmp_path / "out"
-    flags = [*TINY, "--text_vae_steps", "0", "--eval_samples", "0", "--out_dir", str(out)]
-    assert train.main(flags) == 2 and "--vae_lr_ratio" in capsys.readouterr().err
+    out, flags = tmp_path / "out", [*QUIET, "--text_vae_steps", "0"]
+    fails([*flags, "--out_dir", str(out)], capsys, "--vae_lr_ratio")
     assert not out.exists()
-    assert train.main([*flags, "--vae_lr_ratio", "1"]) == 0
+    trained(out, *flags, "--vae_lr_ratio", "1")
     assert {e["stage"] for e in log_of(out)} == {"image_vae", "mmdit"}
 
 
@@ -335,23 +322,21 @@ def test_a_run_of_text_alone(tmp_path, capsys):
     assert {e["stage"] for e in log_of(out)} == {"text_vae", "mmdit"}
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["seen"].keys() == {"t2t"} and metrics["ceiling"].keys() == {"text"}
-    capsys.readouterr()
-    assert sample.main(["t2i", "a circle", "--checkpoint", str(out / "ckpt.pt")]) == 2
-    assert "t2i" in capsys.readouterr().err
+    argv = ["t2i", "a circle", "--checkpoint", str(out / "ckpt.pt")]
+    fails(argv, capsys, "t2i", main=sample.main)
 
 
 # ---- Equal runs --------------------------------------------------------------------------------
 
 def test_accumulation_changes_nothing(tiny, tmp_path):
-    out = trained(tmp_path / "out", *TINY, "--eval_samples", "0", "--accumulate")
+    out = trained(tmp_path / "out", *QUIET, "--accumulate")
     assert_same_log(log_of(tiny), log_of(out), 1e-5)
 
 
 def test_two_workers_equal_one(tmp_path):
     """In 20 steps of all three tasks, of samples that two cannot share evenly; the text VAE learns
     on, and every step takes three passes."""
-    flags = [*TINY, "--steps", "20", "--batch_size", "5", "--eval_samples", "0",
-             "--vae_lr_ratio", "0.5", "--accumulate"]
+    flags = [*QUIET, "--steps", "20", "--batch_size", "5", "--vae_lr_ratio", "0.5", "--accumulate"]
     one, two = (trained(tmp_path / str(n), *flags, procs=n) for n in (1, 2))
     assert_same_log(log_of(one), log_of(two), 1e-5)
 
@@ -360,7 +345,7 @@ def test_two_workers_equal_one(tmp_path):
 @pytest.mark.parametrize("saved, resumed", [(1, 2), (2, 1)])
 def test_another_number_of_workers_goes_on(saved, resumed, tmp_path):
     """Two of them through the kernels' operators, which change only rounding."""
-    flags = [*TINY, "--eval_samples", "0", "--warmup", "0", "--cooldown", "0"]
+    flags = [*QUIET, "--warmup", "0", "--cooldown", "0"]
     whole = trained(tmp_path / "whole", *flags)
     for procs, more in ((saved, ["--steps", "2"]), (resumed, ["--resume", "auto", "--steps", "4"])):
         attention = ("padded", "cuda")[procs - 1]
@@ -373,11 +358,10 @@ def test_another_number_of_workers_goes_on(saved, resumed, tmp_path):
 def test_sharded_equals_replicated(optimizer, tmp_path):
     """FSDP2 on two workers: the losses and weights of one that has everything. What they saved half
     way one carries on alone, or two, accumulating, compiled, through the kernels' operators."""
-    flags = [*TINY, "--optimizer", optimizer, "--vae_lr_ratio", "0.5", "--eval_samples", "0",
-             "--warmup", "0", "--cooldown", "0"]
+    flags = [*QUIET, "--optimizer", optimizer, "--vae_lr_ratio", "0.5", "--warmup", "0",
+             "--cooldown", "0"]
     want = trained(tmp_path / "one", *flags)
     half = trained(tmp_path / "two", *flags, "--fsdp", "--steps", "2", procs=2)
-    import shutil
     shutil.copytree(half, tmp_path / "alone")
     more = ["--accumulate", "--attention", "cuda", *["--compile"] * bool(shutil.which("g++"))]
     sharded = trained(half, *flags, "--fsdp", "--resume", "auto", "--steps", "4", *more, procs=2)
@@ -394,9 +378,8 @@ def test_sharded_equals_replicated(optimizer, tmp_path):
 def test_sharded_steps_without_an_image(tmp_path):
     """Workers whose samples differ gather the same blocks. The weights hardly move, because a
     weight that no sample uses has a gradient of 0 under FSDP2, and none on one worker."""
-    few = "--tasks t2t:1,t2i:1 --micro_steps 1 --batch_size 2 --cfg_drop 0.5 --steps 8 --bf16 on " \
-        "--lr 1e-6"
-    flags = [*TINY, "--optimizer", "adamw", "--eval_samples", "0", *few.split()]
+    few = "--tasks t2t:1,t2i:1 --micro_steps 1 --batch_size 2 --cfg_drop 0.5 --steps 8"
+    flags = [*QUIET, *few.split(), *"--bf16 on --optimizer adamw --lr 1e-6".split()]
     one = log_of(trained(tmp_path / "one", *flags))
     two = log_of(trained(tmp_path / "two", *flags, "--fsdp", procs=2))
     assert {"image" in e for e in one if e["stage"] == "mmdit"} == {True, False}
@@ -407,7 +390,7 @@ def test_sharded_steps_without_an_image(tmp_path):
 
 @pytest.mark.parametrize("backend", ("cuda", "reference"))
 def test_attention_backends_train_the_same(backend, tiny, tmp_path):
-    out = trained(tmp_path / "out", *TINY, "--attention", backend, "--eval_samples", "0")
+    out = trained(tmp_path / "out", *QUIET, "--attention", backend)
     for a, b in zip(log_of(tiny), log_of(out), strict=True):
         for name in a.keys() - TIMES - {"stage", "norm"}:
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), (a["stage"], name)
@@ -415,8 +398,9 @@ def test_attention_backends_train_the_same(backend, tiny, tmp_path):
 
 # ---- Mistakes in the data: one line, status 2, nothing written ----------------------------------
 
-def fails(argv, capsys, *words):
-    assert train.main(argv) == 2
+def fails(argv, capsys, *words, main=train.main):
+    capsys.readouterr()
+    assert main(argv) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and all(word in error for word in words), error
 
@@ -433,17 +417,17 @@ def picture_folder(path, texts):
 
 
 def test_bad_data(tmp_path, capsys):
-    out, empty, text = tmp_path / "out", tmp_path / "empty", tmp_path / "a.txt"
+    out, empty, text, bad = (tmp_path / name for name in ("out", "empty", "a.txt", "bad.txt"))
     empty.mkdir()
-    fails([*TINY, "--data", str(empty), "--out_dir", str(out)], capsys, "empty")
-    text.write_bytes(b"\xff\xfe\xff")
-    fails([*TINY, "--text", str(text), "--tasks", "t2t:1", "--out_dir", str(out)], capsys, "a.txt")
     text.write_text("words " * 50)
-    fails([*TINY, "--text", str(text), "--out_dir", str(out)], capsys, "t2i")
+    bad.write_bytes(b"\xff\xfe\xff")
     folder = picture_folder(tmp_path / "pictures", ["short", "a word and " * 30])
-    fails([*TINY, "--data", str(folder), "--seq_len", "32", "--out_dir", str(out)], capsys,
-          "--seq_len 32", "1.png")
-    fails([*TINY, "--image_size", "36", "--out_dir", str(out)], capsys, "36")
+    for flags, words in ((["--data", empty], ["empty"]),
+                         (["--text", bad, "--tasks", "t2t:1"], ["bad.txt"]),
+                         (["--text", text], ["t2i"]),
+                         (["--data", folder, "--seq_len", "32"], ["--seq_len 32", "1.png"]),
+                         (["--image_size", "36"], ["36"])):
+        fails([*TINY, *map(str, flags), "--out_dir", str(out)], capsys, *words)
     assert not out.exists()
 
 

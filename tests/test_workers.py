@@ -13,17 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import checkpoint
 import cola
-import config
 import train
 import workers
-from conftest import TINY
-from test_train import ROOT, fails, log_of, stage_and_batch, system
 from masks import IT2T, T2I, T2T
+from test_train import QUIET, ROOT, fails, log_of, stage_and_batch, system, trained
 from workers import Worker
 
-LONG = [*TINY, "--steps", "100000", "--eval_samples", "0"]
+LONG = [*QUIET, "--steps", "100000"]
 
 
 def started(out, *flags, procs=1):
@@ -35,6 +32,10 @@ def started(out, *flags, procs=1):
         time.sleep(0.05)
     time.sleep(1.5)
     return run
+
+
+def children(run):
+    return Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
 
 
 def test_workers_share_every_task_within_one_sample():
@@ -80,27 +81,24 @@ def test_ddp_leaves_what_no_sample_used_without_a_gradient(system):
 def test_two_runs_do_not_share_a_folder(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(tiny, out)
-    argv = [*TINY, "--resume", "auto", "--steps", "6", "--eval_samples", "0", "--out_dir", str(out)]
-    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); " \
-        "print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", hold, str(out / ".lock")],
-                              stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        fails(argv, capsys, "another run is writing there")
-    finally:
-        holder.kill()
-        holder.wait()
-    assert train.main(argv) == 0
+    flags = [*QUIET, "--resume", "auto", "--steps", "6"]
+    with open(out / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fails([*flags, "--out_dir", str(out)], capsys, "another run is writing there")
+    trained(out, *flags)
 
 # ---- Signals -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 5, [signal.SIGINT],
-                                     [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]],
-                         ids=["SIGTERM x 5", "SIGINT", "mixed"])
-def test_signals_while_saving_leave_a_whole_checkpoint(numbers, tmp_path, monkeypatch, capsys):
-    """The signals come while the checkpoint of the second step of stage 2 is being written."""
-    out, write, before = tmp_path / "out", torch.save, signal.getsignal(signal.SIGTERM)
+TERM, INT = signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize("numbers, saved", [([TERM] * 5, 3), ([INT], 3), ([TERM, INT, TERM], 3),
+                                            ([INT, INT], 1)])
+def test_signals_while_saving_leave_a_whole_checkpoint(numbers, saved, tmp_path, monkeypatch,
+                                                       capsys):
+    """They come while the checkpoint of the second step of stage 2 is being written. The third is
+    the last; but a second SIGINT breaks off at once, with the checkpoint before."""
+    out, write, before = tmp_path / "out", torch.save, signal.getsignal(TERM)
 
     def interrupted(found, file):
         if found["progress"]["mmdit"] == 2:
@@ -108,26 +106,10 @@ def test_signals_while_saving_leave_a_whole_checkpoint(numbers, tmp_path, monkey
                 signal.raise_signal(number)
         write(found, file)
     monkeypatch.setattr(torch, "save", interrupted)
-    flags = [*TINY, "--save_every", "2", "--eval_samples", "0", "--out_dir", str(out)]
-    assert train.main(flags) == 130
+    assert train.main([*QUIET, "--save_every", "1", "--out_dir", str(out)]) == 130
     assert "--resume auto" in capsys.readouterr().err
-    assert cola.read(out / "ckpt.pt")["progress"]["mmdit"] == log_of(out)[-1]["step"] == 3
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_second_sigint_breaks_off(tmp_path, monkeypatch):
-    """At once, with the checkpoint before."""
-    out, write = tmp_path / "out", torch.save
-
-    def interrupted(found, file):
-        if found["progress"]["mmdit"] == 2:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-        write(found, file)
-    monkeypatch.setattr(torch, "save", interrupted)
-    flags = [*TINY, "--save_every", "1", "--eval_samples", "0", "--out_dir", str(out)]
-    assert train.main(flags) == 130
-    assert cola.read(out / "ckpt.pt")["progress"]["mmdit"] == 1
+    assert cola.read(out / "ckpt.pt")["progress"]["mmdit"] == saved
+    assert log_of(out)[-1]["step"] == max(saved, 2) and signal.getsignal(TERM) == before
 
 
 @pytest.mark.slow
@@ -137,11 +119,11 @@ def test_signals_end_a_run_of_two_workers(number, tmp_path):
     worker 0."""
     out = tmp_path / "out"
     run = started(out, procs=2)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    others = children(run)
     run.send_signal(number)
     error = run.communicate(timeout=10)[1]
     end = time.monotonic() + 10
-    while any(Path(f"/proc/{child}").exists() for child in children):
+    while any(Path(f"/proc/{child}").exists() for child in others):
         assert time.monotonic() < end, "a worker lives on"
         time.sleep(0.1)
     assert cola.read(out / "ckpt.pt")["progress"]["image_vae"] == 3
@@ -154,8 +136,7 @@ def test_signals_end_a_run_of_two_workers(number, tmp_path):
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_named(tmp_path):
     run = started(tmp_path / "out", procs=2)
-    child = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0]
-    os.kill(int(child), signal.SIGKILL)
+    os.kill(int(children(run)[0]), signal.SIGKILL)
     error = run.communicate(timeout=20)[1]
     assert run.returncode == 1 and "a worker was killed" in error and "Traceback" not in error
 
@@ -163,8 +144,8 @@ def test_a_worker_that_is_killed_is_named(tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_of_one_worker_ends_all(tmp_path):
     """With one line and status 2."""
-    argv = [sys.executable, ROOT / "train.py", *TINY, "--procs", "2", "--eval_samples", "0",
-            "--out_dir", str(tmp_path / "out")]
+    argv = [sys.executable, ROOT / "train.py", *QUIET, "--procs", "2", "--out_dir",
+            str(tmp_path / "out")]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, preexec_fn=limit)
     assert done.returncode == 2 and done.stderr.count("cannot be written") == 1
