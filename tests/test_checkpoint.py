@@ -14,6 +14,8 @@ import train
 from conftest import TINY
 from test_train import QUIET, TIMES, fails, log_of, trained
 
+RESUMED = ["--resume", "auto", "--eval_samples", "0"]
+
 
 def copy_of(folder, to):
     shutil.copytree(folder, to)
@@ -61,7 +63,7 @@ def test_a_joint_run_resumes_bit_for_bit(tmp_path):
                        "--repa_layer 1 --repa_until 1 --warmup 0 --cooldown 0").split()]
     straight = trained(tmp_path / "straight", *flags)
     out = trained(tmp_path / "out", *flags, "--steps", "2")
-    trained(out, "--resume", "auto", "--steps", "4")
+    trained(out, *RESUMED, "--steps", "4")
     assert_equal(straight, out)
     assert losses_of(out) == losses_of(straight)
     stage2 = [e for e in log_of(out) if e["stage"] == "mmdit"]
@@ -71,7 +73,7 @@ def test_a_joint_run_resumes_bit_for_bit(tmp_path):
 
 def test_more_steps_leave_the_stages_that_a_later_one_has_learned_from(tiny, tmp_path, capsys):
     out = copy_of(tiny, tmp_path / "out")
-    trained(out, "--resume", "auto", "--scale", "2", "--eval_samples", "0")
+    trained(out, *RESUMED, "--scale", "2")
     a, b = (cola.read(x / "ckpt.pt") for x in (tiny, out))
     assert b["progress"] == {"text_vae": 3, "image_vae": 3, "mmdit": 8}
     for name, value in a["model"].items():
@@ -87,20 +89,20 @@ def test_one_stage_and_then_the_others(tiny, tmp_path, capsys):
     trained(out, *QUIET, "--stage", "image_vae")
     argv = ["t2i", "a", "--checkpoint", str(out / "ckpt.pt")]
     fails(argv, capsys, "never trained", main=sample.main)
-    trained(out, "--resume", "auto")
+    trained(out, *RESUMED)
     assert_equal(tiny, out)
 
 
 def test_a_resumed_run_keeps_its_flags_and_names_those_that_change(tiny, tmp_path, capsys):
     """Without a change a finished run trains no more."""
     out = copy_of(tiny, tmp_path / "out")
-    trained(out, "--resume", "auto", "--eval_samples", "0")
+    trained(out, *RESUMED)
     for name in ("log.jsonl", "ckpt.pt"):
         assert (out / name).read_bytes() == (tiny / name).read_bytes()
     args, found = checkpoint.begin({"out_dir": str(out), "resume": "auto", "lr": 0.5})
     assert (args.width, args.batch_size, args.lr) == (32, 4, 0.5) and found["args"]["lr"] == 0.005
     fails(["--out_dir", str(out), "--resume", "auto", "--width", "64"], capsys, "--width 64")
-    trained(out, "--resume", "auto", "--seed", "7", "--steps", "5", "--eval_samples", "0")
+    trained(out, *RESUMED, "--seed", "7", "--steps", "5")
     shown = capsys.readouterr().out
     assert "--seed 7 (was 0)" in shown and "--steps 5 (was 4)" in shown
     assert "changed: --out_dir" not in shown
@@ -114,7 +116,7 @@ def test_an_existing_run_is_not_overwritten(tiny, capsys):
 
 def test_tasks_of_a_model_are_those_of_all_its_runs(tmp_path):
     out = trained(tmp_path / "out", *QUIET, "--tasks", "t2t:1")
-    trained(out, "--resume", "auto", "--tasks", "t2i:1", "--steps", "6")
+    trained(out, *RESUMED, "--tasks", "t2i:1", "--steps", "6")
     assert [e["stage"] for e in log_of(out)].count("image_vae") == 3      # the first to need it
     assert set(cola.load(out / "ckpt.pt").tasks) == {"t2t", "t2i"}
 
@@ -131,7 +133,7 @@ def test_init_from_takes_the_averages_and_trains_the_prior_alone(tiny, tmp_path)
         torch.testing.assert_close(found["model"][name], value, atol=1e-9, rtol=1e-9)
     model = cola.load(out / "ckpt.pt")
     assert sample.generate_images(model, ["a"])[0].shape == (32, 48, 3)
-    trained(out, "--resume", "auto", "--steps", "2")       # still the prior alone
+    trained(out, *RESUMED, "--steps", "2")       # still the prior alone
     assert {e["stage"] for e in log_of(out)} == {"mmdit"}
 
 
@@ -139,7 +141,7 @@ def test_init_from_trains_a_vae_that_is_asked_for_by_name(tiny, tmp_path):
     flags = ["--init_from", str(tiny / "ckpt.pt"), "--stage", "image_vae"]
     out = trained(tmp_path / "out", *QUIET, *flags)
     assert {e["stage"] for e in log_of(out)} == {"image_vae"}
-    trained(out, "--resume", "auto")
+    trained(out, *RESUMED)
     assert {e["stage"] for e in log_of(out)} == {"image_vae", "mmdit"}
 
 

@@ -264,7 +264,7 @@ def test_steps_without_a_number_are_skipped_and_too_many_end_the_run(tmp_path, c
     monkeypatch.setattr(train.PriorStage, "forward", broken)
     trained(out, *QUIET, "--steps", "2")
     assert not cola.read(out / "ckpt.pt")["moments"]
-    trained(out, "--resume", "auto", "--steps", "5")
+    trained(out, *QUIET, "--resume", "auto", "--steps", "5")
     lines = (out / "log.jsonl").read_text().splitlines()
     log = [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in lines]
     log = [e for e in log if e["stage"] == "mmdit"]
