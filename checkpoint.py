@@ -13,8 +13,8 @@ A checkpoint is one dict of plain types and tensors (cola.read opens it, cola.bu
     args      every flag of the run            progress  steps done of each stage
     seconds   of training                      closed    VAEs trained by another run
 
-It is written to a temporary file first, which then takes the place of the old one: there is a whole
-checkpoint at every moment after the first.
+It is written to a temporary file first, which takes the place of the old one when that has become
+the one before: there is a whole checkpoint at every moment after the first.
 
 Run: python checkpoint.py   (CPU, 5 s)
 """
@@ -22,7 +22,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import tempfile
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -171,7 +170,7 @@ def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: W
     if worker.rank:
         return
     path = Path(args.out_dir, "ckpt.pt")
-    temporary, before = path.with_suffix(".pt.tmp"), path.with_name("ckpt.prev.pt")
+    temporary = path.with_suffix(".pt.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(found, file)
@@ -182,11 +181,7 @@ def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: W
         reason = str(error).splitlines()[0][:80]
         raise OSError(f"{temporary}: cannot be written ({reason}); {path} is unchanged") from None
     if path.exists():
-        before.unlink(missing_ok=True)
-        try:
-            os.link(path, before)
-        except OSError:                                    # a file system without links
-            shutil.copyfile(path, before)
+        os.replace(path, path.with_name("ckpt.prev.pt"))   # from now on `latest` takes this one
     os.replace(temporary, path)
 
 

@@ -65,7 +65,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("fsdp", False, None, RUN, "shard stage 2 over GPUs (FSDP2) if one cannot hold it"),
         Flag("compile", False, None, RUN, "torch.compile the prior: slow to start, then faster"),
         Flag("attention", "auto", BACKENDS, RUN, "auto is padded; others may be faster on GPUs"),
-        Flag("bf16", "auto", ("auto", "on", "off"), DATA, "bfloat16 products; auto: on a GPU"),
+        Flag("bf16", "auto", ("auto", "on", "off"), DATA, "bfloat16 products; auto: where faster"),
         Flag("save_every", 500, COUNT, RUN, "steps between checkpoints: what a crash can lose"),
     ],
     "data": [

@@ -261,12 +261,6 @@ def decode_picture(file: BinaryIO, shapes: list[Shape], header_only=False) -> np
         raise ValueError(f"no whole picture up to 50 megapixels: {type(error).__name__}") from None
 
 
-def load_image(path: str, hw: Shape) -> np.ndarray:
-    """One picture file -> uint8 (H, W, 3). OSError, which names the file, or ValueError."""
-    with open(path, "rb") as file:
-        return decode_picture(file, [hw])
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode -> RGB: alpha over white; 16-bit and float gray scaled, where Pillow would clip."""
     if image.mode[0] in "IF":                           # I;16, I;16B, I (with 16 bits in it), F
@@ -340,22 +334,11 @@ def with_captions(parts: Iterable[Part]) -> Iterator[tuple[Part, str]]:
             yield part, caption
 
 
-class Member(tarfile.TarInfo):
-    """A tar header. ReadError for a long one that extends the next (pax, GNU names): tarfile would
-    read all that it claims to have, and search it in a time that grows with its square."""
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Member":
-        member = super().frombuf(buf, encoding, errors)
-        if member.type in b"xgXLK" and member.size > 1 << 14:
-            raise tarfile.ReadError("a header of more than 16 KiB")
-        return member
-
-
 def tar_parts(path: str) -> Iterator[Part]:
     """The files in an uncompressed tar, without links. Nothing is unpacked: a name is only a label.
     A name with two dots, such as 7.seg.png, is neither the picture nor the caption of sample 7."""
     try:
-        with tarfile.open(path, "r:", tarinfo=Member) as tar:
+        with tarfile.open(path, "r:") as tar:
             while member := tar.next():
                 if member.isreg() and os.path.basename(member.name).count(".") == 1:
                     yield Part(f"{path}:{member.name}", path, member.offset_data, member.size)

@@ -292,13 +292,9 @@ def main(argv: list[str] | None = None) -> int:
         if worker.rank == 0:
             print(line)
         report(args, worker)
-        return worker.leave(0)
-    except (ValueError, OSError) as error:
-        return worker.leave(2, error)
-    except KeyboardInterrupt:
-        return worker.leave(130, "stopped")
-    except RuntimeError as error:
-        return worker.leave(1, error)
+        return worker.leave()
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        return worker.leave(error)
 
 
 if __name__ == "__main__":

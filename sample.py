@@ -315,7 +315,8 @@ def run(args: argparse.Namespace) -> None:
     prefixes, questions, images = prompts, None, None
     if args.task == "it2t":
         try:
-            image = data.load_image(args.image, model.image_hw)
+            with open(args.image, "rb") as file:
+                image = data.decode_picture(file, [model.image_hw])
         except ValueError as error:        # an OSError already names the file
             raise ValueError(f"{args.image}: {error}") from None
         prefixes, questions, images = [""] * args.n, prompts, [image] * args.n

@@ -201,28 +201,31 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"].lerp_(p.grad, 1 - mu)
                     update = workers.full(p.grad.lerp(state["momentum"], mu))
                     same_shape[min(p.shape), max(p.shape)].append((p, update))
-            for pairs in same_shape.values():              # a tall matrix is iterated transposed
-                wide = torch.stack([u.mT if u.shape[0] > u.shape[1] else u for _, u in pairs])
-                for (p, _), u in zip(pairs, self.orthogonal(wide)):
+            wide = [torch.stack([u.mT if u.shape[0] > u.shape[1] else u for _, u in pairs])
+                    for pairs in same_shape.values()]      # a tall matrix is iterated transposed
+            for pairs, updates in zip(same_shape.values(), self.orthogonal(wide)):
+                for (p, _), u in zip(pairs, updates):
                     u = workers.like(u.mT if p.shape[0] > p.shape[1] else u, p)
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(u, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
-    def orthogonal(self, matrices: Tensor) -> Tensor:
-        """NS of (n, rows, columns), rows <= columns, every worker its share of the n."""
+    def orthogonal(self, stacks: list[Tensor]) -> list[Tensor]:
+        """NS of each (n, rows, columns), rows <= columns; every worker does a share of the n."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        x = matrices[rank::world].to(self.dtype)
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-        for _ in range(self.steps):
-            gram = x @ x.mT                                                    # (n, rows, rows)
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
-                              beta=3.4445)
-        if world == 1:
-            return x.to(matrices.dtype)
-        out = torch.zeros_like(matrices)
-        out[rank::world] = x.to(matrices.dtype)
-        dist.all_reduce(out)                               # the others add zeros
-        return out
+        out = [torch.zeros_like(matrices) for matrices in stacks]
+        for matrices, result in zip(stacks, out):
+            x = matrices[rank::world].to(self.dtype)
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+            for _ in range(self.steps):
+                gram = x @ x.mT                                                # (n, rows, rows)
+                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315),
+                                  x, beta=3.4445)
+            result[rank::world] = x
+        if world == 1 or not out:
+            return out
+        flat = torch.cat([x.flatten() for x in out])       # one sum is faster than one a shape
+        dist.all_reduce(flat)                              # the others add zeros
+        return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in out]), out)]
 
 
 def make_optimizers(args: Namespace, stage: nn.Module, lr: float,
@@ -304,7 +307,7 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
         state.ema = {n: workers.like(state.ema.get(n, workers.full(p.detach())), p)
                      for n, p in weights.items() if n.startswith(("mmdit.", "text_vae."))}
     bf16 = a.bf16 == "on" and name != "text_vae"           # stage 1 is too small to gain
-    autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=bf16)
+    autocast = workers.autocast(stage, bf16, worker.device.type)
     log = checkpoint.Log(a.out_dir, name, start, steps, worker)
     clock = time.perf_counter()
     for step, micro_batches, waited in batches.ahead(make, range(start, steps), worker.device):
@@ -428,7 +431,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.dry_run:
                 describe(run)
         if args.dry_run:
-            return worker.leave(0)
+            return worker.leave()
         with workers.claimed(args.out_dir, worker), workers.signals(worker):
             if worker.rank == 0:
                 checkpoint.trim_log(args.out_dir, state.progress)
@@ -436,13 +439,9 @@ def main(argv: list[str] | None = None) -> int:
             if worker.sum({"stop": worker.stop})["stop"]:              # since the last step
                 raise KeyboardInterrupt
         evaluate.report(args, worker, dataset)             # of what is in out_dir now
-        return worker.leave(0)
-    except (ValueError, OSError) as error:
-        return worker.leave(2, error)
-    except KeyboardInterrupt:
-        return worker.leave(130, "stopped; continue with --resume auto")
-    except RuntimeError as error:
-        return worker.leave(1, error)
+        return worker.leave()
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        return worker.leave(error, "stopped; continue with --resume auto")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ Run: python workers.py   (CPU, 5 s: two workers share a sum)
 """
 import contextlib
 import fcntl
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import timeit
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
@@ -64,20 +67,24 @@ class Worker:
             dist.all_reduce(x := x.to(self.device))
         return dict(zip(values, x.tolist()))
 
-    def leave(self, status: int, error: Exception | str = "") -> int:
-        """Ends this worker, with a line for the user if there is an error; returns the status.
+    def leave(self, error: BaseException | None = None, stopped: str = "stopped") -> int:
+        """Ends this worker, with a line for the user if there is an error. Returns the status: 0,
+        2 for a user's mistake, 130 when stopped (with that line), 1 when another worker has ended.
 
         Errors come to all workers alike, and worker 0 prints them; but an OSError while training,
         such as a full disk, may be of this worker alone. A RuntimeError about a connection says
         that another worker has ended, which prints its own reason."""
+        line, own = str(error or ""), self.training and isinstance(error, OSError)
+        status = 2 if error else 0
+        if isinstance(error, KeyboardInterrupt):
+            status, line = 130, stopped
         if isinstance(error, RuntimeError):
             if not dist.is_initialized() or "onnection" not in str(error):   # Connection .. or c..
                 raise error
-            error = ""
+            status, line = 1, ""
             for process in self.started:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=3)
-        line, own = str(error), self.training and isinstance(error, OSError)
         codes = [process.poll() or 0 for process in self.started]      # < 0: by a signal
         if min(codes, default=0) < 0 and not self.stop:
             line = "a worker was killed; continue with --resume auto"
@@ -104,8 +111,8 @@ def join(args: Namespace) -> Worker:
     args.device and args.bf16. ValueError where there are fewer samples or GPUs than workers."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.bf16 == "auto":                                # bfloat16 is no faster on a CPU
-        args.bf16 = "on" if args.device == "cuda" else "off"
+    if args.bf16 == "auto":
+        args.bf16 = "on" if args.device == "cuda" or bf16_is_faster() else "off"
     on_cpu, started = args.device == "cpu", []
     world = int(os.environ.get("WORLD_SIZE", 1))
     # Every worker needs a sample in every pass of the stages of --stage.
@@ -125,6 +132,13 @@ def join(args: Namespace) -> Worker:
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")             # TF32 where bfloat16 is not used
     return Worker(int(os.environ.get("RANK", 0)), world, device, started=started)
+
+
+def bf16_is_faster() -> bool:
+    """Whether this CPU's products are 1.5 times as fast in bfloat16; many CPUs emulate it."""
+    matrices = torch.ones(256, 256), torch.ones(256, 256, dtype=torch.bfloat16)
+    fp32, bf16 = (min(timeit.repeat(lambda: x @ x, number=1, repeat=10)) for x in matrices)
+    return 1.5 * bf16 < fp32
 
 
 def start_workers(world: int) -> list[subprocess.Popen]:
@@ -191,6 +205,23 @@ def compile_blocks(mmdit: nn.Module) -> None:
         block.post_attention = torch.compile(block.post_attention, dynamic=True)
 
 
+def bf16_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """A linear map with products in bfloat16, (n, in) -> (n, out) fp32. n is padded to a multiple
+    of 64, because oneDNN compiles a kernel for each new shape, in milliseconds."""
+    with torch.autocast("cpu", torch.bfloat16):
+        padded = F.pad(x, (0, 0, 0, -len(x) % 64))
+        return F.linear(padded, module.weight, module.bias)[:len(x)].float()
+
+
+def autocast(stage: nn.Module, bf16: bool, device: str) -> torch.autocast:
+    """The context of a stage's forward passes. On a CPU, where autocast makes attention slow, the
+    stage's linear maps are changed instead."""
+    for module in stage.modules():
+        if bf16 and device == "cpu" and isinstance(module, nn.Linear):
+            module.forward = functools.partial(bf16_linear, module)
+    return torch.autocast(device, torch.bfloat16, enabled=bf16 and device != "cpu")
+
+
 def full(x: Tensor) -> Tensor:
     """A tensor that is sharded, put together on every worker. All must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
@@ -209,14 +240,10 @@ def like(x: Tensor, p: Tensor) -> Tensor:
 def signals(worker: Worker) -> Iterator[None]:
     """While training, SIGTERM and SIGINT ask for a checkpoint and the end after the current step.
     Any number of SIGTERMs leads to one whole checkpoint; a second SIGINT breaks off at once."""
-    interrupts = 0
-
     def ask(number: int, frame: object) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
         worker.stop = 1.0
-        if interrupts > 1:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
     worker.training = True
@@ -251,4 +278,4 @@ if __name__ == "__main__":
     lines = me.gather([f"worker {me.rank} of {me.world} has {mine}"])
     if me.rank == 0:
         print(*lines, f"the sum of all their numbers is {total:.0f} (expect 21)", sep="\n")
-    sys.exit(me.leave(0))
+    sys.exit(me.leave())

@@ -57,7 +57,7 @@ def readers(folder: Path) -> dict[Path, Callable[[Path], object]]:
     release.write_tokenizer(folder / "x.json", cola.Tokenizer.train(["a bc bc"], 259))
     with contextlib.redirect_stdout(io.StringIO()):
         train.main([*TINY, "--out_dir", str(run)])
-    return {images / "a.png": lambda path: data.load_image(str(path), (32, 32)),
+    return {images / "a.png": lambda path: data.decode_picture(open(path, "rb"), [(32, 32)]),
             images / "metadata.jsonl": lambda path: read_pictures(images),
             folder / "x.tar": read_pictures,
             folder / "x.txt.gz": lambda path: data.TextFiles([str(path)]).t2t(1),

@@ -72,8 +72,7 @@ class Step:
             group["lr"] = 0.0              # the same work, and weights that stay finite
         self.weights = {name: p for name, p in self.stage.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.weights.items()}
-        self.autocast = torch.autocast(worker.device.type, torch.bfloat16,
-                                       enabled=args.bf16 == "on")
+        self.autocast = workers.autocast(self.stage, args.bf16 == "on", worker.device.type)
 
     def make(self, step: int) -> list[Batch]:
         """The batches of a step, as train.py makes them."""

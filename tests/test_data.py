@@ -233,9 +233,8 @@ BAD_PICTURES = {
 
 
 @pytest.mark.parametrize("name", BAD_PICTURES)
-def test_bad_pictures_are_refused(name, tmp_path):
-    (tmp_path / "a.png").write_bytes(BAD_PICTURES[name])
-    reason = refused(data.load_image, str(tmp_path / "a.png"), (8, 8))
+def test_bad_pictures_are_refused(name):
+    reason = refused(decoded, BAD_PICTURES[name])
     assert ("Bomb" in reason) == (name == "large")
 
 # ---- Captioned pictures ------------------------------------------------------------------------
@@ -307,12 +306,7 @@ def test_damaged_shards(tmp_path):
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(raw) // 512 * 512 + 1024] ^= 255                        # in the second header
-    huge = tarfile.TarInfo("x")
-    huge.type, huge.size = tarfile.XHDTYPE, 1 << 40                     # tarfile would read it all
-    long = tarfile.TarInfo("x")
-    long.pax_headers = {"comment": "x" * (1 << 15)}                     # whole, but slow to search
-    for bad in (whole[:700], whole[:3000], b"", b"x" * 5000, flipped, gzip.compress(whole),
-                huge.tobuf(tarfile.GNU_FORMAT), long.tobuf(tarfile.PAX_FORMAT) + whole):
+    for bad in (whole[:700], whole[:3000], b"", b"x" * 5000, flipped, gzip.compress(whole)):
         path.write_bytes(bad)
         assert "a.tar" in refused(dataset_of, path)
 

@@ -225,7 +225,7 @@ def test_muon_is_that_of_pytorch(monkeypatch):
 
 def test_muon_makes_updates_orthogonal():
     x = torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(0))
-    u = train.Muon([torch.nn.Parameter(x[0])], 0.1, 0.0, steps=8).orthogonal(x)
+    [u] = train.Muon([torch.nn.Parameter(x[0])], 0.1, 0.0, steps=8).orthogonal([x])
     values = torch.linalg.svdvals(u)
     assert values.min() > 0.6 and values.max() < 1.3       # the iteration aims at 0.7 to 1.2
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 import cola
 import train
@@ -76,6 +77,22 @@ def test_ddp_leaves_what_no_sample_used_without_a_gradient(system):
             assert "mmdit.text_in.weight" not in unused
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64, 100])
+def test_linear_maps_in_bfloat16_on_a_cpu(rows):
+    """Outputs and gradients in float32, equal to the exact ones up to the rounding of bfloat16."""
+    torch.manual_seed(0)
+    stage = nn.Sequential(nn.Linear(48, 32), nn.GELU(), nn.Linear(32, 8, bias=False))
+    x, results = torch.randn(rows, 48, requires_grad=True), []
+    for bf16 in (False, True):
+        with workers.autocast(stage, bf16, "cpu"):
+            y = stage(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *stage.parameters()])])
+    for exact, rounded in zip(*results):
+        assert rounded.dtype == torch.float32
+        assert (rounded - exact).norm() <= 0.01 * exact.norm()
+        assert rows == 0 or not torch.equal(rounded, exact)
 
 
 def test_two_runs_do_not_share_a_folder(tiny, tmp_path, capsys):
