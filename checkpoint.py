@@ -13,8 +13,8 @@ A checkpoint is one dict of plain types and tensors (cola.read opens it, cola.bu
     args      every flag of the run            progress  steps done of each stage
     seconds   of training                      closed    VAEs trained by another run
 
-It is written to a temporary file first, which takes the place of the old one when that has become
-the one before: there is a whole checkpoint at every moment after the first.
+It is written to a temporary file first, which then takes the place of the old one: there is a whole
+checkpoint at every moment after the first.
 
 Run: python checkpoint.py   (CPU, 5 s)
 """
@@ -170,7 +170,7 @@ def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: W
     if worker.rank:
         return
     path = Path(args.out_dir, "ckpt.pt")
-    temporary = path.with_suffix(".pt.tmp")
+    temporary, before = path.with_suffix(".pt.tmp"), path.with_name("ckpt.prev.pt")
     try:
         with open(temporary, "wb") as file:
             torch.save(found, file)
@@ -180,8 +180,9 @@ def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: W
         temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0][:80]
         raise OSError(f"{temporary}: cannot be written ({reason}); {path} is unchanged") from None
-    if path.exists():
-        os.replace(path, path.with_name("ckpt.prev.pt"))   # from now on `latest` takes this one
+    before.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):                     # the first one, or a disk without links
+        os.link(path, before)
     os.replace(temporary, path)
 
 

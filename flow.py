@@ -66,10 +66,9 @@ def sample_time(normal: Tensor, law: str = "logit_normal", loc: float | Tensor =
 def text_loc(channels: int, block_len: int) -> float:
     """loc of the times of text latents: 1 + ln(channels / 16) / 2, plus 1 if block_len is 1.
 
-    More channels carry the same meaning through more noise, by a ln d + b in the paper (Eq. 15.38);
-    it measured optima of 1.0, 1.7, 2.3 (ours: 1.0, 1.7, 2.0) at 16, 64, 128 channels, in
-    blocks of 16 (Fig. 2). The extra 1 is ours: without neighbors in the block, a latent's meaning
-    is decided near noise."""
+    More channels carry the same meaning through more noise: the paper measured optima of 1.0, 1.7,
+    2.3 at 16, 64, 128 channels in blocks of 16 (Eq. 15.38, Fig. 2). The extra 1 is ours: without
+    neighbors in the block, a latent's meaning is decided near noise."""
     return 1.0 + 0.5 * math.log(channels / 16) + (block_len == 1)
 
 

@@ -214,8 +214,7 @@ def bf16_linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def autocast(stage: nn.Module, bf16: bool, device: str) -> torch.autocast:
-    """The context of a stage's forward passes. On a CPU, where autocast makes attention slow, the
-    stage's linear maps are changed instead."""
+    """Autocast for a stage. On a CPU, where it makes attention slow, only linear maps change."""
     for module in stage.modules():
         if bf16 and device == "cpu" and isinstance(module, nn.Linear):
             module.forward = functools.partial(bf16_linear, module)
