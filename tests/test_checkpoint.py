@@ -57,18 +57,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(after, tiny, tmp_path, monke
 
 
 def test_a_joint_run_resumes_bit_for_bit(tmp_path):
-    """With a text VAE that rests, a reference encoder and L_REPA; at a constant learning rate 2
-    steps and then 2 are 4, so a finished run can be extended."""
+    """With a text VAE that rests in step 3, a reference encoder and L_REPA; at a constant learning
+    rate 2 steps, 1 and 1 are 4, so a finished run can be extended."""
     flags = [*QUIET, *("--vae_lr_ratio 1 --vae_interval 2 1 --lambda_ref 0.1 --w_repa 0.5 "
                        "--repa_layer 1 --repa_until 1 --warmup 0 --cooldown 0").split()]
-    straight = trained(tmp_path / "straight", *flags)
-    out = trained(tmp_path / "out", *flags, "--steps", "2")
-    trained(out, *RESUMED, "--steps", "4")
+    straight, out = trained(tmp_path / "straight", *flags), tmp_path / "out"
+    found = [cola.read(trained(out, *flags, "--resume", "auto", "--steps", n) / "ckpt.pt")
+             for n in "234"]
     assert_equal(straight, out)
     assert losses_of(out) == losses_of(straight)
     stage2 = [e for e in log_of(out) if e["stage"] == "mmdit"]
     assert [e["drift"] > 0 for e in stage2] == [False, True, True, True]
     assert ["recon" in e for e in stage2] == [True, True, False, True]
+    name = "text_vae.encoder.final_layer.weight"
+    two, three, four = (x["moments"][name] | {"weight": x["model"][name]} for x in found)
+    assert three["step"] == 2 and all(torch.equal(x, three[key]) for key, x in two.items())
+    assert not torch.equal(three["weight"], four["weight"])
 
 
 def test_more_steps_leave_the_stages_that_a_later_one_has_learned_from(tiny, tmp_path, capsys):
