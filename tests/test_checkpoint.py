@@ -1,4 +1,5 @@
 """pytest tests/test_checkpoint.py: saving, resuming bit for bit, starting from another run."""
+import itertools
 import resource
 import shutil
 from pathlib import Path
@@ -37,17 +38,15 @@ def assert_equal(one, two):
 @pytest.mark.parametrize("after", (1, 3, 5, 6, 8))
 def test_a_resumed_run_equals_the_uninterrupted_one(after, tiny, tmp_path, monkeypatch):
     """Weights, averages and losses bit for bit, stopped after so many of 3 + 3 + 4 steps."""
-    out, step, calls = tmp_path / "out", train.forward_backward, []
+    out, step, calls = tmp_path / "out", train.forward_backward, itertools.count()
 
     def stopped(*args):
-        calls.append(1)
-        if len(calls) == after + 1:
+        if next(calls) == after:
             raise KeyboardInterrupt
         return step(*args)
     monkeypatch.setattr(train, "forward_backward", stopped)
     flags = [*QUIET, "--save_every", "1", "--resume", "auto", "--out_dir", str(out)]
     assert train.main(flags) == 130
-    monkeypatch.setattr(train, "forward_backward", step)
     assert sum(cola.read(out / "ckpt.pt")["progress"].values()) == after
     assert train.main(flags) == 0
     assert_equal(tiny, out)
@@ -140,11 +139,9 @@ def test_init_from_trains_a_vae_that_is_asked_for_by_name(tiny, tmp_path):
 
 def test_bad_checkpoints(tiny, tmp_path, capsys):
     """Those of test_cola.py end a run with one line."""
-    whole, out, bad = (tiny / "ckpt.pt").read_bytes(), tmp_path / "out", tmp_path / "bad.pt"
+    out, bad = tmp_path / "out", tmp_path / "bad.pt"
     argv = [*TINY, "--init_from", str(bad), "--out_dir", str(out)]
     fails(argv, capsys, str(bad))                          # no such file
-    bad.write_bytes(whole[:len(whole) // 2])
-    fails(argv, capsys, str(bad))
     torch.save(Path("x"), bad)                             # an object that could run code
     fails(argv, capsys, str(bad))
     found = cola.read(tiny / "ckpt.pt")
@@ -192,16 +189,12 @@ def test_a_log_line_that_was_cut_off(copied):
 def test_moments_are_restored_by_name():
     """Those of another optimizer, or of no parameter, are left out: it begins with fresh ones."""
     weights = {name: torch.nn.Parameter(torch.ones(4, 6)) for name in "abc"}
-
-    def fresh(kind):
-        if kind == "muon":
-            return train.Muon([*weights.values()], 0.1, 0.0)
-        return torch.optim.AdamW(weights.values(), fused=True)
-
+    kinds = [lambda: train.Muon([*weights.values()], 0.1, 0.0),
+             lambda: torch.optim.AdamW(weights.values(), fused=True)]
     for name in "ab":
         weights[name].grad = torch.randn(4, 6)
-    for kind, other in (("adamw", "muon"), ("muon", "adamw")):
-        first, second, third = fresh(kind), fresh(kind), fresh(other)
+    for kind, other in (kinds, kinds[::-1]):
+        first, second, third = kind(), kind(), other()
         first.step()
         saved = checkpoint.moments([first], weights)
         assert saved.keys() == {"a", "b"}
