@@ -2,7 +2,6 @@
 import itertools
 import resource
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -142,8 +141,6 @@ def test_bad_checkpoints(tiny, tmp_path, capsys):
     out, bad = tmp_path / "out", tmp_path / "bad.pt"
     argv = [*TINY, "--init_from", str(bad), "--out_dir", str(out)]
     fails(argv, capsys, str(bad))                          # no such file
-    torch.save(Path("x"), bad)                             # an object that could run code
-    fails(argv, capsys, str(bad))
     found = cola.read(tiny / "ckpt.pt")
     found["config"]["mmdit"]["width"] = 64
     torch.save(found, bad)
