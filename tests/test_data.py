@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,10 +109,8 @@ def test_samples_are_true_of_their_picture():
 
 # ---- Pixels ------------------------------------------------------------------------------------
 
-def decoded(raw: bytes, size=(8, 8)) -> np.ndarray:
-    pixels = data.decode_picture(io.BytesIO(raw), [size])
-    assert pixels.shape == (*size, 3) and pixels.dtype == np.uint8
-    return pixels
+def decoded(raw: bytes, *shapes, header_only=False) -> np.ndarray | tuple[int, int]:
+    return data.decode_picture(io.BytesIO(raw), list(shapes) or [(8, 8)], header_only)
 
 
 gray16 = Image.fromarray(np.full((8, 8), 25700, np.uint16))
@@ -137,7 +136,9 @@ MODES = {
 
 @pytest.mark.parametrize("raw, color", MODES.values(), ids=MODES)
 def test_every_mode_becomes_rgb(raw, color):
-    assert np.abs(decoded(raw).astype(int) - color).max() <= 1
+    pixels = decoded(raw)
+    assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - color).max() <= 1
 
 
 UNDO = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
@@ -154,9 +155,9 @@ def test_exif_orientation_is_applied(kind, options, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = Image.fromarray(np.ascontiguousarray(UNDO[orientation](seen)))
-    raw, shapes = stored(image, kind, exif=exif, **options), [(64, 32), (48, 48), (32, 64)]
-    assert data.decode_picture(io.BytesIO(raw), shapes, header_only=True) == (32, 64)
-    pixels = data.decode_picture(io.BytesIO(raw), shapes).astype(int)
+    given = stored(image, kind, exif=exif, **options), (64, 32), (48, 48), (32, 64)
+    assert decoded(*given, header_only=True) == (32, 64)
+    pixels = decoded(*given).astype(int)
     assert np.abs(pixels[4:-4:8, 4:-4:8] - seen.astype(int)[4:-4:8, 4:-4:8]).max() < 8
 
 
@@ -173,8 +174,7 @@ def test_buckets(tmp_path):
     shapes = data.buckets(256, 16)
     assert all(h % 16 == w % 16 == 0 and 0.75 * 256**2 < h * w <= 256**2 for h, w in shapes)
     assert {(w, h) for h, w in shapes} == set(shapes)
-    raw = io.BytesIO(stored(picture((300, 200))))
-    assert data.decode_picture(raw, shapes, header_only=True) == (208, 304)
+    assert decoded(stored(picture((300, 200))), *shapes, header_only=True) == (208, 304)
     picture((40, 20)).save(image_folder(tmp_path) / "0.png")
     dataset = dataset_of(tmp_path, hw=(32, 32), aspect=True)
     assert {dataset.image_hw(i) for i in range(6)} == {(24, 40), (32, 32)}
@@ -183,7 +183,7 @@ def test_buckets(tmp_path):
 
 def test_bad_pictures_are_refused():
     """Those of a format that runs code, or of more than 50 megapixels, by their header."""
-    header = lambda raw: data.decode_picture(io.BytesIO(raw), [(8, 8)], header_only=True)
+    header = partial(decoded, header_only=True)
     for raw in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) print\n%%EOF\n",
                 stored(Image.new("1", (5001, 10_000)))):
         refused(header, raw)
@@ -213,8 +213,7 @@ def test_txt_files_of_the_same_name(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("a picture without a header")
     assert contents(tmp_path) == EXPECTED
     line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert all(words in line for words in ("2 images of 8", "alone.png", "empty.png"))
+    assert line.count("\n") == 1 and "alone.png" in line and "empty.png" in line
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
