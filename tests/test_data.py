@@ -1,17 +1,11 @@
-"""pytest tests/test_data.py
-
-Sample k is a function of (seed, k); stored pictures become the right pixels; damaged files and
-names that lead out of a folder are refused with one clear line.
-"""
+"""pytest tests/test_data.py"""
 import gzip
 import io
 import json
 import os
-import random
-import struct
 import tarfile
-import zlib
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +31,11 @@ def stored(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 def image_folder(folder: Path, table: str = "metadata.jsonl", key: str = "file_name") -> Path:
     """Six pictures: picture i is of gray level 10 i and has the caption "picture i"."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(6):
-        picture(color=(10 * i,) * 3).save(folder / f"{i}.png")
-    rows = [json.dumps({key: f"{i}.png", "text": f"picture {i}"}) for i in range(6)]
-    (folder / table).write_text("\n".join(rows) + "\n")
+    folder.mkdir(exist_ok=True)
+    with open(folder / table, "w") as rows:
+        for i in range(6):
+            picture(color=(10 * i,) * 3).save(folder / f"{i}.png")
+            print(json.dumps({key: f"{i}.png", "text": f"picture {i}"}), file=rows)
     return folder
 
 
@@ -82,19 +76,11 @@ def refused(read, *arguments) -> str:
 # ---- Randomness --------------------------------------------------------------------------------
 
 def test_rng_is_a_function_of_seed_number_and_purpose():
-    draw = lambda *key: data.rng(*key).integers(1 << 62)
     keys = [(seed, k, purpose) for seed in range(3) for k in range(50) for purpose in Purpose]
-    assert len({draw(*key) for key in keys}) == len(keys)
-    assert [draw(*key) for key in keys] == [draw(*key) for key in keys]
+    assert len({data.rng(*key).integers(1 << 62) for key in keys}) == len(keys)
     expected = np.random.Generator(np.random.Philox(key=[3 * 64 + Purpose.PICK, 7]))
     assert data.rng(3, 7, Purpose.PICK).random() == expected.random()
     assert list(Purpose) == [*range(12), 13, 14]    # renumbering changes runs
-
-
-def test_an_epoch_is_a_permutation():
-    epochs = [[data.order(7, epoch * 50 + i, 50) for i in range(50)] for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
 
 # ---- Generated scenes --------------------------------------------------------------------------
 
@@ -120,59 +106,39 @@ def test_samples_are_true_of_their_picture():
             questions += 1
             assert answer in language.answers(world.scene_of(index), prompt)
     assert 60 < questions < 90
-    assert len([*world.captions()]) == 256 and len(world.corpus(90)) >= 90
 
 # ---- Pixels ------------------------------------------------------------------------------------
 
-def decoded(raw: bytes, size=(8, 8)) -> np.ndarray:
-    pixels = data.decode_picture(io.BytesIO(raw), [size])
-    assert pixels.shape == (*size, 3) and pixels.dtype == np.uint8
-    return pixels
+def decoded(raw: bytes, *shapes, header_only=False) -> np.ndarray | tuple[int, int]:
+    return data.decode_picture(io.BytesIO(raw), list(shapes) or [(8, 8)], header_only)
 
 
-def gray16(*levels: int) -> Image.Image:
-    return Image.fromarray(np.resize(np.array(levels, np.uint16), (8, 8)))
-
-
-half_red = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
-palette = Image.new("P", (8, 8), 1)
-palette.putpalette([0, 0, 0, 10, 200, 30])
-big_endian = (struct.pack(">2sHIH", b"MM", 42, 8, 8) + b"".join(
-    struct.pack(">HHII", tag, 4, 1, value) for tag, value in
-    [(256, 8), (257, 8), (258, 16), (259, 1), (262, 1), (273, 110), (278, 8), (279, 128)])
-    + bytes(4) + struct.pack(">H", 25700) * 64)
-
+gray16 = Image.fromarray(np.full((8, 8), 25700, np.uint16))
 MODES = {
-    "1": (stored(Image.new("1", (8, 8), 1)), (255, 255, 255)),
-    "L transparent": (stored(Image.new("L", (8, 8), 77), transparency=77), (255, 255, 255)),
-    "LA": (stored(Image.new("LA", (8, 8), (0, 51))), (204, 204, 204)),
     "RGB": (stored(picture()), (200, 10, 60)),
-    "RGB transparent": (stored(picture(), transparency=(200, 10, 60)), (255, 255, 255)),
-    "RGBA": (stored(half_red), (255, 127, 127)),
-    "P": (stored(palette), (10, 200, 30)),
-    "P transparent": (stored(palette, transparency=1), (255, 255, 255)),
+    "RGBA": (stored(Image.new("RGBA", (8, 8), (255, 0, 0, 128))), (255, 127, 127)),
+    "LA": (stored(Image.new("LA", (8, 8), (0, 51))), (204, 204, 204)),
+    "L transparent": (stored(Image.new("L", (8, 8), 77), transparency=77), (255, 255, 255)),
+    "P transparent": (stored(picture().quantize(2), transparency=0), (255, 255, 255)),
     "CMYK jpeg": (stored(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100),
                   (255, 0, 0)),
-    "I;16": (stored(gray16(25700)), (100, 100, 100)),
-    "I;16 transparent": (stored(gray16(25700), transparency=25700), (255, 255, 255)),
-    "I;16B tiff": (big_endian, (100, 100, 100)),
-    "I pgm": (b"P5 8 8 65535 " + struct.pack(">H", 25700) * 64, (100, 100, 100)),
+    "I;16": (stored(gray16), (100, 100, 100)),
+    "I;16 transparent": (stored(gray16, transparency=25700), (255, 255, 255)),
+    "I;16B tiff": (stored(Image.frombytes("I;16B", (8, 8), b"\x64\x00" * 64), "TIFF"),
+                   (100, 100, 100)),
+    "I pgm": (b"P5 8 8 65535 " + b"\x64\x00" * 64, (100, 100, 100)),
     "F tiff": (stored(Image.new("F", (8, 8), 0.4), "TIFF"), (102, 102, 102)),
+    **{f"two frames {kind}": (stored(picture(), kind, save_all=True, lossless=True,
+                                     append_images=[picture(color=(255, 0, 0))]), (200, 10, 60))
+       for kind in ("GIF", "PNG", "WEBP", "TIFF")},
 }
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_every_mode_becomes_rgb(name):
-    raw, color = MODES[name]
-    assert np.abs(decoded(raw).astype(int) - color).max() <= 1
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_first_frame_of_an_animation(kind):
-    options = {"lossless": True} if kind == "WEBP" else {}
-    raw = stored(picture(color=(255, 0, 0)), kind, save_all=True, append_images=[picture()],
-                 **options)
-    assert Image.open(io.BytesIO(raw)).n_frames == 2 and (decoded(raw) == (255, 0, 0)).all()
+@pytest.mark.parametrize("raw, color", MODES.values(), ids=MODES)
+def test_every_mode_becomes_rgb(raw, color):
+    pixels = decoded(raw)
+    assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - color).max() <= 1
 
 
 UNDO = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
@@ -181,7 +147,7 @@ UNDO = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
 
 
 @pytest.mark.parametrize("kind, options", [("JPEG", {"quality": 100, "subsampling": 0}),
-                                           ("PNG", {}), ("WEBP", {"lossless": True})])
+                                           ("PNG", {})], ids=["jpeg", "png"])
 @pytest.mark.parametrize("orientation", UNDO)
 def test_exif_orientation_is_applied(kind, options, orientation):
     quadrants = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
@@ -189,9 +155,9 @@ def test_exif_orientation_is_applied(kind, options, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = Image.fromarray(np.ascontiguousarray(UNDO[orientation](seen)))
-    raw, shapes = stored(image, kind, exif=exif, **options), [(64, 32), (48, 48), (32, 64)]
-    assert data.decode_picture(io.BytesIO(raw), shapes, header_only=True) == (32, 64)
-    pixels = data.decode_picture(io.BytesIO(raw), shapes).astype(int)
+    given = stored(image, kind, exif=exif, **options), (64, 32), (48, 48), (32, 64)
+    assert decoded(*given, header_only=True) == (32, 64)
+    pixels = decoded(*given).astype(int)
     assert np.abs(pixels[4:-4:8, 4:-4:8] - seen.astype(int)[4:-4:8, 4:-4:8]).max() < 8
 
 
@@ -201,41 +167,29 @@ def test_scaling_crops_the_center_and_keeps_the_aspect():
     assert (decoded(stored(Image.fromarray(wide)), (10, 10)) > 200).all()
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     assert np.array_equal(decoded(stored(Image.fromarray(noise))), noise)       # of that size
-    big = stored(picture((2000, 1000)), "JPEG")
-    assert np.abs(decoded(big, (16, 16)).astype(int) - (200, 10, 60)).max() < 4
 
 
-def test_buckets():
+def test_buckets(tmp_path):
     assert data.buckets(64, 16) == [(48, 80), (64, 64), (80, 48)]
     shapes = data.buckets(256, 16)
     assert all(h % 16 == w % 16 == 0 and 0.75 * 256**2 < h * w <= 256**2 for h, w in shapes)
     assert {(w, h) for h, w in shapes} == set(shapes)
-    raw = io.BytesIO(stored(picture((300, 200))))
-    assert data.decode_picture(raw, shapes, header_only=True) == (208, 304)
+    assert decoded(stored(picture((300, 200))), *shapes, header_only=True) == (208, 304)
+    picture((40, 20)).save(image_folder(tmp_path) / "0.png")
+    dataset = dataset_of(tmp_path, hw=(32, 32), aspect=True)
+    assert {dataset.image_hw(i) for i in range(6)} == {(24, 40), (32, 32)}
+    assert all(dataset.images([i])[0].shape[:2] == dataset.image_hw(i) for i in range(6))
 
 
-def forged_png(width: int, height: int) -> bytes:
-    """A PNG that claims to be of this size and holds next to nothing."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
-
-
-BAD_PICTURES = {
-    "empty": b"",
-    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) print\n%%EOF\n",
-    "truncated png": stored(Image.effect_noise((64, 64), 50))[:-500],
-    "truncated jpeg": stored(Image.effect_noise((64, 64), 50), "JPEG")[:-500],
-    "large": forged_png(5001, 10_000),
-    "wrong size": forged_png(5000, 10_000),
-}
-
-
-@pytest.mark.parametrize("name", BAD_PICTURES)
-def test_bad_pictures_are_refused(name):
-    reason = refused(decoded, BAD_PICTURES[name])
-    assert ("Bomb" in reason) == (name == "large")
+def test_bad_pictures_are_refused():
+    """Those of a format that runs code, or of more than 50 megapixels, by their header."""
+    header = partial(decoded, header_only=True)
+    for raw in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) print\n%%EOF\n",
+                stored(Image.new("1", (5001, 10_000)))):
+        refused(header, raw)
+    assert header(stored(Image.new("1", (5000, 10_000)))) == (8, 8)
+    for kind in ("PNG", "JPEG"):
+        refused(decoded, stored(Image.effect_noise((64, 64), 50), kind)[:-500])
 
 # ---- Captioned pictures ------------------------------------------------------------------------
 
@@ -259,20 +213,19 @@ def test_txt_files_of_the_same_name(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("a picture without a header")
     assert contents(tmp_path) == EXPECTED
     line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert all(words in line for words in ("2 images of 8", "alone.png", "empty.png"))
+    assert line.count("\n") == 1 and "alone.png" in line and "empty.png" in line
 
 
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_webdataset_shards(tmp_path, format):
-    folder = "e.f" if format == tarfile.USTAR_FORMAT else "x." * 150    # needs a long name
+    folder = "x." * 150                                                 # needs a long name
     for part in range(2):
         members = {}
         for i in range(3 * part, 3 * part + 3):
             text = json.dumps({"caption": f"picture {i}"}) if i % 2 else f"picture {i}"
+            ending = "json" if i % 2 else "txt"
             members |= {f"./{folder}/{i}.png": stored(picture(color=(10 * i,) * 3)),
-                        f"./{folder}/{i}.x": b"1",
-                        f"./{folder}/{i}.{'json' if i % 2 else 'txt'}": text.encode()}
+                        f"./{folder}/{i}.x": b"1", f"./{folder}/{i}.{ending}": text.encode()}
         shard(tmp_path / f"{part}.tar", members, format)
     assert contents(tmp_path) == contents(tmp_path / "0.tar", tmp_path / "1.tar") == EXPECTED
 
@@ -281,14 +234,12 @@ def test_the_key_in_a_shard_ends_at_the_first_dot(tmp_path, capsys):
     """7.seg.png and 7.cls.txt are further parts of sample 7, not a sample 7.seg and a 7.cls."""
     gray, other = stored(picture(color=(70, 70, 70))), stored(picture())
     path = shard(tmp_path / "a.tar", {
-        "a.b/7.seg.png": other, "a.b/7.jpg.txt": b"x", "a.b/7.png": gray, "a.b/7.cls.txt": b"3",
-        "a.b/7.txt": b"seven"})
+        "a.b/7.seg.png": other, "a.b/7.seg.txt": b"x", "a.b/7.jpg.txt": b"x", "a.b/7.png": gray,
+        "a.b/7.cls.txt": b"3", "a.b/7.txt": b"seven", "a.b/8.seg.png": other})
     assert contents(path) == [("seven", 70)] and capsys.readouterr().err == ""
-    path = shard(tmp_path / "a.tar", {"a.b/7.seg.png": other, "a.b/7.seg.txt": b"x"})
-    assert "no captioned image" in refused(dataset_of, path)
 
 
-def test_links_in_a_shard_are_not_followed(tmp_path):
+def test_links_in_a_shard_are_not_followed(tmp_path, capsys):
     secret = image_folder(tmp_path / "outside") / "5.png"
     raw = stored(picture(color=(30, 30, 30)))
     path = shard(tmp_path / "a.tar", {
@@ -296,7 +247,7 @@ def test_links_in_a_shard_are_not_followed(tmp_path):
         "soft.png": (tarfile.SYMTYPE, str(secret)), "soft.txt": b"x",
         "hard.png": (tarfile.LNKTYPE, "../outside/5.png"), "hard.txt": b"x"})
     before = sorted(tmp_path.rglob("*"))
-    assert contents(path) == [("fine", 30), ("up", 30)]
+    assert contents(path) == [("fine", 30), ("up", 30)] and capsys.readouterr().err == ""
     assert sorted(tmp_path.rglob("*")) == before                        # nothing was unpacked
 
 
@@ -324,18 +275,13 @@ def test_paths_never_lead_out_of_the_folder(tmp_path):
     assert "leads out of the folder" in refused(dataset_of, folder)
 
 
-@pytest.mark.parametrize("row, name", [
-    ('{"file_name": "no.png", "text": "x"}', "no.png"),
-    ('{"file_name": "0.png", "text": " \\n"}', "metadata.jsonl:2"),
-    ('{"file_name": "0.png", "text": 3}', "metadata.jsonl:2"),
-    ('{"file_name": "0.png", "text": "\\ud800"}', "metadata.jsonl:2"),
-    ("{", "metadata.jsonl:2"),
-    ('{"file_name": "0.png", "text": "\xe9"}', "metadata.jsonl:2")])     # written as latin-1
-def test_bad_rows(tmp_path, row, name):
-    folder = image_folder(tmp_path)
-    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n' + row,
-                                           encoding="latin-1")
-    assert name in refused(dataset_of, folder)
+def test_bad_rows(tmp_path):
+    table, good = image_folder(tmp_path) / "metadata.jsonl", b'{"file_name": "0.png", "text": "x"}'
+    for text in (b'" \\n"', b"3", b'"\\ud800"', b'"\xe9"', b'"'):
+        table.write_bytes(good + b"\n" + good.replace(b'"x"', text))
+        assert "metadata.jsonl:2" in refused(dataset_of, tmp_path)
+    table.write_bytes(good.replace(b"0", b"no"))
+    assert "no.png" in refused(dataset_of, tmp_path)
 
 
 def test_no_usable_picture(tmp_path):
@@ -345,9 +291,8 @@ def test_no_usable_picture(tmp_path):
         assert name in refused(dataset_of, tmp_path / name)
 
 
-@pytest.mark.parametrize("cache", [data.CACHE_BYTES, 0])
-def test_the_next_picture_replaces_a_damaged_one(tmp_path, capsys, monkeypatch, cache):
-    monkeypatch.setattr(data, "CACHE_BYTES", cache)
+def test_the_next_picture_replaces_a_damaged_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_BYTES", 0)
     data.warn_once.cache_clear()
     folder = image_folder(tmp_path)
     for name in ("3.png", "5.png"):
@@ -362,22 +307,16 @@ def test_the_next_picture_replaces_a_damaged_one(tmp_path, capsys, monkeypatch, 
     assert (dataset.images([3])[0] == 40).all()
     assert capsys.readouterr().err.count("\n") == 2                     # one line for each
     os.remove(folder / "0.png")
-    if not cache:
-        with pytest.raises(OSError, match="0.png"):                     # a lost file is an error
-            dataset.images([0])
+    assert "0.png" in refused(dataset.images, [0])                      # a lost file is an error
 
 
-def test_epochs_and_buckets(tmp_path):
-    folder = image_folder(tmp_path)
-    picture((40, 20)).save(folder / "0.png")
-    dataset = dataset_of(folder, seed=5, hw=(32, 32), aspect=True)
-    assert {dataset.image_hw(i) for i in range(6)} == {(24, 40), (32, 32)}
-    assert all(dataset.images([i])[0].shape[:2] == dataset.image_hw(i) for i in range(6))
-    for epoch in range(3):
-        assert sorted(dataset.t2i(6 * epoch + i)[1] for i in range(6)) == list(range(6))
-    again = dataset_of(folder, seed=5)
-    assert [dataset.t2i(k) for k in range(20)] == [again.t2i(k) for k in range(20)]
-    assert dataset.it2t(3) == ("describe the image.", dataset.t2i(3)[1], dataset.t2i(3)[0])
+def test_an_epoch_is_a_permutation(tmp_path):
+    dataset, again = (dataset_of(image_folder(tmp_path), seed=5) for _ in range(2))
+    samples = [dataset.t2i(k) for k in range(18)]
+    epochs = [sorted(index for _, index in samples[i:i + 6]) for i in (0, 6, 12)]
+    assert epochs == [[*range(6)]] * 3 and samples[:6] != samples[6:12] != samples[12:]
+    assert samples == [again.t2i(k) for k in range(18)]
+    assert dataset.it2t(3) == ("describe the image.", samples[3][1], samples[3][0])
     assert sorted(dataset.corpus(100)[1:]) == [text for text, _ in EXPECTED]
 
 # ---- Texts -------------------------------------------------------------------------------------
@@ -395,21 +334,20 @@ def test_text_formats(tmp_path, ending):
 
 
 def test_bad_text_files(tmp_path):
-    whole = gzip.compress(random.Random(0).randbytes(5000).hex().encode())
+    whole = gzip.compress(np.random.default_rng(0).bytes(5000).hex().encode())
     files = {"cut.txt.gz": whole[:3000], "no.txt.gz": b"plain", "blank.txt": b" \n<|endoftext|>\n",
              "empty.txt": b"", "a.pdf": b"x", "row.jsonl": b'{"text": ""}',
              "latin.txt": b"a\n\xe6\xbcx", "latin.txt.gz": gzip.compress(b"a\n\xe6\xbcx")}
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)
     for name in [*files, "nowhere.txt"]:
-        where = f"{name}:2" if "latin" in name else name
-        assert where in refused(TextFiles, [tmp_path / name])
+        line = ":2" if "latin" in name else ""
+        assert name + line in refused(TextFiles, [tmp_path / name])
 
 
 def test_windows_cover_the_text_and_begin_at_a_border(tmp_path):
     words = [f"word{i}." if i % 9 == 8 else f"word{i}" for i in range(3000)]
     (tmp_path / "a.txt").write_text(" ".join(words))
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(" ".join(words).encode()))
     texts = TextFiles([tmp_path / "a.txt"], seed=1, seq_len=32)
     windows = [texts.t2t(k) for k in range(texts.num_windows)]
     for window in windows:
@@ -419,24 +357,19 @@ def test_windows_cover_the_text_and_begin_at_a_border(tmp_path):
         assert got[:-1] == words[first:first + len(got) - 1]
         assert len(window) >= 256 or got[-1] == words[-1]               # fills 32 tokens
     assert set(words) == {word for window in windows for word in window.split() if word in words}
-    packed = TextFiles([tmp_path / "b.txt.gz"], seed=1, seq_len=32)
-    assert windows == [packed.t2t(k) for k in range(len(windows))]
     assert windows != [texts.t2t(k + texts.num_windows) for k in range(len(windows))]
 
-# ---- Together ----------------------------------------------------------------------------------
 
 def test_open_data(tmp_path):
-    folder = image_folder(tmp_path / "a")
     (tmp_path / "a.txt").write_text("once upon a time")
-    flags = dict(seed=0, data=[], text=[], image_size=[8], seq_len=256, aspect=False, downsample=8,
-                 pool=10, questions=0.5)
-    pictures_alone = data.open_data(Namespace(**flags | {"data": [folder]}))
-    texts_alone = data.open_data(Namespace(**flags | {"text": [tmp_path / "a.txt"]}))
-    both = data.open_data(Namespace(**flags | {"data": [folder], "text": [tmp_path / "a.txt"]}))
-    assert both.tasks == {"t2t", "t2i", "it2t"} and both.num_images == 6
-    assert both.t2t(4) == "once upon a time" and both.t2i(4) == pictures_alone.t2i(4)
+    flags = dict(seed=0, data=[], text=[], image_size=[24, 32], seq_len=256, aspect=False,
+                 downsample=8, pool=10, questions=0.5)
+    images, words = {"data": [image_folder(tmp_path / "a")]}, {"text": [tmp_path / "a.txt"]}
+    world, captioned, texts, both = (data.open_data(Namespace(**flags | more)) for more in (
+        {}, images, words, images | words))
+    assert isinstance(world, Scenes) and world.image_hw(0) == (24, 32) and world.num_images == 10
+    assert captioned.t2t(4).startswith("picture") and captioned.image_hw(0) == (24, 32)
+    assert texts.tasks == {"t2t"} and both.tasks == {"t2t", "t2i", "it2t"}
+    assert both.t2t(4) == "once upon a time" and both.t2i(4) == captioned.t2i(4)
     assert {"once upon a time", "picture 0", "picture 1"} <= set(both.corpus(12))
     assert [*both.captions()] == [(f"{i}.png", f"picture {i}") for i in range(6)]
-    assert pictures_alone.t2t(4).startswith("picture") and texts_alone.tasks == {"t2t"}
-    world = data.open_data(Namespace(**flags | {"image_size": [24, 32]}))
-    assert isinstance(world, Scenes) and world.image_hw(0) == (24, 32) and world.num_images == 10
