@@ -25,20 +25,13 @@ def draw(*shape, seed=0):
 
 # ---- The density, against Gaussians ------------------------------------------------------------
 
-def gaussian_flow(m, s):
-    """The exact velocity of data N(m, diag s^2): z_t = (1 - t) m + sd(t) u with u fixed along a
-    trajectory, hence dz/dt = -m + sd'(t) u."""
+def gaussian_flow(cov, m=0.0):
+    """The exact velocity of data N(m, cov), E[eps - z_0 | z_t = z]. dv/dz need not be diagonal."""
     def velocity_fn(z, t):
-        sd = torch.sqrt((1 - t) ** 2 * s ** 2 + t ** 2)
-        return -m + (t - (1 - t) * s ** 2) / sd * (z - (1 - t) * m) / sd
+        one = torch.eye(len(cov), dtype=cov.dtype)
+        variance, covariance = (1 - t) ** 2 * cov + t ** 2 * one, t * one - (1 - t) * cov
+        return (z - (1 - t) * m) @ torch.linalg.solve(variance, covariance) - m
     return velocity_fn
-
-
-def rotated_flow(cov):
-    """The exact velocity of data N(0, cov): dv/dz is symmetric, but not diagonal."""
-    eigenvalues, U = torch.linalg.eigh(cov)
-    velocity_fn = gaussian_flow(torch.zeros_like(eigenvalues), eigenvalues.sqrt())
-    return lambda z, t: velocity_fn(z @ U, t) @ U.T
 
 
 COV = torch.tensor([[1.0, 0.6, 0.2], [0.6, 0.8, -0.1], [0.2, -0.1, 0.5]], dtype=F64)
@@ -49,7 +42,7 @@ COV = torch.tensor([[1.0, 0.6, 0.2], [0.6, 0.8, -0.1], [0.2, -0.1, 0.5]], dtype=
 def test_density_of_a_gaussian(t, dtype):
     """Also of what the data has become at a time t above 0, where the grid ends."""
     z = draw(40, 3)
-    got = log_prob(rotated_flow(COV.to(dtype)), z.to(dtype), t + (1 - t) * flow.time_grid(16))
+    got = log_prob(gaussian_flow(COV.to(dtype)), z.to(dtype), t + (1 - t) * flow.time_grid(16))
     cov = (1 - t) ** 2 * COV + t ** 2 * torch.eye(3, dtype=F64)
     want = MultivariateNormal(torch.zeros(3, dtype=F64), cov).log_prob(z)
     assert got.dtype == dtype and got.shape == (40,)
@@ -60,8 +53,8 @@ def test_density_of_a_gaussian(t, dtype):
 def test_hutchinson_is_unbiased(probe):
     n, grid = 10_000, flow.time_grid(8)
     z = draw(1, 3).expand(n, 3)
-    got = log_prob(rotated_flow(COV), z, grid, probe(draw(n, 3, seed=4)))
-    want = log_prob(rotated_flow(COV), z[:1], grid)
+    got = log_prob(gaussian_flow(COV), z, grid, probe(draw(n, 3, seed=4)))
+    want = log_prob(gaussian_flow(COV), z[:1], grid)
     assert got.std() > 0.05, "a single probe is noisy"
     assert (got.mean() - want).abs() < 4.5 * got.std() / math.sqrt(n)
 
@@ -71,7 +64,7 @@ def test_known_positions_condition_the_density():
     is isotropic, so one probe of signs is exact."""
     def velocity_fn(z, t):
         a, b = z[:, :1], z[:, 1:]
-        v = gaussian_flow(0.8 * a, torch.tensor(0.3, dtype=F64))
+        v = gaussian_flow(0.09 * torch.eye(4, dtype=F64), 0.8 * a)
         return torch.cat([1e3 * b[:, :1], v(b, t)], 1)     # that of a is ignored
     z, known = draw(30, 3, 4), torch.tensor([[True, False, False]]).expand(30, 3)
     exact, estimate = (log_prob(velocity_fn, z, flow.time_grid(32), probe, known)
@@ -134,8 +127,7 @@ def test_the_iwae_is_above_the_elbo_and_rises_with_k():
     assert iwae(log_w, zero, zero).item() == pytest.approx(-2000 + math.log((1 + math.exp(-1)) / 2))
 
 
-def test_perplexity():
-    """Texts count by their length."""
+def test_perplexity_counts_texts_by_their_length():
     assert likelihood.perplexity([-6.0, -2.0], [1, 3]).item() == pytest.approx(math.exp(2.0))
 
 # ---- Texts -------------------------------------------------------------------------------------
@@ -160,14 +152,23 @@ def system(block_len, noise, *flags):
                          ((1, 0, 1, 1.0), (4, 6, 1, 1.0), (2, 3, 2, 3.0)))
 def test_terms_where_the_prior_is_standard_normal(block_len, known, patch, scale, t_min):
     """Against the decoder's log softmax, N(z; 0, I) and N(z; mean, var) of all latents that are not
-    known. With t_min, N(0, I) is divided by 1 - t_min, and q has the noise of the time."""
-    model, K = system(block_len, 0.0, "--text_patch", str(patch)), 3
+    known. These are encoded alone, as in training: the text VAE has blocks, in which they would
+    otherwise know the response. With t_min, N(0, I) is divided by 1 - t_min, and q has its noise.
+    """
+    flags = f"--text_patch {patch} --vae_block_len {block_len}"
+    model, K = system(block_len, 0.0, *flags.split()), 3
     model.text_vae.config.scaling_factor = scale
+    for p in model.text_vae.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.1)
     ids = model.ids(TEXT, end=True)
     n = len(ids) // patch
     px, pz, q = likelihood.log_weights(model, ids, K, t_min + (1 - t_min) * GRID, known, seed=5)
     assert px.shape == pz.shape == q.shape == (K, n // block_len)
-    mean, logvar = model.text_vae.encode(torch.tensor(ids), [n])
+    alone = model.text_vae.encode(torch.tensor(ids[:known * patch]), [known])
+    whole = model.text_vae.encode(torch.tensor(ids), [n])
+    assert not known or (alone[0] - whole[0][:known]).abs().max() > 1e-3
+    mean, logvar = (torch.cat([a, x[known:]]) for a, x in zip(alone, whole))
+    torch.testing.assert_close(likelihood.posterior(model, ids, known, t_min)[0], mean * scale)
     std = (logvar / 2).exp() * scale
     std[known:] = (std[known:] ** 2 + (t_min / (1 - t_min)) ** 2).sqrt()
     for k in range(K):
@@ -200,17 +201,6 @@ def test_a_text_is_the_product_of_its_blocks(block_len, cut, t_min):
             assert later == blocks or (a - c)[:, blocks].abs().min() > 1e-2
     flat = likelihood.log_weights(system(block_len, 0.0), ids, 2, grid)
     assert (whole[1] - flat[1]).abs().max() > 0.1
-
-
-def test_known_latents_are_encoded_alone():
-    """As in training: where the text VAE has blocks, they would otherwise know the response."""
-    model = system(4, 0.1, "--vae_block_len", "4")
-    ids = model.ids(TEXT, end=True)
-    encode = lambda part: model.text_vae.encode(torch.tensor(part), [len(part)])[0]
-    alone, whole = encode(ids[:6]), encode(ids)
-    assert (alone - whole[:6]).abs().max() > 1e-3
-    mean, _ = likelihood.posterior(model, ids, known=6, t_min=0.0)
-    torch.testing.assert_close(mean, torch.cat([alone, whole[6:]]))
 
 
 def test_hutchinson_agrees_with_the_exact_divergence_in_the_mean():

@@ -27,14 +27,13 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["there is a red circle. it is above a blue square.", TEXT] * 3, 400)
 
 
-def system(tokenizer, logsnr=None, **prior) -> Cola:
+def system(tokenizer, logsnr=None, as_released=True) -> Cola:
     """A system of random weights, none of them 0."""
     torch.manual_seed(0)
     vae = TextVAE(TextVAEConfig(tokenizer.n_vocab, 24, 48, 2, 1, 2, 8, patch_size=2, block_len=2,
                                 logsnr=logsnr, scaling_factor=0.7, shifting_factor=0.1))
-    settings = dict(width=16, heads=2, head_dim=8, layers=2, dual_layers=1, emb_dim=16, rope_dim=6,
-                    as_released=True)
-    mmdit = MMDiT(MMDiTConfig(8, 4, **settings | prior))
+    mmdit = MMDiT(MMDiTConfig(8, 4, width=16, heads=2, head_dim=8, layers=2, dual_layers=1,
+                              emb_dim=16, rope_dim=6, as_released=as_released))
     for p in (*vae.parameters(), *mmdit.parameters()):
         p.data.normal_(std=0.3)
     image_vae = ImageVAE(ImageVAEConfig(4, width=8, blocks=1))
@@ -62,11 +61,13 @@ def refused(match, function, *args):
 
 @pytest.mark.parametrize("patch", ("p1", "p2"))
 @torch.no_grad()
-def test_numbers_of_the_release(patch):
-    """Posteriors and logits of the text VAE, velocities of the prior, in training and cached."""
-    vae = release.load_text_vae(OFFICIAL / patch / "cola_vae")
-    model, bl = release.load_mmdit(OFFICIAL / patch / "cola_dit")
-    want = release.read_safetensors(OFFICIAL / patch / "expected.safetensors")
+def test_a_public_release(patch, tmp_path):
+    """Posteriors and logits of the text VAE; velocities of the prior, in training and cached. Then
+    every tensor and setting is written back."""
+    folder = OFFICIAL / patch
+    vae = release.load_text_vae(folder / "cola_vae")
+    model, bl = release.load_mmdit(folder / "cola_dit")
+    want = release.read_safetensors(folder / "expected.safetensors")
     lengths = [len(want["mean_0"]), len(want["mean_1"])]
     for i in (0, 1):
         mean, logvar = vae.encode(want[f"ids_{i}"], [lengths[i]])
@@ -93,14 +94,8 @@ def test_numbers_of_the_release(patch):
     close(model(z, None, t, zeros, block, after, cache)[0], want["gen_v_cond"])
     close(model(z, None, t, zeros, block, alone)[0], want["gen_v_uncond"])
 
-
-@pytest.mark.parametrize("patch", ("p1", "p2"))
-def test_every_tensor_and_setting_is_written_back(patch, tmp_path):
-    folder = OFFICIAL / patch
-    mmdit, block_len = release.load_mmdit(folder / "cola_dit")
-    vae = release.load_text_vae(folder / "cola_vae")
     small = Tokenizer([b"a"], ".", {"<|endoftext|>": 1})
-    release.save(Cola(vae, None, mmdit, small, block_len, (0, 0), 0.0), tmp_path / "r")
+    release.save(Cola(vae, None, model, small, bl, (0, 0), 0.0), tmp_path / "r")
     for part in ("cola_vae", "cola_dit"):
         want, got = (release.read_weights(x / part) for x in (folder, tmp_path / "r"))
         assert got.keys() == want.keys()
@@ -167,16 +162,13 @@ def test_a_fresh_image_side(saved):
         assert (model.image_norm.weight == 1).all() and not model.image_out.weight.any()
 
 
-def test_flags(saved):
+def test_command_and_flags(saved, tmp_path, capsys):
+    model, path = saved[0], tmp_path / "ckpt.pt"
     assert release.flags(saved[1]) == {
         "text_latent_dim": 8, "text_patch": 2, "text_vae_width": 24, "text_vae_layers": 1,
         "text_vae_heads": 2, "vae_block_len": 2, "vae_logsnr": "learned", "width": 16, "layers": 2,
-        "heads": 2, "block_len": 4, "vocab_size": saved[0].tokenizer.n_vocab, "tokenizer": "",
+        "heads": 2, "block_len": 4, "vocab_size": model.tokenizer.n_vocab, "tokenizer": "",
         "as_released": True}
-
-
-def test_command(saved, tmp_path, capsys):
-    model, path = saved[0], tmp_path / "ckpt.pt"
     state = nn.ModuleDict(model.parts()).state_dict()
     torch.save({"format": cola.FORMAT, "config": model.config(), "model": state, "ema": {},
                 "tokenizer": model.tokenizer.to_dict(), "progress": {"mmdit": 1}}, path)
@@ -199,11 +191,9 @@ def test_damaged_tensors(tmp_path):
     for size in (*range(0, len(whole), 97), len(whole) - 1):
         path.write_bytes(whole[:size])
         refused("a.safetensors", release.read_safetensors, path)
-    entries = [{"dtype": dtype, "shape": [shape], "data_offsets": offsets}
-               for dtype, shape, offsets in (("F32", 4, [0, 12]), ("F32", 3, [4, 16]),
-                                             ("F8", 12, [0, 12]))]
-    for header in (*({"a": entry} for entry in entries), {"a": 3}, [1]):
-        text = json.dumps(header).encode()
+    right = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
+    for wrong in ({"shape": [4]}, {"data_offsets": [4, 16]}, {"dtype": "F8"}, {"shape": 0.5}):
+        text = json.dumps({"a": right | wrong}).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
         refused("a.safetensors", release.read_safetensors, path)
 
@@ -287,7 +277,6 @@ def test_bytes_in_another_order_and_the_pattern_of_gpt2(tokenizer, written):
     read = release.read_tokenizer(path)
     assert read.encode(TEXT) == by_merges(state, TEXT) != tokenizer.encode(TEXT)
     assert read.decode(read.encode(TEXT)) == TEXT and (read.end, read.n_vocab) == (n + 1, n + 5)
-    assert Tokenizer.from_dict(read.to_dict()).encode(TEXT) == read.encode(TEXT)
 
 
 @pytest.mark.parametrize("change, match", (
