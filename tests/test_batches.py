@@ -1,8 +1,8 @@
 """pytest tests/test_batches.py"""
 import copy
-import dataclasses
 import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,15 +43,9 @@ def with_flags(made, *flags, model=None):
 
 
 def texts_of(made, task, k):
-    """Those that the text VAE encodes for a sample: its text, then its instruction if it has one."""
+    """Those that the text VAE encodes for a sample: its text, then its instruction, if any."""
     item = getattr(made.dataset, TASKS[task])(k)
     return [item] if task == T2T else [item[0]] if task == T2I else [item[2], item[0]]
-
-
-def with_vae(made, first_block="clean", **changed):
-    """The same system, but for its first block and settings of its text VAE."""
-    vae = TextVAE(dataclasses.replace(made.model.text_vae.config, **changed))
-    return dataclasses.replace(made.model, text_vae=vae, first_block=first_block)
 
 # ---- A batch against its samples ---------------------------------------------------------------
 
@@ -104,9 +98,11 @@ def test_batch_against_its_samples(made, task):
 @pytest.mark.parametrize("patch", (1, 2, 4))
 @pytest.mark.parametrize("mode", FIRST_BLOCK)
 def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch, made):
-    """Before the cut is what generate_text encodes; padding stays clean and bears no loss."""
-    made = with_flags(made, model=with_vae(made, mode, patch_size=patch))
-    model, end, seen = made.model, made.model.tokenizer.end, set()
+    """Before the cut is what generate_text encodes, alone, as the VAE looks ahead in a block;
+    padding stays clean and bears no loss."""
+    vae = TextVAE(replace(made.model.text_vae.config, patch_size=patch, block_len=4))
+    made = with_flags(made, model=replace(made.model, text_vae=vae, first_block=mode))
+    model, end, seen, start = made.model, made.model.tokenizer.end, set(), 0
     b = made.prior([(T2T, k) for k in range(30)])
     for k in range(30):
         draw, again = (data.rng(0, k, Purpose.DROP) for _ in range(2))
@@ -118,7 +114,12 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch, made):
         assert ids[:cut * patch] == prefix and length == cut * patch
         assert ids[length:][:len(text) - at] == text[at:]
         assert {*ids[length + len(text) - at:]} == {end}
-        noisy = (b.layout.sample == k) & (b.layout.segment == N)
+        assert made.t2t(k).texts == [ids] + [prefix] * (cut > 0)
+        mine, n = b.layout.sample == k, len(ids) // patch
+        row = b.layout.row[mine].numpy()
+        assert np.array_equal(b.source[mine] - start, np.where(row < cut, n + row, row))
+        start += n + cut
+        noisy = mine & (b.layout.segment == N)
         index, t = b.layout.row[noisy].numpy(), b.t[b.t_index[noisy]]
         padded = {i // patch for i in range(length) if prefix[i] == end and mode != "repaint"}
         in_block = index // made.block_len == cut // made.block_len
@@ -129,16 +130,6 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch, made):
     assert ("padded" in seen) == (mode in ("left", "right") or mode == "clean" and patch > 1)
     assert ("inside" in seen) == (mode == "clean")
 
-
-def test_a_prefix_is_encoded_alone_where_the_vae_looks_ahead(made):
-    """As in sampling, where the rest of its VAE block is not there yet."""
-    made = with_flags(made, "--cfg_drop", "0", model=with_vae(made, block_len=4))
-    for k in range(10):
-        text, *prefix = made.t2t(k).texts
-        b, n, cut = made.prior([(T2T, k)]), len(text), len(prefix[0]) if prefix else 0
-        assert prefix in ([], [text[:cut]])
-        index = b.layout.row.numpy()
-        assert np.array_equal(b.source.numpy(), np.where(index < cut, n + index, index))
 
 # ---- What a batch depends on -------------------------------------------------------------------
 

@@ -138,7 +138,7 @@ def test_wrong_pictures_are_refused():
         "four objects": pictures.render(Scene("black", tuple(four)))}
     assert [name for name, image in wrong.items() if pictures.read_image(image)] == []
     assert pictures.read_image(blue)
-    for function, *args in ((pictures.render, EXAMPLE, (16, 16)), (pictures.read_image, blue / 255)):
+    for function, *args in ((pictures.render, EXAMPLE, (16, 16)), (pictures.read_image, red / 255)):
         with pytest.raises(ValueError):
             function(*args)
 
