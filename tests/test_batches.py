@@ -1,8 +1,8 @@
 """pytest tests/test_batches.py"""
 import copy
-import dataclasses
 import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,28 +42,29 @@ def with_flags(made, *flags, model=None):
     return Batches(config.merge(config.parse([*TINY, *flags])), made.dataset, model or made.model)
 
 
-def with_vae(made, first_block="clean", **changed):
-    """The same system, but for its first block and settings of its text VAE."""
-    vae = TextVAE(dataclasses.replace(made.model.text_vae.config, **changed))
-    return dataclasses.replace(made.model, text_vae=vae, first_block=first_block)
+def texts_of(made, task, k):
+    """Those that the text VAE encodes for a sample: its text, then its instruction, if any."""
+    item = getattr(made.dataset, TASKS[task])(k)
+    return [item] if task == T2T else [item[0]] if task == T2I else [item[2], item[0]]
 
 # ---- A batch against its samples ---------------------------------------------------------------
 
 @pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=TASKS)
 def test_batch_against_its_samples(made, task):
-    """Every position, from the sample's own tokens, cut and draws."""
+    """Every position, from the sample's own tokens, cut and draws: the same in another batch."""
     args, model, bl, seen = made.args, made.model, made.args.block_len, set()
     b = made.prior([(task, k) for k in range(30)])
     is_text, t = b.layout.segment != I, b.t[b.t_index]
     tokens = b.ids[b.source]                                   # one token per latent
+    noisy = b.layout.segment[is_text] == N
     assert torch.equal((t > 0).nonzero()[:, 0], b.targets) and (b.text_task == task).all()
     assert torch.equal(t[is_text] > 0, b.text_moves) and torch.equal(t[~is_text] > 0, b.image_moves)
-    assert torch.equal(b.eps_text.any(1), b.layout.segment[is_text] == N)
+    assert torch.equal(b.eps_text.any(1), noisy) and not b.text_moves[~noisy].any()
+    assert task == T2T or b.text_moves[noisy].all()            # else below: some are given
     assert (b.image_moves == (task == T2I)).all() and len(b.z_image) == (~is_text).sum()
     for s in range(30):
-        item, draw = getattr(made.dataset, TASKS[task])(s), data.rng(0, s, Purpose.DROP)
-        text = model.ids(item if task == T2T else item[0] if task == T2I else item[2], end=True)
-        prompt = model.ids(item[0], end=False) if task == IT2T else []
+        (text, *prompt), draw = texts_of(made, task, s), data.rng(0, s, Purpose.DROP)
+        text, prompt = model.ids(text, end=True), model.ids("".join(prompt), end=False)
         dropped = draw.random() < args.cfg_drop
         auxiliary = task == T2I and draw.random() < args.aux_caption
         cut = int(draw.integers(text.index(model.tokenizer.end) + 1)) if task == T2T else 0
@@ -77,17 +78,17 @@ def test_batch_against_its_samples(made, task):
         assert "".join(masks.SEGMENTS[x] for x in b.layout.segment[mine]) == segments
         p = segments.count("P")
         index = [*range(segments.count("C")), *range(n - segments.count("N"), n)]
-        given = [i < cut and i // bl == cut // bl for i in range(n - segments.count("N"), n)]
         assert tokens[mine[is_text]].tolist() == prompt[:p] + [text[i] for i in index]
         first = b.source[mine[is_text]][p:] - torch.tensor(index)
         assert len(first.unique()) <= 1                        # C and N share the latents
         rows = [*range(p), *(len(prompt) + i for i in index)]
         assert b.layout.row[mine & is_text].tolist() == rows
-        moves = [False] * (len(index) + p - len(given)) + [not g for g in given]
-        assert b.text_moves[mine[is_text]].tolist() == moves
-        cases = {"dropped": dropped, "auxiliary": auxiliary and not dropped, "given": any(given)}
-        seen |= {name for name, happened in cases.items() if happened}
-    assert seen == {"dropped"} | {T2T: {"given"}, T2I: {"auxiliary"}, IT2T: set()}[task]
+        seen |= {(dropped, auxiliary and not dropped)}
+    assert len(seen) == (3 if task == T2I else 2)
+    alone = made.prior([(task, s)])
+    assert torch.equal(b.eps_text[mine[is_text]], alone.eps_text)
+    assert torch.equal(b.eps_image[mine[~is_text]], alone.eps_image)
+    torch.testing.assert_close(t[mine], alone.t[alone.t_index])
     text = dict.fromkeys(TASKS, 0) | {TASKS[task]: int(b.text_moves.sum()) * 16}
     assert b.counts() == text | {
         "positions": len(b.t_index), "image": int(b.image_moves.sum()) * 32, "tokens": len(b.ids),
@@ -97,10 +98,11 @@ def test_batch_against_its_samples(made, task):
 @pytest.mark.parametrize("patch", (1, 2, 4))
 @pytest.mark.parametrize("mode", FIRST_BLOCK)
 def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch, made):
-    """What is before the cut is what generate_text encodes; padding stays clean and bears no loss;
-    behind the cut the text goes on."""
-    made = with_flags(made, "--cfg_drop", "0", model=with_vae(made, mode, patch_size=patch))
-    model, end, seen = made.model, made.model.tokenizer.end, set()
+    """Before the cut is what generate_text encodes, alone, as the VAE looks ahead in a block;
+    padding stays clean and bears no loss."""
+    vae = TextVAE(replace(made.model.text_vae.config, patch_size=patch, block_len=4))
+    made = with_flags(made, model=replace(made.model, text_vae=vae, first_block=mode))
+    model, end, seen, start = made.model, made.model.tokenizer.end, set(), 0
     b = made.prior([(T2T, k) for k in range(30)])
     for k in range(30):
         draw, again = (data.rng(0, k, Purpose.DROP) for _ in range(2))
@@ -112,7 +114,12 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch, made):
         assert ids[:cut * patch] == prefix and length == cut * patch
         assert ids[length:][:len(text) - at] == text[at:]
         assert {*ids[length + len(text) - at:]} == {end}
-        noisy = (b.layout.sample == k) & (b.layout.segment == N)
+        assert made.t2t(k).texts == [ids] + [prefix] * (cut > 0)
+        mine, n = b.layout.sample == k, len(ids) // patch
+        row = b.layout.row[mine].numpy()
+        assert np.array_equal(b.source[mine] - start, np.where(row < cut, n + row, row))
+        start += n + cut
+        noisy = mine & (b.layout.segment == N)
         index, t = b.layout.row[noisy].numpy(), b.t[b.t_index[noisy]]
         padded = {i // patch for i in range(length) if prefix[i] == end and mode != "repaint"}
         in_block = index // made.block_len == cut // made.block_len
@@ -124,39 +131,7 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch, made):
     assert ("inside" in seen) == (mode == "clean")
 
 
-def test_a_prefix_is_encoded_alone_where_the_vae_looks_ahead(made):
-    """As in sampling, where the rest of its VAE block is not there yet."""
-    made = with_flags(made, "--cfg_drop", "0", model=with_vae(made, block_len=4))
-    for k in range(10):
-        text, *prefix = made.t2t(k).texts
-        b, n, cut = made.prior([(T2T, k)]), len(text), len(prefix[0]) if prefix else 0
-        assert prefix in ([], [text[:cut]])
-        index = b.layout.row.numpy()
-        assert np.array_equal(b.source.numpy(), np.where(index < cut, n + index, index))
-
 # ---- What a batch depends on -------------------------------------------------------------------
-
-def test_sample_k_does_not_depend_on_its_batch(made):
-    for task in (T2T, T2I, IT2T):
-        six, tail = made.prior([(task, k) for k in range(6)]), made.prior([(task, 4), (task, 5)])
-        mine, is_image = six.layout.sample >= 4, six.layout.segment == I
-        assert torch.equal(six.eps_text[mine[~is_image]], tail.eps_text)
-        assert torch.equal(six.eps_image[mine[is_image]], tail.eps_image)
-        torch.testing.assert_close(six.t[six.t_index[mine]], tail.t[tail.t_index])
-        torch.testing.assert_close(six.z_image[mine[is_image]], tail.z_image)
-
-
-def test_image_latents_are_those_of_the_image_vae_as_it_is_now(made):
-    """No latent is kept from a batch made before its statistics changed."""
-    model = dataclasses.replace(made.model, image_vae=copy.deepcopy(made.model.image_vae))
-    made = with_flags(made, model=model)
-    pixels = made.dataset.images([made.dataset.t2i(k)[1] for k in range(4)])
-    for _ in range(2):
-        latents = made.prior([(T2I, k) for k in range(4)]).z_image
-        torch.testing.assert_close(latents, model.encode_images(pixels))
-        assert not latents.requires_grad
-        model.image_vae.latent_mean += 1
-
 
 def test_tasks_of_a_step_follow_the_shares(made):
     shares = config.task_shares("t2t:1,t2i:2,it2t:0")
@@ -207,11 +182,17 @@ def test_times_shift_with_the_size_of_each_image(two_sizes, monkeypatch):
     assert len(sizes) == 2
 
 
-def test_packed_image_latents_are_in_the_order_of_the_samples(two_sizes):
-    numbers = [4, 1, 3, 0, 2, 5]
-    together = two_sizes.image_latents(numbers)
-    each = torch.cat([two_sizes.image_latents([i]) for i in numbers])
-    torch.testing.assert_close(together, each, atol=1e-5, rtol=1e-5)
+def test_image_latents_are_those_of_the_image_vae_as_it_is_now(two_sizes):
+    """In the order of the samples. None is kept from before the statistics changed."""
+    model = copy.deepcopy(two_sizes.model)
+    made = with_flags(two_sizes, model=model)
+    pixels = made.dataset.images([made.dataset.t2i(k)[1] for k in range(6)])
+    for _ in range(2):
+        latents = made.prior([(T2I, k) for k in range(6)]).z_image
+        each = torch.cat([model.encode_images([x]) for x in pixels])
+        torch.testing.assert_close(latents, each, atol=1e-5, rtol=1e-5)
+        assert not latents.requires_grad
+        model.image_vae.latent_mean += 1
 
 # ---- Stages 1 and 1b ---------------------------------------------------------------------------
 
@@ -220,11 +201,8 @@ def test_texts_of_stage_1_are_those_of_the_tasks(made):
     texts = iter(b.ids.split(b.lengths))                       # one token per latent
     for k in range(60):
         tasks.append(batches.pick_task(made.shares, data.rng(0, k, Purpose.TASK).random()))
-        item = getattr(made.dataset, TASKS[tasks[-1]])(k)
-        text = item if tasks[-1] == T2T else item[0] if tasks[-1] == T2I else item[2]
-        assert made.model.tokenizer.decode(next(texts)) == text
-        if tasks[-1] == IT2T:
-            assert made.model.tokenizer.decode(next(texts)) == item[0]
+        for text in texts_of(made, tasks[-1], k):
+            assert made.model.tokenizer.decode(next(texts)) == text
     assert next(texts, None) is None and min(map(tasks.count, (T2T, T2I, IT2T))) > 10
     assert b.posterior_noise.shape == (sum(b.lengths), 16)
     assert 0.1 < b.masked.float().mean() < 0.2
@@ -232,12 +210,15 @@ def test_texts_of_stage_1_are_those_of_the_tasks(made):
                           "masked": int(b.masked.sum())}
 
 
-def test_texts_alone(tmp_path):
-    """A dataset without images."""
+def test_batches_without_images_or_conditions(made, tmp_path):
     (tmp_path / "a.txt").write_text("one two three four. " * 50)
     texts = batches_for("--text", str(tmp_path / "a.txt"), "--tasks", "t2t:1")
     b = texts.prior([(T2T, k) for k in range(4)])
     assert b.z_image.shape == (0, 32) and b.counts()["t2t"] > 0 == b.counts()["image"]
+    for task, segments in ((T2T, {N}), (T2I, {I}), (IT2T, {N})):
+        b = with_flags(made, "--cfg_drop", "1").prior([(task, k) for k in range(4)])
+        assert {*b.layout.segment.tolist()} == segments and len(b.targets)
+        assert len(b.z_image) == (64 if task == T2I else 0)
 
 
 def test_a_long_text_is_cut_to_whole_blocks_and_does_not_end(made):
@@ -258,13 +239,6 @@ def test_images_of_stage_1b_come_by_size(two_sizes, made):
     assert torch.equal(torch.cat(pixels), made.images(range(40))[0].x)
 
 # ---- Ahead of the device -----------------------------------------------------------------------
-
-def test_batches_whose_conditions_are_all_dropped(made):
-    for task, segments in ((T2T, {N}), (T2I, {I}), (IT2T, {N})):
-        b = with_flags(made, "--cfg_drop", "1").prior([(task, k) for k in range(4)])
-        assert {*b.layout.segment.tolist()} == segments and len(b.targets)
-        assert len(b.z_image) == (64 if task == T2I else 0)
-
 
 def test_a_batch_is_counted_before_it_moves(made, monkeypatch):
     """On a GPU, counting would wait for it; on "meta", a tensor has no values at all."""
@@ -288,8 +262,8 @@ def test_batches_come_in_order_and_one_step_ahead_and_errors_reach_the_loop():
         return [batches.ImageBatch(torch.full((1,), float(step)), torch.zeros(1, 1, 1, 1))]
     coming = batches.ahead(make, range(3, 9), CPU)
     for expected in (3, 4, 5):
-        step, micro, waited = next(coming)
+        step, (batch,), _ = next(coming)
         time.sleep(0.05)                                       # the step itself
-        assert micro[0].x == step == expected and waited >= 0 and started == [*range(3, step + 2)]
+        assert batch.x == step == expected and started == [*range(3, step + 2)]
     with pytest.raises(OSError, match="disk"):
         next(coming)

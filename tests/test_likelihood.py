@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Normal, kl_divergence
 
 import checkpoint
 import config
@@ -20,105 +20,52 @@ from likelihood import elbo, iwae, log_normal, log_prob
 F64 = torch.float64
 
 
-def draw(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
+# ---- The density, against closed forms ---------------------------------------------------------
 
-def draw_signs(*shape, seed=0):
-    signs = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed))
-    return signs.to(F64) * 2 - 1
-
-# ---- The density, against Gaussians ------------------------------------------------------------
-
-def gaussian_flow(m, s):
-    """The exact velocity of data N(m, diag s^2): z_t = (1 - t) m + sd(t) u with u fixed along a
-    trajectory, hence dz/dt = -m + sd'(t) u."""
-    def velocity_fn(z, t):
-        sd = torch.sqrt((1 - t) ** 2 * s ** 2 + t ** 2)
-        return -m + (t - (1 - t) * s ** 2) / sd * (z - (1 - t) * m) / sd
-    return velocity_fn
-
-
-def rotated_flow(cov):
-    """The exact velocity of data N(0, cov): dv/dz is symmetric, but not diagonal."""
-    eigenvalues, U = torch.linalg.eigh(cov)
-    velocity_fn = gaussian_flow(torch.zeros_like(eigenvalues), eigenvalues.sqrt())
-    return lambda z, t: velocity_fn(z @ U, t) @ U.T
-
-
-COV = torch.tensor([[1.0, 0.6, 0.2], [0.6, 0.8, -0.1], [0.2, -0.1, 0.5]], dtype=F64)
-
-
-def test_log_normal():
-    z, mean, logvar = draw(4, 3), draw(4, 3, seed=1), draw(4, 3, seed=2)
-    torch.testing.assert_close(log_normal(z, mean, logvar),
-                               Normal(mean, (logvar / 2).exp()).log_prob(z))
-    torch.testing.assert_close(log_normal(z), Normal(0.0, 1.0).log_prob(z))
+MEANS = torch.tensor([[0.0, 1.0, 0.5], [0.8, -1.0, 0.0]], dtype=F64)
+STDS = torch.tensor([0.4, 0.3], dtype=F64)
 
 
 @pytest.mark.parametrize("dtype", (F64, torch.float32))
 @pytest.mark.parametrize("t", (0.0, 0.3))
-def test_density_of_a_gaussian(t, dtype):
-    """Also of what the data has become at a time t above 0, where the grid ends."""
-    z = draw(40, 3)
-    got = log_prob(rotated_flow(COV.to(dtype)), z.to(dtype), t + (1 - t) * flow.time_grid(16))
-    cov = (1 - t) ** 2 * COV + t ** 2 * torch.eye(3, dtype=F64)
-    want = MultivariateNormal(torch.zeros(3, dtype=F64), cov).log_prob(z)
-    assert got.dtype == dtype and got.shape == (40,)
-    assert ((got - want).abs() / 3).max() < 1e-3           # nats per number
+def test_density_of_a_mixture_of_gaussians(t, dtype):
+    """Its velocity is not linear in z. Also of what the data has become at a time t above 0, where
+    the grid ends."""
+    z, grid = draw(50, 3), t + (1 - t) * flow.time_grid(64)
+    got = log_prob(mixture_velocity(MEANS.to(dtype), STDS.to(dtype)), z.to(dtype), grid)
+    parts = [Normal((1 - t) * m, ((1 - t) ** 2 * s ** 2 + t ** 2).sqrt()).log_prob(z).sum(1)
+             for m, s in zip(MEANS, STDS)]
+    assert got.dtype == dtype and got.shape == (50,)
+    assert ((got - torch.logaddexp(*parts) + math.log(2)).abs() / 3).max() < 1e-3    # per number
 
 
-def test_an_isotropic_flow_needs_one_probe_of_signs():
-    m, s, grid = draw(2, 4), torch.full((2, 4), 0.6, dtype=F64), flow.time_grid(16)
-    z = m + s * draw(10, 2, 4, seed=1)
-    got = log_prob(gaussian_flow(m, s), z, grid, draw_signs(10, 2, 4))
-    assert ((got - Normal(m, s).log_prob(z).sum((1, 2))).abs() / 8).max() < 1e-3
-    torch.testing.assert_close(got, log_prob(gaussian_flow(m, s), z, grid))
-
-
-@pytest.mark.parametrize("probe", (draw_signs, draw))
+@pytest.mark.parametrize("probe", (torch.sign, torch.clone), ids=("signs", "normal"))
 def test_hutchinson_is_unbiased(probe):
-    n, grid = 10_000, flow.time_grid(8)
+    n, grid, velocity_fn = 10_000, flow.time_grid(8), mixture_velocity(MEANS, STDS)
     z = draw(1, 3).expand(n, 3)
-    got = log_prob(rotated_flow(COV), z, grid, probe(n, 3, seed=4))
-    want = log_prob(rotated_flow(COV), z[:1], grid)
+    got = log_prob(velocity_fn, z, grid, probe(draw(n, 3, seed=4)))
+    want = log_prob(velocity_fn, z[:1], grid)
     assert got.std() > 0.05, "a single probe is noisy"
     assert (got.mean() - want).abs() < 4.5 * got.std() / math.sqrt(n)
 
 
-@pytest.mark.parametrize("hutchinson", (False, True))
-def test_known_positions_condition_the_density(hutchinson):
-    """z = (a, b), a known and b | a ~ N(0.8 a, 0.3^2): the flow of b alone, in a larger latent."""
+def test_known_positions_condition_the_density():
+    """z = (a, b), a known and b | a ~ N(0.8 a, 0.3^2): the flow of b alone, in a larger latent. It
+    is isotropic, so one probe of signs is exact."""
     def velocity_fn(z, t):
         a, b = z[:, :1], z[:, 1:]
-        v = gaussian_flow(0.8 * a, torch.tensor(0.3, dtype=F64))
-        return torch.cat([1e3 * b, v(b, t)], 1)            # that of a is ignored
-    z = draw(30, 2, 1)
-    known = torch.tensor([[True, False]]).expand(30, 2)
-    probe = draw_signs(30, 2, 1) if hutchinson else None
-    got = log_prob(velocity_fn, z, flow.time_grid(32), probe, known)
-    want = Normal(0.8 * z[:, 0, 0], 0.3).log_prob(z[:, 1, 0])
-    assert (got - want).abs().max() < 1e-3
-
-
-def test_density_of_a_mixture():
-    """A velocity that is not linear in z."""
-    means = torch.tensor([[0.0, 1.0], [0.0, -1.0]], dtype=F64)
-    stds, z = torch.tensor([0.4, 0.2], dtype=F64), draw(50, 2)
-    got = log_prob(mixture_velocity(means, stds), z, flow.time_grid(64))
-    parts = [Normal(m, s).log_prob(z).sum(1) for m, s in zip(means, stds)]
-    assert ((got - torch.logaddexp(*parts) + math.log(2)).abs() / 2).max() < 1e-3
-
-
-def test_blocks_factorize():
-    """Eq. 10.16: log p(z_1) + log p(z_2 | z_1), from one solve, is the joint Gaussian's density."""
-    a, s, z = 0.8, 0.5, draw(20, 2)            # z_1 ~ N(0, 1), z_2 | z_1 ~ N(a z_1, s^2)
-    m = torch.stack([torch.zeros(20, dtype=F64), a * z[:, 0]], 1).reshape(40, 1)
-    sd = torch.tensor([1.0, s], dtype=F64).repeat(20)[:, None]
-    blocks = log_prob(gaussian_flow(m, sd), z.reshape(40, 1), flow.time_grid(32))
-    cov = torch.tensor([[1.0, a], [a, a ** 2 + s ** 2]], dtype=F64)
-    want = MultivariateNormal(torch.zeros(2, dtype=F64), cov).log_prob(z)
-    torch.testing.assert_close(blocks.reshape(20, 2).sum(1), want, atol=1e-4, rtol=0)
+        slope = (t - (1 - t) * 0.09) / ((1 - t) ** 2 * 0.09 + t ** 2)
+        v = slope * (b - (1 - t) * 0.8 * a) - 0.8 * a
+        return torch.cat([1e3 * b[:, :1], v], 1)           # that of a is ignored
+    z, known = draw(30, 3, 4), torch.tensor([[True, False, False]]).expand(30, 3)
+    exact, estimate = (log_prob(velocity_fn, z, flow.time_grid(32), probe, known)
+                       for probe in (None, draw(30, 3, 4, seed=1).sign()))
+    want = Normal(0.8 * z[:, :1], 0.3).log_prob(z[:, 1:]).sum((1, 2))
+    assert (exact - want).abs().max() < 1e-3
+    torch.testing.assert_close(estimate, exact)
 
 
 @pytest.mark.parametrize("probe", (None, torch.ones(2, 3)))
@@ -133,57 +80,39 @@ def test_log_prob_leaves_no_graph(grad, probe):
 # ---- Bounds: z ~ N(0, 1) and x | z ~ N(z, NOISE), so that x ~ N(0, 1 + NOISE) ------------------
 
 NOISE = 0.25
+X = torch.tensor(1.3, dtype=F64)
+TRUTH = Normal(0.0, math.sqrt(1 + NOISE)).log_prob(X)
 
 
-def weights(x, mean, var, K, n):
+def weights(mean, var, K, n):
     """The three terms of log w for n repetitions of K draws from q = N(mean, var), (K, n) each."""
     z = mean + math.sqrt(var) * draw(K, n)
-    return (log_normal(x.expand(K, n), z, math.log(NOISE)), log_normal(z),
+    return (log_normal(X.expand(K, n), z, math.log(NOISE)), log_normal(z),
             log_normal(z, mean, math.log(var)))
 
 
 def test_bounds_are_tight_for_the_exact_posterior_and_else_short_by_the_kl():
-    x = torch.tensor(1.3, dtype=F64)
-    truth = Normal(0.0, math.sqrt(1 + NOISE)).log_prob(x)
-    mean, var = x / (1 + NOISE), NOISE / (1 + NOISE)           # of the posterior
+    mean, var = X / (1 + NOISE), NOISE / (1 + NOISE)           # of the posterior
     for bound in (elbo, iwae):
-        torch.testing.assert_close(bound(*weights(x, mean, var, K=5, n=7)), truth.expand(7))
-    got = elbo(*weights(x, 0.6, 0.3, K=200_000, n=1)).item()
+        torch.testing.assert_close(bound(*weights(mean, var, K=5, n=7)), TRUTH.expand(7))
+    got = elbo(*weights(0.6, 0.3, K=200_000, n=1)).item()
     gap = kl_divergence(Normal(0.6, math.sqrt(0.3)), Normal(mean, math.sqrt(var)))
-    assert got == pytest.approx((truth - gap).item(), abs=0.01)
+    assert got == pytest.approx((TRUTH - gap).item(), abs=0.01)
 
 
 def test_the_iwae_is_above_the_elbo_and_rises_with_k():
-    x = torch.tensor(1.0, dtype=F64)
-    terms = weights(x, 0.8, 0.5, K=64, n=4000)
+    terms = weights(1.04, 0.5, K=64, n=4000)
     assert (iwae(*terms) >= elbo(*terms)).all()
     means = [iwae(*(term.reshape(K, -1) for term in terms)).mean().item()
              for K in (1, 2, 4, 16, 64)]
-    truth = Normal(0.0, math.sqrt(1 + NOISE)).log_prob(x).item()
     assert means[0] == pytest.approx(elbo(*terms).mean().item())         # K = 1 is the ELBO
     assert all(low < high for low, high in pairwise(means))
-    assert truth - 0.01 < means[-1] < truth + 0.005
+    assert TRUTH - 0.01 < means[-1] < TRUTH + 0.005
     log_w, zero = torch.tensor([-2000.0, -2001.0]), torch.zeros(2)       # w itself would be 0
     assert iwae(log_w, zero, zero).item() == pytest.approx(-2000 + math.log((1 + math.exp(-1)) / 2))
 
 
-def test_single_block_response_score():
-    """Eq. 10.22 with z_2 | z_1 ~ N(0.8 z_1, 1) by the ODE: log p(x_2 | z_1) for the exact q."""
-    prior_mean, x = 0.8 * torch.tensor(0.7, dtype=F64), torch.tensor(-0.2, dtype=F64)
-    q_mean, q_var = prior_mean + (x - prior_mean) / (1 + NOISE), NOISE / (1 + NOISE)
-    z = q_mean + math.sqrt(q_var) * draw(6)
-    velocity_fn = gaussian_flow(prior_mean, torch.tensor(1.0, dtype=F64))
-    log_pz = log_prob(velocity_fn, z[:, None], flow.time_grid(32))
-    log_px, log_q = log_normal(x, z, math.log(NOISE)), log_normal(z, q_mean, math.log(q_var))
-    want = Normal(prior_mean, math.sqrt(1 + NOISE)).log_prob(x)
-    torch.testing.assert_close(elbo(log_px, log_pz, log_q), want, atol=1e-5, rtol=0)
-
-
-def test_perplexity():
-    """A uniform choice of V symbols has perplexity V; texts count by their length."""
-    lengths = torch.tensor([3, 50])
-    got = likelihood.perplexity(-lengths * math.log(257), lengths)
-    assert got.item() == pytest.approx(257, rel=1e-6)
+def test_perplexity_counts_texts_by_their_length():
     assert likelihood.perplexity([-6.0, -2.0], [1, 3]).item() == pytest.approx(math.exp(2.0))
 
 # ---- Texts -------------------------------------------------------------------------------------
@@ -208,14 +137,23 @@ def system(block_len, noise, *flags):
                          ((1, 0, 1, 1.0), (4, 6, 1, 1.0), (2, 3, 2, 3.0)))
 def test_terms_where_the_prior_is_standard_normal(block_len, known, patch, scale, t_min):
     """Against the decoder's log softmax, N(z; 0, I) and N(z; mean, var) of all latents that are not
-    known. With t_min, N(0, I) is divided by 1 - t_min, and q has the noise of the time."""
-    model, K = system(block_len, 0.0, "--text_patch", str(patch)), 3
+    known. These are encoded alone, as in training: the text VAE has blocks, in which they would
+    otherwise know the response. With t_min, N(0, I) is divided by 1 - t_min, and q has its noise.
+    """
+    flags = f"--text_patch {patch} --vae_block_len {block_len}"
+    model, K = system(block_len, 0.0, *flags.split()), 3
     model.text_vae.config.scaling_factor = scale
+    for p in model.text_vae.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.1)
     ids = model.ids(TEXT, end=True)
     n = len(ids) // patch
     px, pz, q = likelihood.log_weights(model, ids, K, t_min + (1 - t_min) * GRID, known, seed=5)
     assert px.shape == pz.shape == q.shape == (K, n // block_len)
-    mean, logvar = model.text_vae.encode(torch.tensor(ids), [n])
+    alone = model.text_vae.encode(torch.tensor(ids[:known * patch]), [known])
+    whole = model.text_vae.encode(torch.tensor(ids), [n])
+    assert not known or (alone[0] - whole[0][:known]).abs().max() > 1e-3
+    mean, logvar = (torch.cat([a, x[known:]]) for a, x in zip(alone, whole))
+    torch.testing.assert_close(likelihood.posterior(model, ids, known, t_min)[0], mean * scale)
     std = (logvar / 2).exp() * scale
     std[known:] = (std[known:] ** 2 + (t_min / (1 - t_min)) ** 2).sqrt()
     for k in range(K):
@@ -248,17 +186,6 @@ def test_a_text_is_the_product_of_its_blocks(block_len, cut, t_min):
             assert later == blocks or (a - c)[:, blocks].abs().min() > 1e-2
     flat = likelihood.log_weights(system(block_len, 0.0), ids, 2, grid)
     assert (whole[1] - flat[1]).abs().max() > 0.1
-
-
-def test_known_latents_are_encoded_alone():
-    """As in training: where the text VAE has blocks, they would otherwise know the response."""
-    model = system(4, 0.1, "--vae_block_len", "4")
-    ids = model.ids(TEXT, end=True)
-    encode = lambda part: model.text_vae.encode(torch.tensor(part), [len(part)])[0]
-    alone, whole = encode(ids[:6]), encode(ids)
-    assert (alone - whole[:6]).abs().max() > 1e-3
-    mean, _ = likelihood.posterior(model, ids, known=6, t_min=0.0)
-    torch.testing.assert_close(mean, torch.cat([alone, whole[6:]]))
 
 
 def test_hutchinson_agrees_with_the_exact_divergence_in_the_mean():
@@ -296,18 +223,15 @@ def test_rows(extra, mode):
     assert (own == pytest.approx(rows["response | prefix, ELBO"][0], abs=1e-3)) == same
 
 
-def test_command(tiny, capsys):
-    flags = ["--checkpoint", str(tiny / "ckpt.pt"), "--steps", "1", "--samples", "2", "--device",
-             "cpu"]
-    assert likelihood.main(["a red", " circle.", *flags]) == 0
+def test_command(tiny, monkeypatch, capsys):
+    flags = "--steps 1 --samples 2 --device cpu --checkpoint".split()
+    assert likelihood.main(["a red", " circle.", *flags, str(tiny / "ckpt.pt")]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 11 and "perplexity" in out
     with pytest.raises(SystemExit):
         likelihood.main(["a", "b", "--t_min", "1"])
     assert "--t_min" in capsys.readouterr().err
 
-
-def test_an_interrupt_ends_the_command(monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(likelihood, "open_model", interrupt)

@@ -1,6 +1,5 @@
 """pytest tests/test_release.py"""
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,25 +27,25 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["there is a red circle. it is above a blue square.", TEXT] * 3, 400)
 
 
-def system(tokenizer, logsnr=None, **prior) -> Cola:
+def system(tokenizer, logsnr=None, as_released=True) -> Cola:
     """A system of random weights, none of them 0."""
     torch.manual_seed(0)
     vae = TextVAE(TextVAEConfig(tokenizer.n_vocab, 24, 48, 2, 1, 2, 8, patch_size=2, block_len=2,
                                 logsnr=logsnr, scaling_factor=0.7, shifting_factor=0.1))
-    settings = dict(width=16, heads=2, head_dim=8, layers=2, dual_layers=1, emb_dim=16, rope_dim=6,
-                    as_released=True)
-    mmdit = MMDiT(MMDiTConfig(8, 4, **settings | prior))
+    mmdit = MMDiT(MMDiTConfig(8, 4, width=16, heads=2, head_dim=8, layers=2, dual_layers=1,
+                              emb_dim=16, rope_dim=6, as_released=as_released))
     for p in (*vae.parameters(), *mmdit.parameters()):
         p.data.normal_(std=0.3)
     image_vae = ImageVAE(ImageVAEConfig(4, width=8, blocks=1))
     return Cola(vae.eval(), image_vae, mmdit.eval(), tokenizer, 4, (16, 16), 0.0)
 
 
-@pytest.fixture(scope="module")
-def saved(tokenizer, tmp_path_factory):
-    model, folder = system(tokenizer), tmp_path_factory.mktemp("release") / "r"
-    release.save(model, folder)
-    return model, folder
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    """A system and its folder."""
+    model = system(tokenizer)
+    release.save(model, tmp_path / "r")
+    return model, tmp_path / "r"
 
 
 def close(a, b, atol=1e-4):
@@ -62,9 +61,13 @@ def refused(match, function, *args):
 
 @pytest.mark.parametrize("patch", ("p1", "p2"))
 @torch.no_grad()
-def test_text_vae_of_the_release(patch):
-    vae = release.load_text_vae(OFFICIAL / patch / "cola_vae")
-    want = release.read_safetensors(OFFICIAL / patch / "expected.safetensors")
+def test_a_public_release(patch, tmp_path):
+    """Posteriors and logits of the text VAE; velocities of the prior, in training and cached. Then
+    every tensor and setting is written back."""
+    folder = OFFICIAL / patch
+    vae = release.load_text_vae(folder / "cola_vae")
+    model, bl = release.load_mmdit(folder / "cola_dit")
+    want = release.read_safetensors(folder / "expected.safetensors")
     lengths = [len(want["mean_0"]), len(want["mean_1"])]
     for i in (0, 1):
         mean, logvar = vae.encode(want[f"ids_{i}"], [lengths[i]])
@@ -74,12 +77,6 @@ def test_text_vae_of_the_release(patch):
     close(vae.scale_latents(packed), want["decode_latents"])
     close(vae.decode(want["decode_latents"], lengths), want["decode_logits"], atol=2e-4)
 
-
-@pytest.mark.parametrize("patch", ("p1", "p2"))
-@torch.no_grad()
-def test_prior_of_the_release(patch):
-    model, bl = release.load_mmdit(OFFICIAL / patch / "cola_dit")
-    want = release.read_safetensors(OFFICIAL / patch / "expected.safetensors")
     layout = pack([Sample(T2T, clean=int(n), noisy=int(n)) for n in want["train_len"]], bl)
     assert layout.col.tolist() == want["train_pos"].tolist()
     t, t_index = torch.unique(want["train_timestep"] / 1000, return_inverse=True)
@@ -97,14 +94,8 @@ def test_prior_of_the_release(patch):
     close(model(z, None, t, zeros, block, after, cache)[0], want["gen_v_cond"])
     close(model(z, None, t, zeros, block, alone)[0], want["gen_v_uncond"])
 
-
-@pytest.mark.parametrize("patch", ("p1", "p2"))
-def test_every_tensor_and_setting_is_written_back(patch, tmp_path):
-    folder = OFFICIAL / patch
-    mmdit, block_len = release.load_mmdit(folder / "cola_dit")
-    vae = release.load_text_vae(folder / "cola_vae")
     small = Tokenizer([b"a"], ".", {"<|endoftext|>": 1})
-    release.save(Cola(vae, None, mmdit, small, block_len, (0, 0), 0.0), tmp_path / "r")
+    release.save(Cola(vae, None, model, small, bl, (0, 0), 0.0), tmp_path / "r")
     for part in ("cola_vae", "cola_dit"):
         want, got = (release.read_weights(x / part) for x in (folder, tmp_path / "r"))
         assert got.keys() == want.keys()
@@ -140,26 +131,21 @@ def test_a_saved_system_computes_the_same(tokenizer, tmp_path, logsnr):
     assert not again.mmdit.training and not again.text_vae.training
     for a, b in zip(outputs(model), outputs(again)):
         close(a, b, atol=1e-5)
-
-
-def test_changed_weights_leave_their_file_as_it_is(saved):
-    path = saved[1] / "cola_vae" / "model.safetensors"
+    path = tmp_path / "r" / "cola_vae" / "model.safetensors"
     before = path.read_bytes()
-    for p in release.load_text_vae(path.parent).parameters():
+    for p in again.text_vae.parameters():
         p.data += 1
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before                      # the mapping is private
 
 
 def test_shards_of_every_type_become_float32(tmp_path):
-    tensors = {"a": torch.randn(3, 4), "transposed": torch.randn(4, 3).T, "b": torch.tensor(2.5)}
+    want = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        shard = {f"{name} {dtype}": x.to(dtype) for name, x in tensors.items()}
+        tensors = torch.randn(3, 4), torch.randn(4, 3).T, torch.tensor(2.5)
+        shard = {f"{dtype} {i}": x.to(dtype) for i, x in enumerate(tensors)}
         release.write_safetensors(tmp_path / f"{dtype}.safetensors", shard)
-    got = release.read_weights(tmp_path)
-    assert len(got) == 9
-    for name, x in got.items():
-        want = tensors[name.split()[0]].to(getattr(torch, name.split(".")[1]))
-        assert x.dtype == torch.float32 and torch.equal(x, want.float())
+        want |= {name: x.float() for name, x in shard.items()}
+    torch.testing.assert_close(release.read_weights(tmp_path), want, atol=0, rtol=0)
 
 
 def test_a_fresh_image_side(saved):
@@ -176,16 +162,13 @@ def test_a_fresh_image_side(saved):
         assert (model.image_norm.weight == 1).all() and not model.image_out.weight.any()
 
 
-def test_flags(saved):
+def test_command_and_flags(saved, tmp_path, capsys):
+    model, path = saved[0], tmp_path / "ckpt.pt"
     assert release.flags(saved[1]) == {
         "text_latent_dim": 8, "text_patch": 2, "text_vae_width": 24, "text_vae_layers": 1,
         "text_vae_heads": 2, "vae_block_len": 2, "vae_logsnr": "learned", "width": 16, "layers": 2,
-        "heads": 2, "block_len": 4, "vocab_size": saved[0].tokenizer.n_vocab, "tokenizer": "",
+        "heads": 2, "block_len": 4, "vocab_size": model.tokenizer.n_vocab, "tokenizer": "",
         "as_released": True}
-
-
-def test_command(saved, tmp_path, capsys):
-    model, path = saved[0], tmp_path / "ckpt.pt"
     state = nn.ModuleDict(model.parts()).state_dict()
     torch.save({"format": cola.FORMAT, "config": model.config(), "model": state, "ema": {},
                 "tokenizer": model.tokenizer.to_dict(), "progress": {"mmdit": 1}}, path)
@@ -201,67 +184,62 @@ def test_command(saved, tmp_path, capsys):
 
 # ---- Wrong files -------------------------------------------------------------------------------
 
-def test_every_truncation_is_noticed(tmp_path):
+def test_damaged_tensors(tmp_path):
+    """Every truncation, and headers that do not fit the bytes."""
     path = tmp_path / "a.safetensors"
     whole = (OFFICIAL / "p1" / "expected.safetensors").read_bytes()
     for size in (*range(0, len(whole), 97), len(whole) - 1):
         path.write_bytes(whole[:size])
-        refused("a.safetensors: damaged", release.read_safetensors, path)
-
-
-@pytest.mark.parametrize("header", (
-    {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}},          # 16 bytes
-    {"a": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}},          # ends behind the file
-    {"a": {"dtype": "F8", "shape": [12], "data_offsets": [0, 12]}}, {"a": 3}, [1]))
-def test_a_wrong_header(header, tmp_path):
-    text, path = json.dumps(header).encode(), tmp_path / "a.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
-    refused("a.safetensors", release.read_safetensors, path)
+        refused("a.safetensors", release.read_safetensors, path)
+    right = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
+    for wrong in ({"shape": [4]}, {"data_offsets": [4, 16]}, {"dtype": "F8"}, {"shape": 0.5}):
+        text = json.dumps({"a": right | wrong}).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+        refused("a.safetensors", release.read_safetensors, path)
 
 
 @pytest.mark.parametrize("part, change, match", (
-    ("cola_vae", {"act": "gelu"}, "act is 'gelu'"),
-    ("cola_vae", {"latent_dim": 9}, "size mismatch"),
-    ("cola_vae", {"dim": "24"}, "dim is '24'"),
-    ("cola_vae", {"block_size": 0}, "damaged"),
-    ("cola_vae", {"block_size": 3}, "multiple of 3"),
-    ("cola_dit", {"block_size": 0}, "blocks of 0"),
-    ("cola_dit", {"block_size": [4]}, "block_size"),
-    ("cola_dit", {"num_layers": 3}, "Missing key"),
-    ("cola_dit", {"patch_size": 2}, "patch_size is 2")))
-def test_a_wrong_config(saved, tmp_path, part, change, match):
-    shutil.copytree(saved[1], tmp_path / "r")
-    path = tmp_path / "r" / part / "config.json"
+    ("cola_vae", {"act": "gelu"}, "act"), ("cola_vae", {"latent_dim": 9}, "size mismatch"),
+    ("cola_vae", {"dim": "24"}, "dim"), ("cola_vae", {"block_size": 0}, ""),
+    ("cola_dit", {"block_size": 0}, "blocks of 0"), ("cola_dit", {"num_layers": 3}, "Missing key"),
+    ("cola_dit", {"patch_size": 2}, "patch_size")))
+def test_a_wrong_config(saved, part, change, match):
+    path = saved[1] / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(f"{tmp_path}.*{match}", release.load, tmp_path / "r")
+    refused(f"{saved[1]}.*{match}", release.load, saved[1])
 
 
 @pytest.mark.parametrize("name", ("cola_vae/config.json", "cola_dit/config.json", "tokenizer.json"))
-def test_a_missing_or_wrong_file(name, saved, tmp_path):
-    shutil.copytree(saved[1], tmp_path / "r")
+def test_a_missing_or_wrong_file(name, saved):
     for content in ("{", "{}", "[1]", "3"):
-        (tmp_path / "r" / name).write_text(content)
-        refused(name, release.load, tmp_path / "r")
-    (tmp_path / "r" / name).unlink()
-    refused(name, release.load, tmp_path / "r")
+        (saved[1] / name).write_text(content)
+        refused(name, release.load, saved[1])
+    (saved[1] / name).unlink()
+    refused(name, release.load, saved[1])
 
 
-def test_models_that_the_format_cannot_describe(saved, tokenizer, tmp_path):
-    folder = tmp_path / "r"
-    refused("--first_block left", release.save, replace(saved[0], first_block="left"), folder)
-    refused("--as_released", release.save, system(tokenizer, as_released=False), folder)
-    assert not folder.exists()
+def test_models_that_the_format_cannot_describe(tokenizer, tmp_path):
+    for model, flag in ((replace(system(tokenizer), first_block="left"), "--first_block"),
+                        (system(tokenizer, as_released=False), "--as_released")):
+        refused(flag, release.save, model, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 # ---- tokenizer.json ----------------------------------------------------------------------------
 
-def by_merges(state: dict, text: str) -> list[int]:
+@pytest.fixture
+def written(tokenizer, tmp_path):
+    """A tokenizer.json and what is in it."""
+    path = tmp_path / "tokenizer.json"
+    release.write_tokenizer(path, tokenizer)
+    return path, json.loads(path.read_text("utf-8"))
+
+
+def by_merges(state: dict, text: str, pattern: str) -> list[int]:
     """The ids that a tokenizer.json defines: in every word, again and again the first merge of the
     list that applies anywhere."""
-    order = {tuple(pair.split(" ") if isinstance(pair, str) else pair): i
-             for i, pair in enumerate(state["model"]["merges"])}
-    first = state["pre_tokenizer"].get("pretokenizers", [{}])[0]
+    order = {tuple(pair): i for i, pair in enumerate(state["model"]["merges"])}
     ids = []
-    for word in regex.findall(first.get("pattern", {}).get("Regex", release.GPT2_PATTERN), text):
+    for word in regex.findall(pattern, text):
         parts = [release.LETTERS[b] for b in word.encode()]
         while len(parts) > 1:
             pairs = enumerate(zip(parts, parts[1:]))
@@ -273,24 +251,23 @@ def by_merges(state: dict, text: str) -> list[int]:
     return ids
 
 
-def test_tokenizer_json_round_trip(tokenizer, tmp_path):
-    path = tmp_path / "tokenizer.json"
-    release.write_tokenizer(path, tokenizer)
-    again, state = release.read_tokenizer(path), json.loads(path.read_text("utf-8"))
+def test_tokenizer_json_round_trip(tokenizer, written):
+    path, state = written
+    again = release.read_tokenizer(path)
     assert again.to_dict() == tokenizer.to_dict()
     for text in (TEXT, "", " ", "a  b", "\n\n x"):
-        assert again.encode(text) == tokenizer.encode(text) == by_merges(state, text)
+        want = by_merges(state, text, tokenizer.pattern)
+        assert again.encode(text) == tokenizer.encode(text) == want
 
 
-def test_bytes_in_another_order_and_the_pattern_of_gpt2(tokenizer, tmp_path):
+def test_bytes_in_another_order_and_the_pattern_of_gpt2(tokenizer, written):
     """As in public releases: merges as strings, bytes in the order of their letters, more special
     tokens than the end."""
-    path = tmp_path / "tokenizer.json"
-    release.write_tokenizer(path, tokenizer)
-    state = json.loads(path.read_text("utf-8"))
-    vocab = state["model"]["vocab"]
-    words = sorted(sorted(vocab, key=vocab.get)[:256]) + sorted(vocab, key=vocab.get)[256:]
+    path, state = written
+    words = [*state["model"]["vocab"]]
+    words = sorted(words[:256]) + words[256:]
     state["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    want = by_merges(state, TEXT, release.GPT2_PATTERN)
     state["model"]["merges"] = [" ".join(pair) for pair in state["model"]["merges"]]
     state["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     n = len(words)
@@ -298,9 +275,8 @@ def test_bytes_in_another_order_and_the_pattern_of_gpt2(tokenizer, tmp_path):
     state["added_tokens"] = [{"content": name, "id": i} for name, i in special.items()]
     path.write_text(json.dumps(state))
     read = release.read_tokenizer(path)
-    assert read.encode(TEXT) == by_merges(state, TEXT) != tokenizer.encode(TEXT)
+    assert read.encode(TEXT) == want != tokenizer.encode(TEXT)
     assert read.decode(read.encode(TEXT)) == TEXT and (read.end, read.n_vocab) == (n + 1, n + 5)
-    assert Tokenizer.from_dict(read.to_dict()).encode(TEXT) == read.encode(TEXT)
 
 
 @pytest.mark.parametrize("change, match", (
@@ -314,10 +290,8 @@ def test_bytes_in_another_order_and_the_pattern_of_gpt2(tokenizer, tmp_path):
     (lambda s, model, split, level: model["merges"].reverse(), "order of merges"),
     (lambda s, model, split, level: s["added_tokens"].clear(), "endoftext"),
     (lambda s, model, split, level: model.pop("merges"), "merges")))
-def test_other_tokenizers_are_refused(change, match, tokenizer, tmp_path):
-    path = tmp_path / "tokenizer.json"
-    release.write_tokenizer(path, tokenizer)
-    state = json.loads(path.read_text("utf-8"))
+def test_other_tokenizers_are_refused(change, match, written):
+    path, state = written
     change(state, state["model"], *state["pre_tokenizer"]["pretokenizers"])
     path.write_text(json.dumps(state))
     refused(match, release.read_tokenizer, path)
