@@ -15,15 +15,16 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def gaussian_flow(m, s):
-    """The exact flow of data N(m, diag s^2), not derived from mixture_velocity: velocity and map.
+M, S = torch.tensor([[0.5, -1.0], [0.6, 1.7]], dtype=F64)
+
+
+def gaussian_velocity(z, t, m=M, s=S):
+    """Exact for data N(m, diag s^2), not derived from mixture_velocity; it takes z_1 to m + s z_1.
 
     z_t = (1 - t) m + sd(t) u with u fixed along a path and sd(1) = 1, so dz/dt = -m + sd'(t) u.
     """
-    def velocity_fn(z, t):
-        sd = torch.sqrt((1 - t) ** 2 * s ** 2 + t ** 2)
-        return -m + (t - (1 - t) * s ** 2) / sd * (z - (1 - t) * m) / sd
-    return velocity_fn, lambda z1: m + s * z1
+    sd = torch.sqrt((1 - t) ** 2 * s ** 2 + t ** 2)
+    return -m + (t - (1 - t) * s ** 2) / sd * (z - (1 - t) * m) / sd
 
 # ---- The path ----------------------------------------------------------------------------------
 
@@ -118,18 +119,14 @@ def test_closed_form_velocity_is_the_conditional_mean():
 
 # ---- Sampling ----------------------------------------------------------------------------------
 
-M, S = torch.tensor([0.5, -1.0], dtype=F64), torch.tensor([0.6, 1.7], dtype=F64)
-
-
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("rk4", 4)])
 def test_order_of_convergence(solver, order, shift):
     """From noise to data, and back."""
-    velocity_fn, exact = gaussian_flow(M, S)
-    z1 = draw(50, 2)
-    grids = [flow.time_grid(n, shift) for n in (20, 40, 80)]
-    down = [flow.solve(velocity_fn, z1, grid, solver) - exact(z1) for grid in grids]
-    up = [flow.solve(velocity_fn, exact(z1), grid.flip(0), solver) - z1 for grid in grids]
+    noise = draw(50, 2)
+    data, grids = M + S * noise, [flow.time_grid(n, shift) for n in (20, 40, 80)]
+    down = [flow.solve(gaussian_velocity, noise, grid, solver) - data for grid in grids]
+    up = [flow.solve(gaussian_velocity, data, grid.flip(0), solver) - noise for grid in grids]
     for offs in (down, up):
         for coarse, fine in pairwise(off.abs().max().item() for off in offs):
             assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
@@ -159,14 +156,14 @@ def test_latents_stay_float32_under_a_bfloat16_network():
 def test_repaint_approaches_the_conditional_with_more_cycles():
     """Two positions of N(0, [[1, .9], [.9, 1]]). If the first is 2, the second has mean 1.8."""
     eigenvalues, U = torch.linalg.eigh(torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=F64))
-    diagonal, _ = gaussian_flow(torch.zeros(2, dtype=F64), eigenvalues.sqrt())
+    zero, sd = torch.zeros(2, dtype=F64), eigenvalues.sqrt()
     known, g = torch.tensor([True, False]).expand(4000, 2), torch.Generator().manual_seed(1)
 
     def means(fraction, cycles):
         z = draw(4000, 2, 1)
         z[:, 0] = 2.0
-        z0 = flow.repaint(lambda z, t: (diagonal(z[..., 0].to(F64) @ U, t) @ U.T)[..., None], z,
-                          flow.time_grid(16), known,
+        velocity_fn = lambda z, t: gaussian_velocity(z[..., 0].to(F64) @ U, t, zero, sd) @ U.T
+        z0 = flow.repaint(lambda z, t: velocity_fn(z, t)[..., None], z, flow.time_grid(16), known,
                           lambda: torch.randn(4000, 2, 1, generator=g), fraction, cycles)
         return z0.mean((0, 2)).tolist()
 

@@ -50,45 +50,28 @@ MADE_UP[3] = torch.tensor([[7, 4, 0, 2], [1, 6, 7, 5], [2, 3, 4, 1], [5, 0, 2, 7
 
 @pytest.mark.parametrize("seed", range(FULL, 24))
 def test_tiles_are_the_mask(seed):
-    """Kinds, schedule, transpose and bits against the whole mask, pair by pair."""
+    """Kinds, schedule, transpose and bits against the whole mask, tile by tile."""
     (q, k), rules = layouts(seed), masks.RULES
     if seed >= 0 and seed % 4 == 0:
         q.task, k.task, rules = q.task * 0 + 3, k.task * 0 + 3, MADE_UP
     plan, want = T.make_tiles(q, k, rules), masks.dense(q, k, rules)
     assert plan.visible_pairs == int(want.sum())
-    n, m = (-(-len(x) // T.TILE) * T.TILE for x in (q, k))
-    padded = torch.zeros(n, m, dtype=torch.bool)
-    padded[:len(q), :len(k)] = want
-    square = padded.view(n // T.TILE, T.TILE, m // T.TILE, T.TILE).transpose(1, 2)   # (Tq, Tk, ..)
-    for visits, bits, x in ((plan.row_tiles, plan.bits, square),
-                            (plan.column_tiles, plan.bits_t, square.permute(1, 0, 3, 2))):
-        assert sorted(visits.schedule.tolist()) == list(range(x.shape[0]))
+    for visits, bits, x in ((plan.row_tiles, plan.bits, want),
+                            (plan.column_tiles, plan.bits_t, want.T)):
+        assert sorted(visits.schedule.tolist()) == list(range(-(-len(x) // T.TILE)))
         sizes = torch.diff(visits.start.long())[visits.schedule.long()]
         assert (sizes[1:] <= sizes[:-1]).all()
         assert visits.start[-1] == len(visits.tile_index) == len(visits.bits)
-        got = torch.zeros_like(x)
-        for tile in range(x.shape[0]):
-            for i in range(int(visits.start[tile]), int(visits.start[tile + 1])):
-                number, other = int(visits.bits[i]), int(visits.tile_index[i])
-                full = bool(x[tile, other].all())
-                assert (number < 0) == full and x[tile, other].any()
-                got[tile, other] = True if full else T.unpack_bits(bits[number][None])[0]
-        assert torch.equal(got, x)
+        got, full = torch.zeros_like(x), 0
+        for i, j, mask in blockwise.steps(visits, bits, *x.shape):
+            is_full = int(x[i, j].sum()) == T.TILE ** 2
+            assert is_full == (mask is None) and x[i, j].any()
+            got[i, j] = True if is_full else mask
+            full += is_full
+        assert torch.equal(got, x)                             # and no bits beyond the edges:
+        assert T.unpack_bits(bits).sum() + full * T.TILE ** 2 == plan.visible_pairs
         if seed == FULL:                                       # this case has tiles of every kind
-            assert (visits.bits < 0).sum() > 3 and (visits.bits >= 0).any()
-            assert not x.flatten(1).any(1).all()
-    assert seed != FULL or not want.any(1).all() and not want.any(0).all()
-
-
-def test_bits_lie_as_in_the_accumulator():
-    """Every pair at the thread, word and bit of the fragment of m64nNk16 (PTX ISA, 9.7.15)."""
-    tile = torch.rand(128, 128, generator=generator(0)) < 0.5
-    row, column = torch.arange(128)[:, None], torch.arange(128)
-    thread = row // 64 * 128 + row % 64 // 16 * 32 + row % 8 * 4 + column % 8 // 2
-    element = column // 8 * 4 + row % 16 // 8 * 2 + column % 2               # of the thread's 64
-    bits = T.pack_bits(tile[None])
-    assert torch.equal(bits[0, thread, element // 32] >> element % 32 & 1, tile.int())
-    assert torch.equal(T.unpack_bits(bits)[0], tile)
+            assert full > 3 and len(bits) and (sizes == 0).any() and not x.any(1).all()
 
 # ---- The algorithm in PyTorch ------------------------------------------------------------------
 
