@@ -1,6 +1,5 @@
 """pytest tests/test_image_vae.py"""
 import dataclasses
-import math
 
 import pytest
 import torch
