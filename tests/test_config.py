@@ -95,12 +95,6 @@ def test_a_flag_comes_from_where_its_kind_says(name, start, monkeypatch):
     assert bool(config.changes(given, found)) == (kind != RUN)
 
 
-def test_a_stored_switch_is_undone():
-    found = vars(flags("--accumulate"))
-    assert merge({}, found).accumulate and not merge(parse(["--no-accumulate"]), found).accumulate
-    assert config.changes(parse(["--no-accumulate"]), found) == ["--no-accumulate (was True)"]
-
-
 def test_dual_layers():
     for layers, dual in ((1, 1), (2, 1), (4, 1), (6, 2), (24, 8)):
         assert flags(f"--layers {layers}").dual_layers == dual
@@ -111,32 +105,20 @@ def test_dual_layers():
 
 # ---- Values that do not go together ------------------------------------------------------------
 
-@pytest.mark.parametrize("text, word", [
-    ("--init_from a --init_official b", "--init_official"),
-    ("--image_size 32 32 32", "--image_size"),
-    ("--image_size 23 64", "24 x 24"),
-    ("--aspect", "--data"),
-    ("--aspect --data photos --image_size 32 64", "one number"),
-    ("--width 30 --heads 4", "--width 30"),
-    ("--text_vae_width 30 --text_vae_heads 4", "--text_vae_width 30"),
-    ("--block_len 4 --vae_block_len 3", "--vae_block_len 3"),
-    ("--seq_len 8 --block_len 16", "--seq_len 8"),
-    ("--first_block right --block_len 128", "--seq_len 128"),
-    ("--w_repa 0.5 --repa_layer 4", "--repa_layer 4"),
-    ("--vae_interval 0 5", "--vae_interval 0"),
-    ("--attention flex --device cpu", "--attention flex"),
-    ("--text_vae_steps 0", "--vae_lr_ratio 1"),
-    ("--text_vae_steps 0 --vae_lr_ratio 1 --lambda_vae 0", "--lambda_vae"),
-    ("--vae_logsnr nan", "--vae_logsnr nan"),
-    ("--tasks often", "--tasks 'often'"),
-    ("--tasks t2v:1", "t2t, t2i, it2t"),
-    *((f"--tasks {ratios}", f"--tasks '{ratios}'") for ratios in (
-        "t2t:1,t2t:2", "t2t:-1,t2i:2", "t2t:0,t2i:0", "t2t:inf", "t2t:nan")),
-])
-def test_impossible_flags(text, word):
-    with pytest.raises(ValueError) as error:
+@pytest.mark.parametrize("text", [                         # the flag at fault first
+    "--init_from a --init_official b", "--image_size 32 32 32", "--aspect",
+    "--aspect --data photos --image_size 32 64", "--width 30 --heads 4",
+    "--text_vae_width 30 --text_vae_heads 4", "--vae_block_len 3 --block_len 4",
+    "--seq_len 8 --block_len 16", "--seq_len 128 --block_len 128 --first_block right",
+    "--repa_layer 4 --w_repa 0.5", "--vae_interval 0 5", "--attention flex --device cpu",
+    "--text_vae_steps 0", "--text_vae_steps 0 --vae_lr_ratio 1 --lambda_vae 0",
+    "--vae_logsnr nan", "--tasks often", "--tasks t2v:1", "--tasks t2t:1,t2t:2",
+    "--tasks t2t:-1,t2i:2", "--tasks t2t:0,t2i:0", "--tasks t2t:inf", "--tasks t2t:nan",
+    "--out_dir=", f"--out_dir={__file__}"])
+def test_impossible_flags(text):
+    name = text.replace("=", " ").split()[0]
+    with pytest.raises(ValueError, match=f"^{name} .*$"):
         flags(text)
-    assert word in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", [
@@ -150,11 +132,9 @@ def test_possible_flags(text):
     flags(text)
 
 
-def test_out_dir_is_a_folder(tmp_path):
-    for folder in ("", __file__):
-        with pytest.raises(ValueError, match="--out_dir"):
-            merge({"out_dir": folder})
-    merge({"out_dir": str(tmp_path)})
+def test_scenes_need_pixels():
+    with pytest.raises(ValueError, match="^.*24 x 24.*$"):
+        flags("--image_size 23 64")
 
 # ---- Flags that hold more than one number ------------------------------------------------------
 

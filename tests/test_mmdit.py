@@ -14,7 +14,6 @@ CONFIG = dict(text_channels=6, image_channels=5, width=32, layers=2, heads=2, he
               rope_dim=12, emb_dim=24)
 EXAMPLES = [Sample(T2T, clean=7, noisy=7), Sample(T2I, clean=5, image=(2, 3), noisy=5),
             Sample(IT2T, prompt=3, image=(3, 2), clean=6, noisy=6, start=3)]
-DUAL = pytest.mark.parametrize("dual_layers", [0, 1, 2])
 
 
 def random_model(**changes) -> MMDiT:
@@ -23,6 +22,12 @@ def random_model(**changes) -> MMDiT:
     for p in model.parameters():                           # zeros and ones could hide a mistake
         p.data.normal_(std=0.2)
     return model
+
+
+@pytest.fixture(params=(0, 1, 2))
+def model(request):
+    """With separate weights for text and image in none, one or both of its layers."""
+    return random_model(dual_layers=request.param)
 
 
 def latents(layout):
@@ -67,11 +72,10 @@ def test_rope_turns_pairs_as_complex_numbers():
 
 
 def test_time_embedding():
+    angle = 250.0 * 10000 ** (-torch.arange(128) / 128)
+    want = torch.cat([angle.sin(), angle.cos()])
     e = mmdit.timestep_embedding(torch.tensor([0.25]))[0]
-    for i in (0, 5, 127):
-        angle = torch.tensor(250.0 * 10000 ** (-i / 128))
-        torch.testing.assert_close(e[i], angle.sin(), atol=2e-5, rtol=0)
-        torch.testing.assert_close(e[128 + i], angle.cos(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(e, want, atol=2e-5, rtol=0)
 
 
 def test_starts_as_zero_and_resets_by_name():
@@ -114,12 +118,10 @@ def test_dual_layers_with_equal_weights_are_single_layers():
     assert not torch.allclose(run(dual, layout, z)[0][is_image], want[0][is_image])
 
 
-@DUAL
-def test_every_block_has_a_gradient_without_text_or_without_images(dual_layers):
+def test_every_block_has_a_gradient_without_text_or_without_images(model):
     """FSDP needs a gradient of zeros, not None, from a worker whose samples lack a modality."""
-    model = random_model(dual_layers=dual_layers)
     for sample, unused in ((EXAMPLES[0], model.image_blocks),
-                           (Sample(T2I, image=(2, 2)), model.blocks[:dual_layers])):
+                           (Sample(T2I, image=(2, 2)), model.blocks[:len(model.image_blocks)])):
         model.zero_grad()
         layout = pack([sample], 2)
         run(model, layout, latents(layout))[0].square().sum().backward()
@@ -134,12 +136,10 @@ def test_a_text_only_model():
     assert run(model, layout, latents(layout))[0].any()
 
 
-@DUAL
-@pytest.mark.parametrize("sample", EXAMPLES, ids=masks.TASKS)
 @torch.no_grad()
-def test_nothing_leaks(sample, dual_layers):
+def test_nothing_leaks(model):
     """Outputs with no path of layers from a changed position keep their bits; others move."""
-    model, layout = random_model(dual_layers=dual_layers), pack([EXAMPLES[0], sample], block_len=2)
+    layout = pack([EXAMPLES[0], *EXAMPLES], 2)
     reach = (masks.dense(layout, layout) | torch.eye(len(layout), dtype=torch.bool)).float()
     for _ in range(3):
         reach = ((reach @ reach) > 0).float()
@@ -152,22 +152,25 @@ def test_nothing_leaks(sample, dual_layers):
         assert torch.equal(moved, reach[:, j] > 0), f"position {j}"
 
 
-@DUAL
 @torch.no_grad()
-def test_packing_changes_nothing(dual_layers):
-    model, together = random_model(dual_layers=dual_layers), pack(EXAMPLES, block_len=2)
-    z = latents(together)
-    v = run(model, together, z)[0]
+def test_packing_and_targets_change_nothing(model):
+    layout = pack(EXAMPLES, 2)
+    z = latents(layout)
+    v, hidden = run(model, layout, z, tap=0)
     for s, sample in enumerate(EXAMPLES):
-        mine = together.sample == s
-        assert_close(run(model, pack([sample], block_len=2), z[mine])[0], v[mine])
+        mine = layout.sample == s
+        assert_close(run(model, pack([sample], 2), z[mine])[0], v[mine])
+    index = ((layout.segment >= masks.I) & (torch.arange(len(layout)) % 5 != 0)).nonzero()[:, 0]
+    targets = index, make_plan(layout.select(index), layout)
+    got, tapped = run(model, layout, z, targets=targets, tap=0)
+    assert_close(got, v[index])
+    assert torch.equal(tapped, hidden) and hidden.shape == (len(layout), 32)
 
 
-@DUAL
 @torch.no_grad()
-def test_cache_equals_the_whole_pass(dual_layers):
+def test_cache_equals_the_whole_pass(model):
     """P and I, then clean blocks one at a time, then a noisy block: the velocity of one pass."""
-    model, cache = random_model(dual_layers=dual_layers), Cache()
+    cache = Cache()
     answer = Sample(IT2T, prompt=3, image=(2, 2), clean=4, noisy=6, start=3)
     full = pack([answer, Sample(T2I, clean=4, image=(2, 2))], 2)
     z, is_image, clean = latents(full), full.segment == masks.I, full.segment == masks.C
@@ -181,15 +184,3 @@ def test_cache_equals_the_whole_pass(dual_layers):
     assert_close(v, run(model, full, z)[0][last])
     cached = int((first | clean).sum())                    # only commit adds to the cache
     assert len(cache.layout) == cached == len(cache.kv[0][0]) == len(cache.kv[1][0])
-
-
-@DUAL
-@torch.no_grad()
-def test_targets_are_what_the_whole_pass_gives_there(dual_layers):
-    model, layout = random_model(dual_layers=dual_layers), pack(EXAMPLES, 2)
-    index = ((layout.segment >= masks.I) & (torch.arange(len(layout)) % 5 != 0)).nonzero()[:, 0]
-    targets = index, make_plan(layout.select(index), layout)
-    v, hidden = run(model, layout, latents(layout), tap=0)
-    got, tapped = run(model, layout, latents(layout), targets=targets, tap=0)
-    assert_close(got, v[index])
-    assert torch.equal(tapped, hidden) and hidden.shape == (len(layout), 32)

@@ -17,26 +17,21 @@ import torch.nn as nn
 import cola
 import train
 import workers
+from experiments import faults
 from masks import IT2T, T2I, T2T
 from test_train import QUIET, ROOT, fails, log_of, stage_and_batch, system, trained
 from workers import Worker
 
-LONG = [*QUIET, "--steps", "100000"]
 
-
-def started(out, *flags, procs=1):
-    """A run in a process of its own that has taken its first steps."""
-    argv = [sys.executable, ROOT / "train.py", *LONG, *flags, "--procs", str(procs),
+def started(out):
+    """A run of two workers that has taken its first steps."""
+    argv = [sys.executable, ROOT / "train.py", *QUIET, "--steps", "100000", "--procs", "2",
             "--out_dir", str(out)]
     run = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while run.poll() is None and not (out / "log.jsonl").exists():
         time.sleep(0.05)
     time.sleep(1.5)
     return run
-
-
-def children(run):
-    return Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
 
 
 def test_workers_share_every_task_within_one_sample():
@@ -130,32 +125,27 @@ def test_signals_while_saving_leave_a_whole_checkpoint(numbers, saved, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT, signal.SIGKILL))
-def test_signals_end_a_run_of_two_workers(number, tmp_path):
+@pytest.mark.parametrize("rank, number", [(0, TERM), (0, INT), (0, signal.SIGKILL),
+                                          (1, signal.SIGKILL)])
+def test_signals_end_a_run_of_two_workers(rank, number, tmp_path):
     """Within 10 seconds; SIGTERM and SIGINT with a checkpoint and a line. Nobody outlives a killed
-    worker 0."""
+    worker 0, and a killed worker 1 is named."""
     out = tmp_path / "out"
-    run = started(out, procs=2)
-    others = children(run)
-    run.send_signal(number)
+    run = started(out)
+    other = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().strip()
+    os.kill(int(other) if rank else run.pid, number)
     error = run.communicate(timeout=10)[1]
     end = time.monotonic() + 10
-    while any(Path(f"/proc/{child}").exists() for child in others):
+    while Path(f"/proc/{other}").exists():
         assert time.monotonic() < end, "a worker lives on"
         time.sleep(0.1)
-    assert cola.read(out / "ckpt.pt")["progress"]["image_vae"] == 3
-    if number != signal.SIGKILL:
+    progress = cola.read(out / "ckpt.pt")["progress"]
+    assert progress["image_vae"] == 3 and "Traceback" not in error
+    if rank:
+        assert run.returncode == 1 and "a worker was killed" in error
+    elif number != signal.SIGKILL:
         assert run.returncode == 130 and error.count("continue with --resume auto") == 1
-        steps = cola.read(out / "ckpt.pt")["progress"]["mmdit"]
-        assert 0 < steps == log_of(out)[-1]["step"]
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_is_named(tmp_path):
-    run = started(tmp_path / "out", procs=2)
-    os.kill(int(children(run)[0]), signal.SIGKILL)
-    error = run.communicate(timeout=20)[1]
-    assert run.returncode == 1 and "a worker was killed" in error and "Traceback" not in error
+        assert 0 < progress["mmdit"] == log_of(out)[-1]["step"]
 
 
 @pytest.mark.slow
@@ -172,12 +162,10 @@ def test_a_full_disk_of_one_worker_ends_all(tmp_path):
 @pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit(tmp_path):
     """The short form of experiments/faults.py."""
-    from experiments import faults
     counts = faults.kill_and_resume(tmp_path, kills=2, steps=20, joint=True)
     assert counts["kills"] == 2 and counts["different"] == 0, counts
 
 
 @pytest.mark.slow
 def test_torchrun_starts_killed_workers_anew(tmp_path):
-    from experiments import faults
     assert faults.kill_a_worker(tmp_path, kills=1, steps=30) == {"kills": 1, "different": 0}
