@@ -133,7 +133,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("lambda_fm", 1.0, WEIGHT, RECIPE, "weight of the flow-matching losses"),
         Flag("lambda_ref", 0.0, WEIGHT, RECIPE, "weight of KL(q || q_ref), to stay near stage 1"),
         Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
-        Flag("w_answer", 4.0, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
+        Flag("w_answer", 3.5, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
         Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA: 0.5 in the literature, 0 is off"),
         Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
         Flag("repa_until", 0.5, SHARE, RECIPE, "share of the steps after which L_REPA stops"),
