@@ -140,7 +140,7 @@ class Batches:
     def t2t(self, k: int) -> Example:
         """The text is cut at random. What is before the cut is given, as a prefix in sampling."""
         rng = self.rng(k, Purpose.DROP)
-        dropped = rng.random() < self.args.cfg_drop
+        dropped = rng.random() < self.args.cfg_drop_text
         ids, cut, padded = self.cut_text(self.dataset.t2t(k), rng)
         n = len(ids) // self.patch_size
         index = np.arange(n)
@@ -171,7 +171,7 @@ class Batches:
         prompt_ids, ids = self.model.ids(prompt, end=False), self.text_ids(answer)
         p, n = len(prompt_ids) // self.patch_size, len(ids) // self.patch_size
         sample = masks.Sample(IT2T, p, self.grid(image), clean=n - self.block_len, noisy=n, start=p)
-        if self.rng(k, Purpose.DROP).random() < self.args.cfg_drop:
+        if self.rng(k, Purpose.DROP).random() < self.args.cfg_drop_text:
             sample, prompt_ids, image = masks.Sample(IT2T, noisy=n, start=p), [], -1
         return self.complete(k, sample, [prompt_ids, ids], sample.prompt + np.arange(n),
                              np.zeros(n, bool), image)

@@ -138,7 +138,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
         Flag("repa_until", 0.5, SHARE, RECIPE, "share of the steps after which L_REPA stops"),
         Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples with a loss on the caption"),
-        Flag("cfg_drop", 0.1, SHARE, RECIPE, "share of samples without condition, for guidance"),
+        Flag("cfg_drop", 0.1, SHARE, RECIPE, "share of T2I samples without caption, for guidance"),
+        Flag("cfg_drop_text", 0.0, SHARE, RECIPE, "the same for T2T, IT2T: for --text_guidance"),
         Flag("text_loc", None, REAL, RECIPE, "mean of the text's logit time; more trains at higher "
              "noise (default: 1 + ln(text_latent_dim / 16) / 2, and 1 more at block_len 1)"),
         Flag("image_loc", 1.0, REAL, RECIPE, "mean of images' logit time, before shift by size"),
@@ -162,7 +163,6 @@ FLAGS: dict[str, list[Flag]] = {
 }
 FLAG = {flag.name: flag for group in FLAGS.values() for flag in group}
 DEFAULTS = {flag.name: flag.default for flag in FLAG.values()}
-# The flags of evaluate.py
 EVALUATE = {f.name for f in FLAGS["evaluation"]} | {"out_dir", "device", "procs", "attention"}
 
 # ---- From the command line to the flags of a run -----------------------------------------------

@@ -34,7 +34,7 @@ def batches_for(*flags):
 
 @pytest.fixture(scope="module")
 def made():
-    return batches_for()
+    return batches_for("--cfg_drop_text", "0.1")
 
 
 def with_flags(made, *flags, model=None):
@@ -65,7 +65,7 @@ def test_batch_against_its_samples(made, task):
     for s in range(30):
         (text, *prompt), draw = texts_of(made, task, s), data.rng(0, s, Purpose.DROP)
         text, prompt = model.ids(text, end=True), model.ids("".join(prompt), end=False)
-        dropped = draw.random() < args.cfg_drop
+        dropped = draw.random() < (args.cfg_drop if task == T2I else args.cfg_drop_text)
         auxiliary = task == T2I and draw.random() < args.aux_caption
         cut = int(draw.integers(text.index(model.tokenizer.end) + 1)) if task == T2T else 0
         skip = cut // bl * bl if task == T2T and draw.random() < 0.5 else 0
@@ -144,7 +144,7 @@ def test_tasks_of_a_step_follow_the_shares(made):
 
 def test_a_text_has_a_time_for_each_block_or_one(made):
     def times(*flags):
-        b = with_flags(made, "--cfg_drop", "0", *flags).prior([(IT2T, k) for k in range(4)])
+        b = with_flags(made, *flags).prior([(IT2T, k) for k in range(4)])
         noisy = b.layout.segment == N
         return [b.t[b.t_index][noisy & (b.layout.sample == s)].unique() for s in range(4)]
     assert all(len(t) > 1 for t in times())
@@ -215,8 +215,9 @@ def test_batches_without_images_or_conditions(made, tmp_path):
     texts = batches_for("--text", str(tmp_path / "a.txt"), "--tasks", "t2t:1")
     b = texts.prior([(T2T, k) for k in range(4)])
     assert b.z_image.shape == (0, 32) and b.counts()["t2t"] > 0 == b.counts()["image"]
+    dropped = with_flags(made, "--cfg_drop", "1", "--cfg_drop_text", "1")
     for task, segments in ((T2T, {N}), (T2I, {I}), (IT2T, {N})):
-        b = with_flags(made, "--cfg_drop", "1").prior([(task, k) for k in range(4)])
+        b = dropped.prior([(task, k) for k in range(4)])
         assert {*b.layout.segment.tolist()} == segments and len(b.targets)
         assert len(b.z_image) == (64 if task == T2I else 0)
 

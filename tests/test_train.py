@@ -81,7 +81,7 @@ def test_image_loss_reaches_what_processes_the_caption_but_not_its_latents(syste
 
 
 def test_text_loss_reaches_the_encoder_through_the_noisy_copy_alone(system, monkeypatch):
-    stage, b = stage_and_batch(system, T2T, "--cfg_drop", "0")
+    stage, b = stage_and_batch(system, T2T)
     scale, seen = stage.text_vae.scale_latents, []
     monkeypatch.setattr(stage.text_vae, "scale_latents",
                         lambda *x: seen.append(scale(*x)) or seen[-1])
@@ -142,7 +142,8 @@ def test_learning_rates(system):
 @pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
 def test_a_batch_whose_conditions_are_all_dropped(system, task):
     """Under a frozen text VAE; t2i alone has an image to learn."""
-    stage, b = stage_and_batch(system, task, "--cfg_drop", "1", "--vae_lr_ratio", "0")
+    stage, b = stage_and_batch(system, task, "--cfg_drop", "1", "--cfg_drop_text", "1",
+                               "--vae_lr_ratio", "0")
     loss, terms = stage(b, b.counts())
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
@@ -171,7 +172,7 @@ def test_sampling_asks_what_training_taught(system, task):
     """The velocity of a block of noise in a training batch is that of the same noise behind the
     same context, cached as in sampling."""
     args, dataset, model = system
-    stage, b = stage_and_batch(system, task, "--cfg_drop", "0")
+    stage, b = stage_and_batch(system, task)
     passes = []
     stage.mmdit.register_forward_hook(lambda module, given, out: passes.append((given, out[0])))
     with torch.no_grad():
