@@ -66,7 +66,8 @@ class ImageBatch:
 @dataclass
 class Batch(TextBatch):
     """Samples of stage 2, of any tasks, packed. The text VAE may be training, so the batch holds
-    its texts; the image VAE is frozen, so it holds image latents. moves: t > 0, bears loss."""
+    its texts; the image VAE is frozen, so it holds image latents. A position moves if its t > 0;
+    only these bear loss."""
     layout: Layout                     # of the L positions
     targets: Tensor                    # (n,) positions that move: others need no velocity
     source: Tensor                     # (Lt,) which of the Lv latents stands at a text position
@@ -144,7 +145,7 @@ class Batches:
         ids, cut, padded = self.cut_text(self.dataset.t2t(k), rng)
         n = len(ids) // self.patch_size
         index = np.arange(n)
-        # Half of the samples bear no loss in the blocks before the cut: sampling is given these.
+        # In half of the samples, N lacks the blocks before the cut, which sampling is given.
         skip = cut // self.block_len * self.block_len if rng.random() < 0.5 else 0
         texts, source = [ids], index
         if cut and self.model.text_vae.config.block_len > 1:

@@ -1,6 +1,6 @@
 """Checkpoint: what a run leaves in its folder, and how another run takes it up.
 
-    ckpt.pt            the last checkpoint; ckpt.prev.pt the one before
+    ckpt.pt            the last checkpoint; ckpt.prev.pt the one before, where a disk has links
     log.jsonl          one line for every step
 
 A checkpoint is one dict of plain types and tensors (cola.read opens it, cola.build makes a model):
@@ -55,6 +55,12 @@ class State:
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
 
+    def trained(self) -> set[str]:
+        """The VAEs that this run or another one has trained. A prior implies a text VAE."""
+        done = self.progress
+        return {name for name in config.STAGES[:2] if done[name] or name in self.closed
+                or name == "text_vae" and done["mmdit"]}
+
     @classmethod
     def of(cls, found: dict | None) -> "State":
         return cls(**{name: found[name] for name in cls.__dataclass_fields__}) if found else cls()
@@ -76,9 +82,7 @@ def begin(given: dict) -> tuple[Namespace, dict | None]:
     if given.get("init_from"):
         found = cola.read(given["init_from"])
         args = config.merge(given, found["args"], "init", given["init_from"])
-        done = found["progress"]                           # a prior implies a trained text VAE
-        trained = {x for x in config.STAGES[:2] if done[x] or x == "text_vae" and done["mmdit"]}
-        new = State(closed=sorted(trained | {*found["closed"]}))
+        new = State(closed=sorted(State.of(found).trained()))
         return args, found | vars(new) | {"model": found["model"] | found["ema"]}
     if given.get("init_official"):
         settled = release.flags(given["init_official"]) | {"text_vae_steps": 0}
@@ -93,6 +97,7 @@ def latest(folder: Path) -> dict:
         return cola.read(folder / "ckpt.pt")
     except (ValueError, FileNotFoundError):
         if before.exists():
+            data.warn_once(f"{folder}: the last checkpoint is damaged; the one before is taken")
             return cola.read(before)
         raise
 
@@ -149,8 +154,7 @@ def open_stages(args: Namespace, state: State) -> tuple[list[str], list[str]]:
     if open_ == ["mmdit"]:
         images = config.task_shares(args.tasks).keys() - {"t2t"}
         for name in ("text_vae", "image_vae") if images else ("text_vae",):
-            trained = done[name] or name in state.closed or name == "text_vae" and done["mmdit"]
-            if not trained and config.steps(args, name):
+            if name not in state.trained() and config.steps(args, name):
                 raise ValueError(f"--stage mmdit: the {name} is not trained; first --stage {name}, "
                                  "or start from a checkpoint with --init_from")
     return open_, finished
@@ -170,7 +174,7 @@ def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: W
     if worker.rank:
         return
     path = Path(args.out_dir, "ckpt.pt")
-    temporary, before = path.with_suffix(".pt.tmp"), path.with_name("ckpt.prev.pt")
+    temporary, old = path.with_suffix(".pt.tmp"), path.with_suffix(".pt.old")
     try:
         with open(temporary, "wb") as file:
             torch.save(found, file)
@@ -180,10 +184,11 @@ def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: W
         temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0][:80]
         raise OSError(f"{temporary}: cannot be written ({reason}); {path} is unchanged") from None
-    before.unlink(missing_ok=True)
     with contextlib.suppress(OSError):                     # the first one, or a disk without links
-        os.link(path, before)
+        os.link(path, old)
     os.replace(temporary, path)
+    with contextlib.suppress(OSError):
+        os.replace(old, path.with_name("ckpt.prev.pt"))
 
 
 def moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor]) -> dict:

@@ -213,8 +213,8 @@ class Cola:
 
     def align(self, ids: list[int], cut: int) -> tuple[list[int], int, range]:
         """Inserts end tokens so that a prefix of `cut` tokens fills whole latents (left, right:
-        whole blocks). Returns the ids, the new cut, and the latents of inserted tokens, which are
-        never predicted."""
+        whole blocks). Returns the ids, the new cut, and the latents with inserted tokens, which
+        stay clean (repaint: none do)."""
         p = self.text_vae.config.patch_size
         multiple = p * self.block_len if self.first_block in ("left", "right") else p
         count = -cut % multiple                             # end tokens to insert

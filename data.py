@@ -1,14 +1,14 @@
 """Data: sample k of a run is a function of (seed, k), from scenes, captioned pictures or texts.
 
-    rng(seed, k, purpose)              the only source of random numbers
-    permutation(seed, k // n)[k % n]   the item of sample k of files: each of n once in an epoch
+    rng(seed, k, purpose)                  the only source of random numbers
+    permutation(seed, k // n, n)[k % n]    the item of sample k of files: each of n once in an epoch
 
 So a resumed run, or one with another number of workers, reads the same samples. A dataset has the
 methods below, but of t2t, t2i and it2t only those in `tasks`. An image is an index < num_images.
 
     t2t(k) -> text               it2t(k) -> prompt, image, answer    image_hw(image) -> (H, W)
     t2i(k) -> caption, image     images([image, ...]) -> pixels, uint8 (H, W, 3) each
-    corpus(n) -> texts to train a tokenizer on    captions() -> (name for messages, caption) of all
+    corpus(n) -> texts to train a tokenizer on    captions() -> (name, caption), to be checked
 
 Run: python data.py   (CPU, 2 s)
 """
@@ -47,7 +47,7 @@ class Purpose(IntEnum):
     """What a random number is for. Append new ones: another value changes every run."""
     TASK, ORDER, SCENE, PICK, CAPTION, WINDOW, CORPUS, DROP = range(8)
     TIME, NOISE, POSTERIOR, MASK = range(8, 12)
-    EVAL, SAMPLE = 13, 14       # 12 is unused
+    EVAL, SAMPLE = 13, 14
 
 
 class Key(tuple, np.random.bit_generator.ISeedSequence):

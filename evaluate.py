@@ -4,7 +4,8 @@ Images, captions, answers and stories are generated for scenes that training nev
 of held-out compositions. The hand-written readers of scenes/ judge them, without a network.
 
     metrics.json  {"n", "seen": {"t2i": {"scene": rate}}, "heldout", "ceiling", "seconds", "config"}
-                  "ceiling": what the VAEs alone keep; "config": all flags of the run
+                  "ceiling": what the VAEs alone keep; "config": all flags of the run;
+                  "samples": how many are behind a rate
     samples.png   images drawn for captions; captions and answers given to images
     loss.png      every loss in log.jsonl
 
@@ -19,7 +20,7 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,7 +159,7 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
     samples = defaultdict(list)
     for name, right in worker.gather(verdicts):
         samples[name].append(right)
-    metrics: dict = {"n": n}
+    metrics: dict = {"n": n, "samples": {name: len(values) for name, values in samples.items()}}
     for name, values in samples.items():   # "seen.t2i.scene" -> metrics["seen"]["t2i"]["scene"]
         *path, leaf = name.split(".")
         at = metrics
@@ -169,28 +170,20 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
 
 
 def table(metrics: dict) -> str:
-    """Lines of text: every rate with its interval; counts: samples behind a rate."""
-    n, tasks = metrics["n"], metrics["seen"].keys()
-    kinds = ("t2t" in tasks) + bool(tasks - {"t2t"})           # of texts: stories, captions
-    counts = {"t2i.scene": 3 * n, "t2i.by_count.1": n, "t2i.by_count.2": n, "t2i.by_count.3": n,
-              "t2i.count": 3 * n, "t2i.color": 3 * n, "t2i.shape": 3 * n, "t2i.size": 3 * n,
-              "t2i.relation": 2 * n, "t2i.background": 3 * n, "it2t.exact": n, "it2t.true": n,
-              "it2t.vqa": n, "t2t.consistent": n, "ceiling.image": n, "ceiling.text": kinds * n}
-
-    def cell(path: str, count: int) -> str:
-        rate = metrics
-        for key in path.split("."):
-            rate = rate.get(key, {})
-        if rate == {}:
+    """Lines of text: every rate with its interval."""
+    def cell(path: str) -> str:
+        if path not in metrics["samples"]:
             return ""
-        low, high = wilson(rate, count)
+        rate = reduce(dict.__getitem__, path.split("."), metrics)
+        low, high = wilson(rate, metrics["samples"][path])
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
 
     lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
-    for name, count in counts.items():
-        if seen := cell(f"seen.{name}", count) or cell(name, count):
-            heldout = cell(f"heldout.{name}", count)
-            lines.append(f"{name.replace('.', ' '):26s}{seen:24s}{heldout}")
+    for path in metrics["samples"]:
+        split, _, name = path.partition(".")
+        if split != "heldout":
+            title = name.replace(".", " ") if split == "seen" else f"{split} {name}"
+            lines.append(f"{title:26s}{cell(path):24s}{cell(f'heldout.{name}')}".rstrip())
     return "\n".join(lines)
 
 # ---- Pictures ----------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def velocity(z0: Tensor, eps: Tensor) -> Tensor:
 
 def shift_time(t: Tensor, shift: float | Tensor) -> Tensor:
     """Moves times other than 0 and 1 towards noise if shift > 1, as large images need: the more
-    correlated latents, the more noise they can be read through. ValueError: shift <= 0."""
+    correlated the latents, the more noise they can be read through. ValueError: shift <= 0."""
     if not torch.as_tensor(shift > 0).all():
         raise ValueError(f"time shift {shift}: expected a positive number; 1 changes nothing")
     return shift * t / (shift * t + (1 - t))
@@ -66,15 +66,15 @@ def sample_time(normal: Tensor, law: str = "logit_normal", loc: float | Tensor =
 def text_loc(channels: int, block_len: int) -> float:
     """loc of the times of text latents: 1 + ln(channels / 16) / 2, plus 1 if block_len is 1.
 
-    More channels carry the same meaning through more noise: the paper measured optima of 1.0, 1.7,
-    2.3 at 16, 64, 128 channels in blocks of 16 (Eq. 15.38, Fig. 2). The extra 1 is ours: without
-    neighbors in the block, a latent's meaning is decided near noise."""
+    More channels carry the same meaning through more noise: in blocks of 16 the paper measured
+    optima of 1.0, 1.7, 2.3 at 16, 64, 128 channels (Eq. 15.38, Fig. 2); these are 1.0, 1.7, 2.0.
+    The extra 1 is not the paper's: alone in its block, a latent's meaning is decided near noise."""
     return 1.0 + 0.5 * math.log(channels / 16) + (block_len == 1)
 
 
 def image_shift(numbers: int) -> float:
-    """Time shift of an image with so many numbers, positions x channels; at least 1 (the square
-    root rule of Zheng et al. 2510.11690, from 4096 numbers)."""
+    """Time shift of an image with so many numbers, positions x channels: the square root of their
+    ratio to 4096 (Zheng et al. 2510.11690), but at least 1."""
     return max(1.0, math.sqrt(numbers / 4096))
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 @dataclass
 class ImageVAEConfig:
-    """The paper's 64 channels at 1/16 the size: ImageVAEConfig(64, 16, 128, (1, 2, 4, 4), 3, 2)."""
+    """As in the paper, 64 channels, sides / 16: ImageVAEConfig(64, 16, 128, (1, 2, 4, 4), 3, 2)."""
     latent_channels: int = 32              # C
     downsample: int = 8                    # image pixels per latent pixel and side
     width: int = 64                        # D of the first level

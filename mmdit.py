@@ -53,14 +53,14 @@ class MMDiTConfig:
 class Cache:
     """Keys and values of each layer, and the layout of their positions."""
     layout: masks.Layout | None = None
-    kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)   # per layer, (cached, nh, hd)
+    kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)   # layer: (cached, nh, hd)
 
     def extend(self, layer: int, k: Tensor, v: Tensor, commit: bool) -> tuple[Tensor, Tensor]:
         """The cached keys and values of a layer, followed by k and v; commit stores the result."""
-        if layer < len(self.kv):
+        if layer in self.kv:
             k, v = (torch.cat([old, new]) for old, new in zip(self.kv[layer], (k, v)))
         if commit:
-            self.kv[layer:layer + 1] = [(k, v)]
+            self.kv[layer] = k, v
         return k, v
 
 # ---- Embeddings --------------------------------------------------------------------------------
@@ -196,8 +196,8 @@ class MMDiT(nn.Module):
     def reset_parameters(self, names: set[str] | None = None) -> None:
         """Initialize the parameters of these names, or all of them, so that v = 0.
 
-        Gates start at 1; from 0 (adaLN-Zero) they grow slowly: 0.1 after 600 steps. Matrices of
-        blocks have variance 1 / (3 inputs), divided by 2 x layers where a branch ends."""
+        Gates start at 1; from 0 (adaLN-Zero) they would grow slowly. Matrices of blocks
+        have variance 1 / (3 inputs), divided by 2 x layers where a branch ends."""
         for name, p in self.named_parameters():
             if names is not None and name not in names:
                 continue
@@ -229,7 +229,7 @@ class MMDiT(nn.Module):
         commit: add these positions to the cache, and return three None.
         targets: (n,) positions with a loss, and the plan from them to all; the last layer and the
             velocities are computed at these positions only.
-        tap: a layer, before the last if there are targets."""
+        tap: which layer's output to return, -1 for none; before the last if there are targets."""
         is_image = layout.segment == masks.I
         at_text, at_image, order = split(is_image)
         x = self.text_in(text)                                                   # (Lt, D)

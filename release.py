@@ -146,7 +146,7 @@ def load_mmdit(folder: Path, image_channels: int = 0, dual_layers: int = 0) -> t
         fresh = {name: torch.empty_like(x, device="cpu") for name, x in model.state_dict().items()
                  if name.startswith("image_")}
         model.load_state_dict(weights | fresh, assign=True)
-    model.reset_parameters(fresh)
+    model.reset_parameters(set(fresh))
     return model.eval(), block_len
 
 

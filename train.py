@@ -137,14 +137,14 @@ class PriorStage(nn.Module):
             positions = counts["image"] / b.z_image.shape[1]
             terms["repa"] = distance[b.image_moves].sum() / positions
             loss = loss + a.lambda_fm * w_repa * terms["repa"]
-        if a.fsdp:         # weights outside the blocks need a gradient on every worker, if only 0
+        if a.fsdp:         # weights outside the blocks, no DTensors here, may have no gradient: 0
             used = (p for name, p in self.named_parameters() if p.requires_grad and
                     (self.vae_trains() or not name.startswith("text_vae.")))
             loss = loss + 0 * sum(p.sum() for p in used if not isinstance(p, DTensor))
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def text_loss(self, v_text: Tensor, v: Tensor, task: Tensor, counts: dict[str, float],
-                  terms: Terms) -> Tensor | float:
+                  terms: Terms) -> Tensor:
         """L_text: the mean over all noisy text, in which a position of an answer weighs w_answer.
         Adds the mean of each task to the terms."""
         weight = {name: counts[name] * (self.args.w_answer if name == "it2t" else 1.0)
@@ -152,8 +152,8 @@ class PriorStage(nn.Module):
         for name in weight:
             terms[f"text_{name}"] = flow.flow_matching_loss(
                 v_text, v, counts[name], task == TASKS.index(name))
-        if not weight:
-            return 0.0
+        if not weight:                                     # no text moves: v_text has no rows
+            return v_text.sum()
         terms["text"] = sum(terms[f"text_{name}"] * w for name, w in weight.items()) \
             / sum(weight.values())
         return terms["text"]
@@ -180,9 +180,10 @@ class Muon(torch.optim.Optimizer):
 
         M = mu M + (1 - mu) G,   U = NS(mu M + (1 - mu) G)
         W = (1 - lr wd) W - lr sqrt(max(1, rows / columns)) U
-        NS: X / |X|, then `steps` times X = a X + (b XX^T + c (XX^T)^2) X: singular values near 1
+        NS: X / |X|, then `steps` times X = a X + (b XX^T + c (XX^T)^2) X
 
-    Matrices of one shape are iterated together, in dtype, and the workers divide them."""
+    NS brings large singular values near 1; small ones grow by the factor a in every step. Matrices
+    of one shape are iterated together, in the precision dtype; each worker does a share of them."""
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95,
                  steps: int = 3, dtype: torch.dtype = torch.float32):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -199,33 +200,29 @@ class Muon(torch.optim.Optimizer):
                     if not state:
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - mu)
-                    update = workers.full(p.grad.lerp(state["momentum"], mu))
-                    same_shape[min(p.shape), max(p.shape)].append((p, update))
-            wide = [torch.stack([u.mT if u.shape[0] > u.shape[1] else u for _, u in pairs])
-                    for pairs in same_shape.values()]      # a tall matrix is iterated transposed
-            for pairs, updates in zip(same_shape.values(), self.orthogonal(wide)):
-                for (p, _), u in zip(pairs, updates):
+                    same_shape[min(p.shape), max(p.shape)].append(p)
+            for ps in same_shape.values():                 # a tall matrix is iterated transposed
+                updates = [workers.full(p.grad.lerp(self.state[p]["momentum"], mu)) for p in ps]
+                wide = torch.stack([u.mT if u.shape[0] > u.shape[1] else u for u in updates])
+                for p, u in zip(ps, self.orthogonal(wide)):
                     u = workers.like(u.mT if p.shape[0] > p.shape[1] else u, p)
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(u, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
-    def orthogonal(self, stacks: list[Tensor]) -> list[Tensor]:
-        """NS of each (n, rows, columns), rows <= columns; every worker does a share of the n."""
+    def orthogonal(self, matrices: Tensor) -> Tensor:
+        """NS of (n, rows, columns), rows <= columns, every worker its share of the n."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        out = [torch.zeros_like(matrices) for matrices in stacks]
-        for matrices, result in zip(stacks, out):
-            x = matrices[rank::world].to(self.dtype)
-            x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-            for _ in range(self.steps):
-                gram = x @ x.mT                                                # (n, rows, rows)
-                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315),
-                                  x, beta=3.4445)
-            result[rank::world] = x
-        if world == 1 or not out:
-            return out
-        flat = torch.cat([x.flatten() for x in out])       # one sum is faster than one a shape
-        dist.all_reduce(flat)                              # the others add zeros
-        return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in out]), out)]
+        a, b, c = 3.4445, -4.7750, 2.0315
+        x = matrices[rank::world].to(self.dtype)
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+        for _ in range(self.steps):
+            gram = x @ x.mT                                                    # (n, rows, rows)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        out = torch.zeros_like(matrices)
+        out[rank::world] = x
+        if world > 1:
+            dist.all_reduce(out)                           # the others add zeros
+        return out
 
 
 def make_optimizers(args: Namespace, stage: nn.Module, lr: float,

@@ -44,7 +44,7 @@ class Worker:
     world: int = 1
     device: torch.device = torch.device("cpu")
     stop: float = 0.0              # 1.0 after a signal, to be summed
-    training: bool = False         # set-up is over: an error may be of this worker alone
+    training: bool = False         # it has begun: an error may be of this worker alone
     started: list[subprocess.Popen] = field(default_factory=list)      # workers of this process
 
     def share(self, numbers: range | list) -> range | list:
@@ -69,9 +69,10 @@ class Worker:
 
     def leave(self, error: BaseException | None = None, stopped: str = "stopped") -> int:
         """Ends this worker, with a line for the user if there is an error. Returns the status: 0,
-        2 for a user's mistake, 130 when stopped (with that line), 1 when another worker has ended.
+        2 for a ValueError or OSError, 130 and the line `stopped` for a KeyboardInterrupt, 1 or its
+        own status where another worker has ended. Any other RuntimeError is raised.
 
-        Errors come to all workers alike, and worker 0 prints them; but an OSError while training,
+        Errors come to all workers alike, and worker 0 prints them; but an OSError after the set-up,
         such as a full disk, may be of this worker alone. A RuntimeError about a connection says
         that another worker has ended, which prints its own reason."""
         line, own = str(error or ""), self.training and isinstance(error, OSError)
@@ -131,7 +132,9 @@ def join(args: Namespace) -> Worker:
     if on_cpu:
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")             # TF32 where bfloat16 is not used
-    return Worker(int(os.environ.get("RANK", 0)), world, device, started=started)
+    worker = Worker(int(os.environ.get("RANK", 0)), world, device, started=started)
+    args.bf16 = worker.gather([args.bf16])[0]
+    return worker
 
 
 def bf16_is_faster() -> bool:
@@ -207,17 +210,19 @@ def compile_blocks(mmdit: nn.Module) -> None:
 
 def bf16_linear(module: nn.Linear, x: Tensor) -> Tensor:
     """A linear map with products in bfloat16, (n, in) -> (n, out) fp32. n is padded to a multiple
-    of 64, because oneDNN compiles a kernel for each new shape, in milliseconds."""
+    of 64, because oneDNN compiles a kernel, which takes milliseconds, for each new shape."""
     with torch.autocast("cpu", torch.bfloat16):
         padded = F.pad(x, (0, 0, 0, -len(x) % 64))
         return F.linear(padded, module.weight, module.bias)[:len(x)].float()
 
 
 def autocast(stage: nn.Module, bf16: bool, device: str) -> torch.autocast:
-    """Autocast for a stage. On a CPU, where it makes attention slow, only linear maps change."""
-    for module in stage.modules():
-        if bf16 and device == "cpu" and isinstance(module, nn.Linear):
-            module.forward = functools.partial(bf16_linear, module)
+    """The autocast context of a stage. On a CPU it would slow attention down: there the linear maps
+    of the stage are replaced by bf16_linear, for good, and the context does nothing."""
+    if bf16 and device == "cpu":
+        for module in stage.modules():
+            if isinstance(module, nn.Linear):
+                module.forward = functools.partial(bf16_linear, module)
     return torch.autocast(device, torch.bfloat16, enabled=bf16 and device != "cpu")
 
 
@@ -251,7 +256,6 @@ def signals(worker: Worker) -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-        worker.training = False
 
 
 @contextlib.contextmanager

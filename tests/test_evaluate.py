@@ -36,7 +36,10 @@ def test_right_answers_have_rate_1(tiny, monkeypatch):
     monkeypatch.setattr(sample, "generate_text", texts)
     model = cola.load(tiny / "ckpt.pt")
     metrics = evaluate.rates(model, args_for("--eval_samples", "5"), {*METRICS}, Worker())
-    assert metrics.keys() == {"n", "seen", "heldout", "ceiling"} and metrics["n"] == 5
+    assert metrics.keys() == {"n", "samples", "seen", "heldout", "ceiling"} and metrics["n"] == 5
+    for path, n in (("seen.t2i.scene", 15), ("heldout.t2i.by_count.2", 5), ("seen.it2t.vqa", 5),
+                    ("seen.t2i.relation", 10), ("ceiling.text", 10), ("ceiling.image", 5)):
+        assert metrics["samples"][path] == n, path
     for split in ("seen", "heldout"):
         assert {task: set(names) for task, names in metrics[split].items()} == METRICS
         assert metrics[split]["t2i"].pop("by_count") == dict.fromkeys("123", 1.0)
@@ -62,14 +65,14 @@ def test_workers_share_the_samples(tiny, monkeypatch):
 
 
 def test_intervals_are_of_the_samples_behind_a_rate():
-    rates = {"n": 50, "seen": {"t2i": {"relation": 0.5, "color": 0.5}, "t2t": {}},
-             "ceiling": {"text": 0.5, "image": 0.5}}
-    lines = evaluate.table(rates).splitlines()
-    for title, n in (("t2i relation", 100), ("t2i color", 150), ("ceiling text", 100),
-                     ("ceiling image", 50)):
+    samples = {"seen.t2i.color": 150, "heldout.t2i.color": 50, "ceiling.text": 100}
+    half = {"t2i": {"color": 0.5}}
+    rates = {"samples": samples, "seen": half, "heldout": half, "ceiling": {"text": 0.5}}
+    _, color, text = evaluate.table(rates).splitlines()
+    for line, n in ((color, 150), (color, 50), (text, 100)):
         low, high = evaluate.wilson(0.5, n)
-        (line,) = [line for line in lines if line.startswith(title)]
         assert f"[{low:.3f}, {high:.3f}]" in line
+    assert color.startswith("t2i color") and text.startswith("ceiling text")
     assert evaluate.wilson(0.5, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
     assert evaluate.wilson(0.0, 10)[0] == 0.0 and evaluate.wilson(1.0, 10)[1] == 1.0
 
