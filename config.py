@@ -71,7 +71,7 @@ FLAGS: dict[str, list[Flag]] = {
     "data": [
         Flag("data", [], None, DATA, "folders, .jsonl, .tar of captioned images; none: scenes"),
         Flag("text", [], None, DATA, "files for T2T, .txt or .jsonl, also as .gz; none: captions"),
-        Flag("tasks", "t2t:1,t2i:2,it2t:3", None, RECIPE, "ratios: more samples, better learned"),
+        Flag("tasks", "t2t:3,t2i:4,it2t:5", None, RECIPE, "task:ratio of its samples, for some tasks"),
         Flag("image_size", [32], (8, 1 << 12), RECIPE, "pixels: one number, or height and width"),
         Flag("aspect", False, None, DATA, "keep aspect ratios from 1:2 to 2:1 instead of cropping"),
         Flag("seq_len", 128, SIZE, RECIPE, "longest text in tokens; longer captions are refused"),
@@ -114,7 +114,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("as_released", False, None, MODEL, "the architecture of the release, to export to it: "
              "no position embedding at the input, no norm of the time embedding"),
         Flag("block_len", 1, SIZE, RECIPE, "text latents generated together; release: 16"),
-        Flag("steps", 4000, COUNT, RECIPE, "steps of stage 2"),
+        Flag("steps", 3800, COUNT, RECIPE, "steps of stage 2"),
         Flag("scale", 1.0, RATE, DATA, "multiplies the steps of every stage, to train longer"),
         Flag("batch_size", 10, SIZE, RECIPE, "samples of a group, over all workers"),
         Flag("micro_steps", 6, SIZE, RECIPE, "groups in a step, each of one task"),
