@@ -52,7 +52,7 @@ class Settings:
 
 
 # Guiding an image below t = 0.6 makes colors bleed into each other (cf. 2404.07724). Text at
-# temperature 1 has outliers, at 0 it repeats one story, and guidance makes it too uniform.
+# temperature 1 has outliers, at 0 it repeats one story.
 IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))
 TEXT = Settings(shift=3.0, temperature=0.3)
 RELEASED = Settings(guidance=7.0, shift=1.0, snap=False)       # the paper's, for the public release
@@ -272,7 +272,7 @@ def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespac
         add_model_flags(p)
         p.add_argument("--n", type=COUNT, default=1, help="samples to draw")
         p.add_argument("--steps", type=COUNT, help="solver steps; fewer is faster and coarser")
-        p.add_argument("--guidance", type=within(-1e6, 1e6), help="w; more follows the prompt more")
+        p.add_argument("--guidance", type=within(-1e6, 1e6), help="w; texts need --cfg_drop_text")
         p.add_argument("--solver", choices=flow.SOLVERS, help="heun, rk4: 2 and 4 calls a step")
         p.add_argument("--temperature", type=within(0, 1e6), help="scale of the initial noise")
         p.set_defaults(**asdict(settings))

@@ -38,9 +38,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BASES = {
     "stories": ("--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 1000 --bf16 off "
                 "--block_len 16 --text_loc 1 --vae_lr_ratio 1 --lambda_ref 0.01 "
-                "--vae_logsnr learned",
+                "--vae_logsnr learned --cfg_drop_text 0.1",
                 "--procs 1 --text_temperature 1 --no-text_snap --text_shift 1 --text_guidance 1"),
-    "tasks": ("--steps 1600 --bf16 off", "--procs 1"),
+    "tasks": ("--steps 1900 --bf16 off", "--procs 1"),
 }
 SCRATCH = "--text_vae_steps 0 --lambda_ref 0 --beta"
 

@@ -4,7 +4,7 @@
 #   bash experiments/gpu.sh OUT_DIR                     all parts
 #   bash experiments/gpu.sh OUT_DIR kernels tests       some parts, if a machine is lent for less
 #
-#   kernels   builds the kernels, checks it against fp64, times it     6 minutes at most
+#   kernels   builds the kernels, checks them against fp64, times them    6 minutes at most
 #   tests     pytest of the kernels, emulated on the CPU                      1
 #   losses    20 steps in TF32 and bf16, and with the kernels, against fp32   2
 #   speed     a training step by part, and the attention backends             1

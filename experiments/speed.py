@@ -6,7 +6,7 @@
 One process, fresh weights, the batches of the run, learning rates of 0. Every number is a median
 after a warm-up, by the clock on the wall. The parts of a step are timed one after another, with the
 device idle before and after each. The whole step is timed as in training: batches are made one step
-ahead in a thread, and the device is waited for once a step.
+ahead in a thread, and losses are read once a step.
 """
 from __future__ import annotations
 

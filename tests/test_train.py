@@ -151,6 +151,15 @@ def test_a_batch_whose_conditions_are_all_dropped(system, task):
     assert all(not p.requires_grad for p in stage.text_vae.parameters())
 
 
+def test_a_batch_in_which_nothing_moves_has_a_gradient_of_0(system):
+    stage, b = stage_and_batch(system, T2T, "--vae_lr_ratio", "0")
+    b = dataclasses.replace(b, targets=b.targets[:0], text_moves=torch.zeros_like(b.text_moves),
+                            t_index=torch.zeros_like(b.t_index))
+    loss, terms = stage(b, b.counts())
+    loss.backward()
+    assert loss == 0 and not terms and not stage.mmdit.text_in.weight.grad.any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
 def test_one_batch_overfits(system, task):
