@@ -145,7 +145,7 @@ class Batches:
         ids, cut, padded = self.cut_text(self.dataset.t2t(k), rng)
         n = len(ids) // self.patch_size
         index = np.arange(n)
-        # In half of the samples, N lacks the blocks before the cut, which sampling is given.
+        # In half of the samples N begins at the block of the cut, as in sampling after a prefix.
         skip = cut // self.block_len * self.block_len if rng.random() < 0.5 else 0
         texts, source = [ids], index
         if cut and self.model.text_vae.config.block_len > 1:

@@ -164,13 +164,13 @@ def open_stages(args: Namespace, state: State) -> tuple[list[str], list[str]]:
 def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: Worker) -> None:
     """Worker 0 writes out_dir/ckpt.pt, whole or not at all, with an OSError if it cannot. All
     workers call it, as they put sharded weights together."""
-    weights = {name: full(x) for name, x in nn.ModuleDict(model.parts()).state_dict().items()}
-    state.extra = {name: full(x) for name, x in stage.state_dict().items()
+    weights = {name: full(x).cpu() for name, x in nn.ModuleDict(model.parts()).state_dict().items()}
+    state.extra = {name: full(x).cpu() for name, x in stage.state_dict().items()
                    if name.startswith(EXTRA)} or state.extra
     found = vars(state) | {
         "format": cola.FORMAT, "config": model.config(), "tokenizer": model.tokenizer.to_dict(),
         "args": vars(args), "model": weights,
-        "ema": {name: full(x) for name, x in state.ema.items()}}
+        "ema": {name: full(x).cpu() for name, x in state.ema.items()}}
     if worker.rank:
         return
     path = Path(args.out_dir, "ckpt.pt")
@@ -194,7 +194,7 @@ def save(args: Namespace, model: Cola, stage: nn.Module, state: State, worker: W
 def moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor]) -> dict:
     """The optimizers' tensors, whole, by the name of their parameter, if it has had a gradient."""
     states = {p: state for o in optimizers for p, state in o.state.items()}
-    return {name: {key: full(x) for key, x in states[p].items()}
+    return {name: {key: full(x).cpu() for key, x in states[p].items()}
             for name, p in weights.items() if p in states}
 
 

@@ -70,7 +70,7 @@ FLAGS: dict[str, list[Flag]] = {
     ],
     "data": [
         Flag("data", [], None, DATA, "folders, .jsonl, .tar of captioned images; else scenes"),
-        Flag("text", [], None, DATA, "files for T2T, .txt or .jsonl, also as .gz; else captions"),
+        Flag("text", [], None, DATA, "files for T2T: .txt or .jsonl, also .gz; else captions"),
         Flag("tasks", "t2t:3,t2i:4,it2t:5", None, RECIPE, "task:ratio of samples, for any tasks"),
         Flag("image_size", [32], (8, 1 << 12), RECIPE, "pixels: one number, or height and width"),
         Flag("aspect", False, None, DATA, "keep aspect ratios from 1:2 to 2:1 instead of cropping"),
@@ -120,7 +120,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("micro_steps", 6, SIZE, RECIPE, "groups of samples in a step, each of one task"),
         Flag("accumulate", False, None, RECIPE, "as many passes as groups: slower, less memory"),
         Flag("optimizer", "muon", ("muon", "adamw"), RECIPE, "for the matrices inside the blocks"),
-        Flag("muon_lr", 0.02, RATE, RECIPE, "peak learning rate of Muon"),
+        Flag("muon_lr", 0.02, RATE, RECIPE, "peak learning rate of Muon, also in stage 1b"),
         Flag("lr", 5e-3, RATE, RECIPE, "peak learning rate of AdamW; lower it for a wide prior"),
         Flag("weight_decay", 0.01, WEIGHT, RECIPE, "decoupled; a larger one limits overfitting"),
         Flag("warmup", 0.03, SHARE, RECIPE, "first share of steps, with rising learning rates"),

@@ -1,7 +1,7 @@
 """Data: sample k of a run is a function of (seed, k), from scenes, captioned pictures or texts.
 
     rng(seed, k, purpose)                  the only source of random numbers
-    permutation(seed, k // n, n)[k % n]    the item of sample k of files: each of n once in an epoch
+    permutation(seed, k // n, n)[k % n]    the item of sample k of files: each in n successive k
 
 So a resumed run, or one with another number of workers, reads the same samples. A dataset has the
 methods below, but of t2t, t2i and it2t only those in `tasks`. An image is an index < num_images.

@@ -203,7 +203,7 @@ def captioned_grid(cells: Cells) -> Image.Image:
 def loss_plot(stage: str, entries: list[dict]) -> Image.Image:
     """Every loss in the log of a stage against its step, on a log scale."""
     not_losses = {"stage", "step", "skipped", "lr", "norm", "seconds", "data_seconds", "positions",
-                  "logsnr", "log_q", "drift"}
+                  "logsnr", "log_q"}
     curves = {}                            # name: (n, 2) steps and losses
     for name in sorted(set().union(*entries) - not_losses):
         if points := [(e["step"], e[name]) for e in entries if (e.get(name) or 0) > 0]:
@@ -236,6 +236,8 @@ def report(args: Namespace, worker: Worker, dataset=None) -> None:
             metrics = rates(model, args, tasks, worker)
             metrics |= {"seconds": round(found["seconds"], 1), "config": vars(args)}
         if worker.rank == 0:
+            if not (args.data or args.text):               # scenes that training never drew
+                dataset = open_data(Namespace(**vars(args) | {"seed": SEEDS + args.seed}))
             cells, lines = draw(model, args, tasks, dataset or open_data(args))
     if worker.rank == 0:
         if metrics:

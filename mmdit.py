@@ -114,7 +114,7 @@ class QKNorm(nn.LayerNorm):
 
 def modulate(h: Tensor, ada: Tensor, t_index: Tensor) -> Tensor:
     """(1 + scale) * h + shift, of each position's time. h (L, D), ada (U, 2 D) = [shift | scale]"""
-    shift, scale = ada.chunk(2, -1)                                              # (U, D) each
+    shift, scale = ada.float().chunk(2, -1)                                      # (U, D) each
     return torch.addcmul(shift.index_select(0, t_index), h, (1 + scale).index_select(0, t_index))
 
 
@@ -139,7 +139,7 @@ class Block(nn.Module):
 
     def pre_attention(self, x: Tensor, emb: Tensor, t_index: Tensor, rope: Tensor) -> tuple:
         """x (L, D) -> q, k, v, each (L, nh, hd)"""
-        h = modulate(self.norm(x), self.ada_msa_in(emb).float(), t_index)
+        h = modulate(self.norm(x), self.ada_msa_in(emb), t_index)
         q, k, v = self.msa.proj_qkv(h).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         q = apply_rope(self.msa.norm_q(q), rope).to(v.dtype)
         k = apply_rope(self.msa.norm_k(k), rope).to(v.dtype)
@@ -149,7 +149,7 @@ class Block(nn.Module):
         """x (L, D) and the output of attention o (L, nh, hd) -> (L, D)"""
         gate = self.ada_msa_out(emb).float().index_select(0, t_index)            # (L, D)
         x = torch.addcmul(x, self.msa.proj_out(o.flatten(1)).to(x.dtype), gate)
-        h = modulate(self.norm(x), self.ada_mlp_in(emb).float(), t_index)
+        h = modulate(self.norm(x), self.ada_mlp_in(emb), t_index)
         gate = self.ada_mlp_out(emb).float().index_select(0, t_index)
         return torch.addcmul(x, self.mlp(h).to(x.dtype), gate)
 
@@ -229,7 +229,7 @@ class MMDiT(nn.Module):
         commit: add these positions to the cache, and return three None.
         targets: (n,) positions with a loss, and the plan from them to all; the last layer and the
             velocities are computed at these positions only.
-        tap: which layer's output to return, -1 for none; before the last if there are targets."""
+        tap: the layer whose output to return, -1 for none; with targets, one before the last."""
         is_image = layout.segment == masks.I
         at_text, at_image, order = split(is_image)
         x = self.text_in(text)                                                   # (Lt, D)

@@ -161,15 +161,13 @@ class PriorStage(nn.Module):
     def joint_loss(self, b: Batch, counts: dict[str, float], mean: Tensor, logvar: Tensor,
                    plan: cuda_attention.Plan) -> tuple[Tensor | float, Terms]:
         """L_vae of Eq. 3.18 while the VAE trains, and how far its posterior is from that of the
-        reference encoder: the mean square of means, and KL(q || q_ref)."""
+        reference encoder: KL(q || q_ref)."""
         vae, tokens, loss, terms = self.text_vae, max(counts["tokens"], 1), 0.0, {}
         if self.vae_trains():
             loss, terms = vae_loss(vae, b, counts, self.args, learned_prior=True,
                                    posterior=(mean, logvar), plan=plan)
         with torch.no_grad():
             mean_ref, logvar_ref = self.ref.encode(b.ids, b.lengths, plan)
-        numbers = tokens * vae.config.latent_dim / vae.config.patch_size
-        terms["drift"] = (mean - mean_ref).square().sum() / numbers
         terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / tokens
         return self.args.lambda_vae * loss + self.args.lambda_ref * terms["ref"], terms
 

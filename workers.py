@@ -72,9 +72,9 @@ class Worker:
         2 for a ValueError or OSError, 130 and the line `stopped` for a KeyboardInterrupt, 1 or its
         own status where another worker has ended. Any other RuntimeError is raised.
 
-        Errors come to all workers alike, and worker 0 prints them; but an OSError after the set-up,
-        such as a full disk, may be of this worker alone. A RuntimeError about a connection says
-        that another worker has ended, which prints its own reason."""
+        Errors come to all workers of a machine alike, and its first one prints them; but an OSError
+        after the set-up, such as a full disk, may be of this worker alone. A RuntimeError about a
+        connection says that another worker has ended, which prints its own reason."""
         line, own = str(error or ""), self.training and isinstance(error, OSError)
         status = 2 if error else 0
         if isinstance(error, KeyboardInterrupt):
@@ -91,7 +91,7 @@ class Worker:
             line = "a worker was killed; continue with --resume auto"
         elif status == 1:                                  # the other worker has printed why
             status = max(codes, default=0) or 1
-        if line and (self.rank == 0 or own):
+        if line and (os.environ.get("LOCAL_RANK", "0") == "0" or own):
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         for process in self.started:
             if status:

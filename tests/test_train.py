@@ -114,11 +114,11 @@ def test_the_loss_of_stage_2_is_its_equation(system):
     stage, b = stage_and_batch(system, T2I, "--aux_caption", "1", "--vae_lr_ratio", "0.25",
                                "--cfg_drop", "0", "--repa_layer", "1", *weights)
     _, t = stage(b, b.counts())
-    assert abs(float(t["ref"])) < 1e-6 and t["drift"] < 1e-12
+    assert abs(float(t["ref"])) < 1e-6
     for p in stage.text_vae.parameters():
         p.data.add_(0.01)
     loss, t = stage(b, b.counts())
-    assert min(t[x] for x in ("recon", "mask", "image", "text", "repa", "ref", "drift")) > 0
+    assert min(t[x] for x in ("recon", "mask", "image", "text", "repa", "ref")) > 0
     torch.testing.assert_close(
         loss.detach(),
         w.lambda_vae * (t["recon"] + w.beta * t["log_q"] + w.lambda_mask * t["mask"])

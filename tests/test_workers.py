@@ -99,8 +99,9 @@ def test_two_runs_do_not_share_a_folder(tiny, tmp_path, capsys):
         fails([*flags, "--out_dir", str(out)], capsys, "another run is writing there")
     trained(out, *flags)
 
-def test_an_error_of_one_worker_after_the_set_up_has_a_line(capsys):
-    """Those of the set-up come to all workers alike, and the first one prints them."""
+def test_an_error_of_one_worker_after_the_set_up_has_a_line(monkeypatch, capsys):
+    """In the set-up all workers of a machine err alike, and the first one prints it."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
     worker = Worker(rank=1, world=2)
     assert worker.leave(OSError("no space")) == 2 and capsys.readouterr().err == ""
     with pytest.raises(OSError), workers.signals(worker):
