@@ -107,6 +107,15 @@ def test_samples_are_true_of_their_picture():
             assert answer in language.answers(world.scene_of(index), prompt)
     assert 60 < questions < 90
 
+def test_pixels_in_memory_are_limited_by_their_bytes(monkeypatch):
+    drawn, render = [], pictures.render
+    monkeypatch.setattr(data, "CACHE_BYTES", 2 * 3 * 32 * 32)
+    monkeypatch.setattr(pictures, "render", lambda *given: drawn.append(given) or render(*given))
+    for side, count in ((32, 2), (64, 4)):                  # two pictures fit, or none
+        drawn.clear()
+        Scenes(0, (side, side)).images([0, 1, 0, 1])
+        assert len(drawn) == count
+
 # ---- Pixels ------------------------------------------------------------------------------------
 
 def decoded(raw: bytes, *shapes, header_only=False) -> np.ndarray | tuple[int, int]:

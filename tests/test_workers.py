@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import cola
+import config
 import train
 import workers
 from experiments import faults
@@ -72,6 +73,12 @@ def test_ddp_leaves_what_no_sample_used_without_a_gradient(system):
             assert "mmdit.text_in.weight" not in unused
     finally:
         dist.destroy_process_group()
+
+
+def test_a_gpu_may_use_tf32_where_it_does_not_use_bfloat16():
+    torch.set_float32_matmul_precision("highest")
+    workers.join(config.merge({"device": "cpu", "procs": 1}))
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 @pytest.mark.parametrize("rows", [0, 1, 64, 100])
