@@ -185,16 +185,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rows = score(open_model(args, "t2t"), args.prefix, args.response, args.samples, args.steps,
                      args.t_min, args.seed)
+        print(f"{'':34}{'log p':>10}  tokens  nats/token  perplexity")
+        for name, value, n in rows:
+            per_token = f"{n:8}{-value / n:12.4f}{perplexity(value, n):12.5g}" if n else ""
+            print(f"{name:34}{value:10.4f}{per_token}", flush=True)
+        return 0
     except (ValueError, OSError) as error:
         print(f"likelihood.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    print(f"{'':34}{'log p':>10}  tokens  nats/token  perplexity")
-    for name, value, n in rows:
-        per_token = f"{n:8}{-value / n:12.4f}{perplexity(value, n):12.5g}" if n else ""
-        print(f"{name:34}{value:10.4f}{per_token}")
-    return 0
 
 
 if __name__ == "__main__":

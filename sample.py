@@ -237,7 +237,7 @@ def within(low: float, high: float, kind: type = float) -> Callable[[str], float
     return number
 
 
-COUNT = within(1, 1e9, int)
+COUNT = within(1, 4096, int)
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
