@@ -34,7 +34,7 @@ import config
 import cuda_attention
 import sample
 import workers
-from checkpoint import read_log
+from checkpoint import latest, read_log
 from cola import Cola
 from data import SEEDS, Purpose, open_data, rng
 from scenes import language, pictures
@@ -229,7 +229,7 @@ def report(args: Namespace, worker: Worker, dataset=None) -> None:
     """Evaluates the averaged weights of out_dir/ckpt.pt. All workers call it and share the samples;
     worker 0 writes the files for which there is something to write, and prints the rates."""
     out, tasks = Path(args.out_dir), set(config.task_shares(args.tasks))
-    found, metrics, cells, lines = cola.read(out / "ckpt.pt"), {}, [], []
+    found, metrics, cells, lines = latest(out), {}, [], []
     if found["progress"]["mmdit"]:
         model = cola.build(found).to(worker.device)
         if args.eval_samples and not (args.data or args.text):
@@ -280,8 +280,8 @@ def main(argv: list[str] | None = None) -> int:
     worker = Worker(int(os.environ.get("RANK", 0)))
     try:
         given = config.parse(sys.argv[1:] if argv is None else argv, "evaluate.py", config.EVALUATE)
-        path = Path(given.get("out_dir", config.DEFAULTS["out_dir"]), "ckpt.pt")
-        args = config.merge(given, cola.read(path)["args"], "resume", str(path))
+        folder = Path(given.get("out_dir", config.DEFAULTS["out_dir"]))
+        args = config.merge(given, latest(folder)["args"], "resume", str(folder))
         worker = workers.join(args)
         line = cuda_attention.set_backend(args.attention, worker.device)
         if worker.rank == 0:
