@@ -90,11 +90,11 @@ def begin(given: dict) -> tuple[Namespace, dict | None]:
     return config.merge(given), None
 
 
-def latest(folder: Path) -> dict:
+def latest(folder: str | Path) -> dict:
     """The last checkpoint of a run, or the one before it if the last is damaged."""
-    before = folder / "ckpt.prev.pt"
+    before = Path(folder, "ckpt.prev.pt")
     try:
-        return cola.read(folder / "ckpt.pt")
+        return cola.read(Path(folder, "ckpt.pt"))
     except (ValueError, FileNotFoundError):
         if before.exists():
             data.warn_once(f"{folder}: the last checkpoint is damaged; the one before is taken")

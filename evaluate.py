@@ -225,11 +225,11 @@ def loss_plot(stage: str, entries: list[dict]) -> Image.Image:
 
 # ---- The report of a run -----------------------------------------------------------------------
 
-def report(args: Namespace, worker: Worker, dataset=None) -> None:
-    """Evaluates the averaged weights of out_dir/ckpt.pt. All workers call it and share the samples;
-    worker 0 writes the files for which there is something to write, and prints the rates."""
+def report(args: Namespace, worker: Worker, found: dict, dataset=None) -> None:
+    """Evaluates the averaged weights of the checkpoint `found`. All workers call it and share the
+    samples; worker 0 writes what there is to write into out_dir, and prints the rates."""
     out, tasks = Path(args.out_dir), set(config.task_shares(args.tasks))
-    found, metrics, cells, lines = latest(out), {}, [], []
+    metrics, cells, lines = {}, [], []
     if found["progress"]["mmdit"]:
         model = cola.build(found).to(worker.device)
         if args.eval_samples and not (args.data or args.text):
@@ -280,13 +280,13 @@ def main(argv: list[str] | None = None) -> int:
     worker = Worker(int(os.environ.get("RANK", 0)))
     try:
         given = config.parse(sys.argv[1:] if argv is None else argv, "evaluate.py", config.EVALUATE)
-        folder = Path(given.get("out_dir", config.DEFAULTS["out_dir"]))
-        args = config.merge(given, latest(folder)["args"], "resume", str(folder))
+        found = latest(given.get("out_dir", config.DEFAULTS["out_dir"]))
+        args = config.merge(given, found["args"], "resume", "the checkpoint")
         worker = workers.join(args)
         line = cuda_attention.set_backend(args.attention, worker.device)
         if worker.rank == 0:
             print(line)
-        report(args, worker)
+        report(args, worker, found)
         return worker.leave()
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         return worker.leave(error)

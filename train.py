@@ -433,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
             train(run)
             if worker.sum({"stop": worker.stop})["stop"]:              # since the last step
                 raise KeyboardInterrupt
-        evaluate.report(args, worker, dataset)             # of what is in out_dir now
+        evaluate.report(args, worker, checkpoint.latest(args.out_dir), dataset)
         return worker.leave()
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         return worker.leave(error, "stopped; continue with --resume auto")
