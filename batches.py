@@ -15,6 +15,7 @@ the masking loss hides. In stages 1 and 1b: TASK, the task of text k; PICK, imag
 Shapes: T tokens, Lv latents of all texts; L positions of the prior, Lt text, Li image; U times; Dz,
 Cz text and image channels; B images, H x W pixels, h x w latents.    Run: python batches.py
 """
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -72,11 +73,13 @@ class Batch(TextBatch):
     targets: Tensor                    # (n,) positions that move: others need no velocity
     source: Tensor                     # (Lt,) which of the Lv latents stands at a text position
     text_task: Tensor                  # (Lt,) task of its sample
-    text_moves: Tensor                 # (Lt,) bool: it moves, bears L_text
+    text_moves: Tensor                 # (Lt,) bool: it moves
+    text_weight: Tensor                # (Lt,) its weight in L_text, 0 if it does not move
     eps_text: Tensor                   # (Lt, Dz) noise, 0 in P and C
     z_image: Tensor                    # (Li, Cz) clean latents
     image_moves: Tensor                # (Li,) bool: it moves, bears L_image
     eps_image: Tensor                  # (Li, Cz) noise
+    features: Tensor                   # (Li, F) what L_REPA aligns with
     t: Tensor                          # (U,) distinct times; t[0] = 0 is clean
     t_index: Tensor                    # (L,) which of them a position has
 
@@ -85,8 +88,8 @@ class Batch(TextBatch):
         self.target_plan = make_plan(self.layout.select(self.targets), self.layout)
 
     def counts(self) -> dict[str, float]:
-        """image: positions with L_image, times channels; t2t, t2i, it2t: the same with L_text."""
-        text = torch.bincount(self.text_task[self.text_moves], minlength=len(TASKS))
+        """image: positions with L_image, times channels; t2t, t2i, it2t: weights of L_text, too."""
+        text = torch.bincount(self.text_task, self.text_weight, minlength=len(TASKS))
         text = dict(zip(TASKS, (text * self.eps_text.shape[1]).tolist()))
         image = int(self.image_moves.sum()) * self.eps_image.shape[1]
         return super().counts() | text | {"image": image, "positions": len(self.layout)}
@@ -101,6 +104,7 @@ class Example:
     image: int                         # number of its image in the dataset; -1: none
     source: np.ndarray                 # (text positions,) which latent of these texts stands there
     clean: np.ndarray                  # (positions of N,) bool, t = 0: a given part of the text
+    weight: np.ndarray                 # (positions of N,) in L_text
     normal: np.ndarray                 # (1 + blocks,) draws for the image's and each block's time
     eps_text: np.ndarray               # (positions of N, Dz) noise
     eps_image: np.ndarray              # (positions of I, Cz) noise
@@ -137,6 +141,8 @@ class Batches:
         self.dz, self.cz = model.text_vae.config.latent_dim, model.mmdit.config.image_channels
         loc = args.text_loc
         self.text_loc = flow.text_loc(self.dz, self.block_len) if loc is None else loc
+        self.features = self.open_features() if args.w_repa and args.repa_features else None
+        self.feature_channels = self.cz if self.features is None else self.features.shape[-1]
 
     def t2t(self, k: int) -> Example:
         """The text is cut at random. What is before the cut is given, as a prefix in sampling."""
@@ -150,11 +156,12 @@ class Batches:
         texts, source = [ids], index
         if cut and self.model.text_vae.config.block_len > 1:
             # In sampling, the prefix is encoded before the rest of its VAE block is known.
-            texts = [ids, ids[:cut * self.patch_size]]
+            texts = [ids, self.model.fill(ids[:cut * self.patch_size])]
             source = np.where(index < cut, n + index, index)
         # No position sees the last block of C.
         sample = masks.Sample(T2T, clean=0 if dropped else n - self.block_len, noisy=n, skip=skip)
-        return self.complete(k, sample, texts, source, self.model.stays_clean(index, cut, padded))
+        clean = self.model.stays_clean(index, cut, padded)
+        return self.complete(k, sample, ids, texts, source, clean)
 
     def t2i(self, k: int) -> Example:
         """A share aux_caption of the samples also predicts the caption, block by block."""
@@ -164,7 +171,7 @@ class Batches:
         ids = [] if dropped else self.text_ids(caption)
         n = len(ids) // self.patch_size
         sample = masks.Sample(T2I, image=self.grid(image), clean=n, noisy=n if auxiliary else 0)
-        return self.complete(k, sample, [ids], np.arange(n), np.zeros(n, bool), image)
+        return self.complete(k, sample, ids, [ids], np.arange(n), np.zeros(n, bool), image)
 
     def it2t(self, k: int) -> Example:
         """Without its condition, an answer keeps the coordinates it has behind the instruction."""
@@ -174,13 +181,14 @@ class Batches:
         sample = masks.Sample(IT2T, p, self.grid(image), clean=n - self.block_len, noisy=n, start=p)
         if self.rng(k, Purpose.DROP).random() < self.args.cfg_drop_text:
             sample, prompt_ids, image = masks.Sample(IT2T, noisy=n, start=p), [], -1
-        return self.complete(k, sample, [prompt_ids, ids], sample.prompt + np.arange(n),
+        return self.complete(k, sample, ids, [prompt_ids, ids], sample.prompt + np.arange(n),
                              np.zeros(n, bool), image)
 
-    def complete(self, k: int, sample: masks.Sample, texts: list[list[int]], source: np.ndarray,
-                 clean: np.ndarray, image: int = -1) -> Example:
-        """Adds the noise and the draws for the times. source (n,): the number of each predicted
-        latent among those of `texts`; clean (n,) bool: whether it is clean in N."""
+    def complete(self, k: int, sample: masks.Sample, ids: list[int], texts: list[list[int]],
+                 source: np.ndarray, clean: np.ndarray, image: int = -1) -> Example:
+        """Adds the weights, the noise and the draws for the times. ids: of the predicted text;
+        source (n,): the number of each of its latents among those of `texts`; clean (n,) bool:
+        whether it is clean in N."""
         (h, w), kept = sample.image, slice(sample.skip, sample.noisy)
         normal = self.rng(k, Purpose.TIME).standard_normal(1 + len(source) // self.block_len)
         if self.args.time_per == "sample":
@@ -189,8 +197,11 @@ class Batches:
         eps_image = noise.standard_normal((h * w, self.cz), np.float32)
         eps_text = noise.standard_normal((sample.noisy, self.dz), np.float32)[kept]
         source = np.concatenate([np.arange(sample.prompt), source[:sample.clean], source[kept]])
-        return Example(sample, texts, image, source, clean[kept], normal, eps_text, eps_image,
-                       *self.vae_noise(k, texts))
+        # Filler: the latents behind the one with the first end token.
+        end = np.flatnonzero(np.array(ids) != self.model.tokenizer.end).max(initial=-1) + 1
+        weight = np.where(np.arange(len(clean)) > end // self.patch_size, self.args.w_filler, 1.0)
+        return Example(sample, texts, image, source, clean[kept], (weight * ~clean)[kept], normal,
+                       eps_text, eps_image, *self.vae_noise(k, texts))
 
     def whole_blocks(self, ids: list[int]) -> list[int]:
         """Adds at least one end token, up to whole blocks, and keeps those within seq_len."""
@@ -220,6 +231,18 @@ class Batches:
         """Rows and columns of the latents of an image."""
         (h, w), side = self.dataset.image_hw(image), self.model.image_vae.downsample
         return h // side, w // side
+
+    def open_features(self) -> np.ndarray:
+        """The array of --repa_features, (images, h w, F), which stays on the disk."""
+        path, shape = self.args.repa_features, (self.dataset.num_images, math.prod(self.grid(0)))
+        try:
+            features = np.lib.format.open_memmap(path, "r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path}: not a whole .npy file of numbers ({error})") from None
+        if features.dtype.kind != "f" or features.ndim != 3 or features.shape[:2] != shape:
+            raise ValueError(f"{path}: {features.dtype} {features.shape}; expected floats of shape "
+                             f"({shape[0]} images, {shape[1]} latents of an image, channels)")
+        return features
 
     @torch.no_grad()
     def image_latents(self, images: list[int]) -> Tensor:
@@ -274,12 +297,18 @@ class Batches:
         def join(name: str) -> Tensor:
             return torch.from_numpy(np.concatenate([getattr(e, name) for e in examples]))
 
+        images = [e.image for e in examples if e.image >= 0]
+        z_image = features = self.image_latents(images)                       # (Li, Cz)
+        if self.features is not None:
+            features = np.float32(self.features[images]).reshape(-1, self.features.shape[-1])
+            features = torch.from_numpy(features)                             # (Li, F)
         layout = masks.pack([e.sample for e in examples], self.block_len)
         task, is_image = layout.task[layout.sample], layout.segment == I      # (L,) each
         moving = is_image & (task == T2I)                                     # t > 0
         moving[layout.segment == N] = ~join("clean")
-        eps_text = torch.zeros(len(layout), self.dz)
+        eps_text, weight = torch.zeros(len(layout), self.dz), torch.zeros(len(layout))
         eps_text[layout.segment == N] = join("eps_text")
+        weight[layout.segment == N] = join("weight").float()
         ids, lengths = self.packed([text for e in examples for text in e.texts])
         first_latent = torch.tensor([0, *(len(e.posterior_noise) for e in examples[:-1])]).cumsum(0)
         # The times: t[0] = 0, then of each example that of its image and those of its blocks.
@@ -293,9 +322,10 @@ class Batches:
         return Batch(
             ids, lengths, join("posterior_noise"), join("masked"), layout, moving.nonzero()[:, 0],
             source=first_latent[layout.sample[~is_image]] + join("source"),
-            text_task=task[~is_image], text_moves=moving[~is_image], eps_text=eps_text[~is_image],
-            z_image=self.image_latents([e.image for e in examples if e.image >= 0]),
-            image_moves=moving[is_image], eps_image=join("eps_image"),
+            text_task=task[~is_image], text_moves=moving[~is_image],
+            text_weight=weight[~is_image], eps_text=eps_text[~is_image],
+            z_image=z_image, image_moves=moving[is_image], eps_image=join("eps_image"),
+            features=features,
             t=torch.cat([torch.zeros(1), t]), t_index=torch.where(moving, own_time, 0))
 
     def packed(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:

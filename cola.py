@@ -49,14 +49,16 @@ PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\
 
 class Tokenizer:
     """Byte-level BPE: any text <-> ids. `end` both ends and pads a text; no text encodes to it.
-    tokens: the bytes of each id; lower ids are merged first.   pattern: the regex of a word.
-    special: {name: id} of the other ids; one name is END_TEXT."""
+    tokens: the bytes of each id, b"" for a special one; lower ids are merged first.
+    pattern: the regex of a word.
+    special: {name: id} of the other ids; one name is END_TEXT. The last of them fills prefixes."""
     def __init__(self, tokens: list[bytes], pattern: str, special: dict[str, int]):
         self.tokens, self.pattern, self.special = tokens, pattern, special
-        ranks = {token: i for i, token in enumerate(tokens)}
+        ranks = {token: i for i, token in enumerate(tokens) if token}
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=special)
         self.end, self.n_vocab = special[END_TEXT], self.encoding.n_vocab
+        self.pad = max(special.values())
         self.spelling = dict(enumerate(tokens)) | {i: name.encode() for name, i in special.items()}
 
     def encode(self, text: str) -> list[int]:
@@ -117,8 +119,9 @@ class Tokenizer:
         except (ValueError, OSError):                       # an unknown name, or offline
             raise ValueError(f"tokenizer {name}: expected one of {tiktoken.list_encoding_names()}; "
                              "the first use needs to be online") from None
-        ranks = encoding._mergeable_ranks
-        return cls(sorted(ranks, key=ranks.get), encoding._pat_str, encoding._special_tokens)
+        token_of = {i: token for token, i in encoding._mergeable_ranks.items()}
+        tokens = [token_of.get(i, b"") for i in range(max(token_of) + 1)]
+        return cls(tokens, encoding._pat_str, encoding._special_tokens)
 
     def to_dict(self) -> dict:
         """Plain types for a checkpoint. A string of "tokens" has one character for every byte."""
@@ -159,6 +162,7 @@ class Cola:
     image_loc: float                    # mean of the logit time of images in training
     first_block: str = "clean"
     tasks: tuple[str, ...] = TASKS      # those it was trained for
+    text_guidance: bool = True          # texts can be guided: some were trained without condition
 
     def __post_init__(self) -> None:
         vae, channels = self.text_vae.config, self.mmdit.config.text_channels
@@ -193,6 +197,12 @@ class Cola:
         """Ids padded to a whole latent. end: with an end token, and padded to a whole block."""
         multiple = self.text_vae.config.patch_size * (self.block_len if end else 1)
         return pad_to_multiple(self.tokenizer.encode(text), multiple, self.tokenizer.end, ended=end)
+
+    def fill(self, ids: list[int]) -> list[int]:
+        """A prefix, filled to whole blocks of the text VAE, as the release does before encoding it;
+        only the latents of the prefix itself are kept."""
+        multiple = self.text_vae.config.patch_size * self.text_vae.config.block_len
+        return pad_to_multiple(ids, multiple, self.tokenizer.pad, ended=False)
 
     def encode_text(self, ids: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Posterior means of texts, packed (L, Dz), and the number of latents of each text."""
@@ -273,7 +283,7 @@ def build(found: dict, weights: str = "ema") -> Cola:
             mmdit = MMDiT(MMDiTConfig(**c["mmdit"]))
         model = Cola(text_vae, image_vae, mmdit, Tokenizer.from_dict(found["tokenizer"]),
                      c["block_len"], tuple(c["image_hw"]), c["image_loc"], c["first_block"],
-                     tuple(c["tasks"]))
+                     tuple(c["tasks"]), found["args"]["cfg_drop_text"] > 0)
         modules = nn.ModuleDict(model.parts()).eval()
         modules.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
     except (KeyError, TypeError, RuntimeError) as error:

@@ -14,6 +14,7 @@ Run: python config.py --help
 """
 import argparse
 import math
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -85,7 +86,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("text_patch", 1, SIZE, MODEL, "tokens per text latent: more shorten the sequence"),
         Flag("text_vae_width", 96, SIZE, MODEL, "width; the paper has 1536"),
         Flag("text_vae_layers", 2, SIZE, MODEL, "blocks of encoder and of decoder; paper: 4"),
-        Flag("text_vae_heads", 3, SIZE, MODEL, "attention heads; the paper has 12"),
+        Flag("text_vae_heads", 3, SIZE, MODEL, "attention heads; 12 at the paper's width"),
         Flag("vae_block_len", 1, SIZE, MODEL, "latents per VAE block; paper: 1, release: 16"),
         Flag("vae_logsnr", "2.5", None, MODEL, "'learned', or fixed: a lower one is noisier"),
         Flag("beta", 1e-3, WEIGHT, RECIPE, "weight of the text VAE's KL or E log q"),
@@ -123,6 +124,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("muon_lr", 0.02, RATE, RECIPE, "peak learning rate of Muon, also in stage 1b"),
         Flag("lr", 5e-3, RATE, RECIPE, "peak learning rate of AdamW; lower it for a wide prior"),
         Flag("weight_decay", 0.01, WEIGHT, RECIPE, "decoupled; a larger one limits overfitting"),
+        Flag("schedule", "linear", ("linear", "cosine"), RECIPE, "how learning rates fall: in the "
+             "last share --cooldown of the steps, or along the paper's cosine in all of them"),
         Flag("warmup", 0.03, SHARE, RECIPE, "first share of steps, with rising learning rates"),
         Flag("cooldown", 0.5, SHARE, RECIPE, "last share of steps, with falling learning rates"),
         Flag("clip", 1.0, RATE, RECIPE, "largest gradient norm: lower it if losses jump"),
@@ -131,10 +134,15 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("vae_interval", [1, 0], STEPS, RECIPE, "steps that the text VAE trains, then rests"),
         Flag("lambda_vae", 1.0, WEIGHT, RECIPE, "weight of the text VAE's own loss in stage 2"),
         Flag("lambda_fm", 1.0, WEIGHT, RECIPE, "weight of the flow-matching losses"),
-        Flag("lambda_ref", 0.0, WEIGHT, RECIPE, "weight of KL(q || q_ref), to stay near stage 1"),
+        Flag("lambda_ref", 0.01, WEIGHT, RECIPE, "weight of KL(q || q_ref): holds a text VAE that "
+             "trains in stage 2 to the encoder it began with"),
         Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
+        Flag("w_filler", 1.0, WEIGHT, RECIPE, "weight in L_text of the latents behind the first "
+             "end token of a text, which fill its last block"),
         Flag("w_answer", 3.5, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
         Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA: 0.5 in the literature, 0 is off"),
+        Flag("repa_features", "", None, DATA, ".npy that L_REPA aligns images with: (images, latents "
+             "of an image, channels); without it, the latents themselves"),
         Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
         Flag("repa_until", 0.5, SHARE, RECIPE, "share of the steps after which L_REPA stops"),
         Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples with a loss on the caption"),
@@ -151,6 +159,8 @@ FLAGS: dict[str, list[Flag]] = {
     ],
     "evaluation": [
         Flag("eval_samples", 512, STEPS, RUN, "samples per rate; 0 skips the evaluation"),
+        Flag("rank_samples", 0, STEPS, RUN, "scenes whose right answer and caption are to be "
+             "likelier than wrong ones (likelihood.py); seconds each"),
         Flag("guidance", 2.0, REAL, RUN, "for images: more follows captions, varies less"),
         Flag("text_guidance", 1.0, REAL, RUN, "for text; 1 is none, others need --cfg_drop_text"),
         Flag("text_temperature", 0.3, WEIGHT, RUN, "scale of text's first noise: less, likelier"),
@@ -168,10 +178,13 @@ EVALUATE = {f.name for f in FLAGS["evaluation"]} | {"out_dir", "device", "procs"
 # ---- From the command line to the flags of a run -----------------------------------------------
 
 def parse(argv: list[str], prog: str = "train.py", only: set[str] | None = None) -> dict[str, Any]:
-    """The flags that the command line gives, and no others. only: the flags that this program has.
-    An unknown flag, or a value of another type, ends the program with status 2."""
-    parser = argparse.ArgumentParser(prog, f"{prog} [--flag value ..]", allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+    """The flags that the command line gives, and no others: @file stands for the flags in a file,
+    and of two values the last one counts. only: the flags that this program has. An unknown flag,
+    or a value of another type, ends the program with status 2."""
+    parser = argparse.ArgumentParser(prog, f"{prog} [@file] [--flag value ..]", allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS, fromfile_prefix_chars="@")
+    # A line of a file may hold several flags, and a comment.
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)            # not shown if it stays empty
         for flag in flags:
@@ -249,6 +262,7 @@ def check(a: Namespace) -> None:
              f"at least {blocks} x --block_len x --text_patch tokens"),
             (a.w_repa and a.repa_layer >= a.layers,
              f"--repa_layer {a.repa_layer}: expected a layer before the last"),
+            (a.repa_features and a.aspect, "--repa_features is for images of one size"),
             (not a.vae_interval[0], "--vae_interval 0: it never trains; use --vae_lr_ratio 0")):
         if wrong:
             raise ValueError(why)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import cola
 import config
 import cuda_attention
+import likelihood
 import sample
 import workers
 from checkpoint import latest, read_log
@@ -41,7 +42,8 @@ from scenes import language, pictures
 from workers import Worker
 
 GROUP_SIZE = 64                                 # scenes that are sampled together
-Verdicts = Iterator[tuple[str, bool]]      # name of a rate, whether this sample is right
+RANK_STEPS = 4                                  # rk4 steps of a log p
+Verdicts = Iterator[tuple[str, bool | float]]      # name of a rate, whether this sample is right
 Cells = list[tuple[np.ndarray, str]]       # images uint8 (H, W, 3) with their texts
 
 
@@ -92,14 +94,40 @@ def judge_answers(model: Cola, group: Group, settings: sample.Settings) -> Verdi
 
 
 def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
-    """T2T: whether what follows the first sentences of a story does not contradict them."""
-    prefixes = []
+    """T2T: whether what follows the first sentences of a story does not contradict them, also by
+    the number of sentences, and whether each sentence is true of all before it. length: sentences
+    said, over those that the data have after such prefixes."""
+    prefixes, rest = [], []
     for scene, words in zip(group.scenes, group.rngs(Purpose.WINDOW)):
         sentences = language.story(scene, words).split(". ")           # three or more
-        prefixes.append(". ".join(sentences[:int(words.integers(1, 3))]) + ".")
+        cut = int(words.integers(1, 3))
+        prefixes.append(". ".join(sentences[:cut]) + ".")
+        rest.append(len(sentences) - cut)
     texts = sample.generate_text(model, prefixes, settings=settings, first=group.numbers[0])
     for prefix, text in zip(prefixes, texts):
-        yield "t2t.consistent", language.consistent(prefix, text)
+        facts, right = language.Facts(), language.consistent(prefix, text)
+        language.tell(facts, prefix)
+        said = language.tell(facts, text)
+        yield "t2t.consistent", right
+        yield f"t2t.by_sentences.{min(len(said), 4)}", right           # 4: or more
+        yield from (("t2t.sentence", is_new is not None) for is_new in said)
+        yield "t2t.length", len(said) * len(rest) / sum(rest)
+
+
+def judge_likelihoods(model: Cola, group: Group) -> Verdicts:
+    """IT2T: whether the answer to a question is likelier than every wrong one of its kind, and the
+    caption of an image likelier than seven that differ in one attribute."""
+    for scene, words in zip(group.scenes, group.rngs(Purpose.CAPTION)):
+        asked, answer = language.question(scene, words)
+        wording = int(words.integers(60))                              # of each number of objects
+        told = language.caption(scene, words, wording)
+        for name, prompt, texts in (
+                ("answer", asked, [answer, *language.wrong_answers(scene, asked)]),
+                ("caption", "describe the image.",
+                 [told, *language.wrong_captions(scene, words, wording, 7)])):
+            image, n = pictures.render(scene, model.image_hw), len(texts)
+            log_p = likelihood.log_answers(model, [prompt] * n, [image] * n, texts, RANK_STEPS)
+            yield f"it2t.ranked.{name}", log_p[0] > max(log_p[1:])
 
 
 def judge_vaes(model: Cola, group: Group, tasks: set[str]) -> Verdicts:
@@ -148,6 +176,8 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
               "it2t": (partial(judge_answers, settings=text), n),
               "t2t": (partial(judge_stories, settings=text), n)}         # judge, number of scenes
     work = [(split, *judges[task]) for split in ("seen", "heldout") for task in sorted(tasks)]
+    if "it2t" in tasks:
+        work += [(split, judge_likelihoods, args.rank_samples) for split in ("seen", "heldout")]
     work.append(("ceiling", partial(judge_vaes, tasks=tasks), n))
     # A group has successive numbers, because sampling numbers its noise from the first one on.
     groups = [(split, judge, range(count)[first:first + GROUP_SIZE])
@@ -155,7 +185,7 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
     verdicts = []
     for split, judge, numbers in tqdm(worker.share(groups), "evaluate", disable=worker.rank > 0):
         group = draw_scenes(seed, numbers, heldout=split == "heldout")
-        verdicts += [(f"{split}.{name}", bool(right)) for name, right in judge(model, group)]
+        verdicts += [(f"{split}.{name}", float(right)) for name, right in judge(model, group)]
     samples = defaultdict(list)
     for name, right in worker.gather(verdicts):
         samples[name].append(right)
@@ -165,7 +195,7 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
         at = metrics
         for key in path:
             at = at.setdefault(key, {})
-        at[leaf] = sum(values) / len(values)
+        at[leaf] = math.fsum(values) / len(values)         # whatever the order of the workers
     return metrics
 
 
@@ -175,11 +205,13 @@ def table(metrics: dict) -> str:
         if path not in metrics["samples"]:
             return ""
         rate = reduce(dict.__getitem__, path.split("."), metrics)
+        if path.endswith("t2t.length"):            # a ratio: 1 is as in the data
+            return f"{rate:.3f}"
         low, high = wilson(rate, metrics["samples"][path])
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
 
     lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
-    for path in metrics["samples"]:
+    for path in sorted(metrics["samples"], key=lambda path: (path.startswith("ceiling"), path)):
         split, _, name = path.partition(".")
         if split != "heldout":
             title = name.replace(".", " ") if split == "seen" else f"{split} {name}"

@@ -4,7 +4,7 @@
     v   = dz_t/dt = eps - z_0                        the network predicts this (Eq. 9.32)
     L   = sum |v_pred - v|^2 / count                 flow matching (Eq. 3.7, 9.33)
     t   = sigmoid(loc + scale n),  n ~ N(0, 1)       training times (Eq. 16.5, 16.6)
-    t'  = s t / (s t + 1 - t)                        time shift: logit t' = logit t + ln s
+    t'  = s t / (s t + 1 - t)                        shift: logit t' = logit t + ln s
     z_0 = z_1 + integral of v dt from t = 1 to 0     sampling (Eq. 10.2)
     v   = v_u + w (v_c - v_u)                        classifier-free guidance
 
@@ -48,7 +48,7 @@ def shift_time(t: Tensor, shift: float | Tensor) -> Tensor:
     """Moves times other than 0 and 1 towards noise if shift > 1, as large images need: the more
     correlated the latents, the more noise they can be read through. ValueError: shift <= 0."""
     if not torch.as_tensor(shift > 0).all():
-        raise ValueError(f"time shift {shift}: expected a positive number; 1 changes nothing")
+        raise ValueError(f"shift {shift}: expected a positive number; 1 changes nothing")
     return shift * t / (shift * t + (1 - t))
 
 
@@ -66,8 +66,8 @@ def sample_time(normal: Tensor, law: str = "logit_normal", loc: float | Tensor =
 def text_loc(channels: int, block_len: int) -> float:
     """loc of the times of text latents: 1 + ln(channels / 16) / 2, plus 1 if block_len is 1.
 
-    More channels carry the same meaning through more noise: in blocks of 16 the paper measured
-    optima of 1.0, 1.7, 2.3 at 16, 64, 128 channels (Eq. 15.38, Fig. 2); these are 1.0, 1.7, 2.0.
+    More channels carry the same meaning through more noise: the paper measured optima of 1.0, 1.7,
+    2.3 at 16, 64, 128 channels (Eq. 15.38, Fig. 2); without the 1, these are 1.0, 1.7, 2.0.
     The extra 1 is not the paper's: alone in its block, a latent's meaning is decided near noise."""
     return 1.0 + 0.5 * math.log(channels / 16) + (block_len == 1)
 
@@ -83,16 +83,16 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
 
-def flow_matching_loss(v_pred: Tensor, v: Tensor, count: float, mask=None) -> Tensor:
+def flow_matching_loss(v_pred: Tensor, v: Tensor, count: float, weight=None) -> Tensor:
     """Flow-matching loss (paper, Eq. 3.7, 9.33), a float32 scalar.
 
-    v_pred, v: (..., Dz). mask: (...) bool, the positions that bear loss; all of them if None.
-    count: loss positions x channels of a whole step, over all workers and micro-steps, so that the
-    losses of its batches add up to the mean of the step. A count of 0 gives 0, not NaN."""
+    v_pred, v: (..., Dz). weight: (...), of each position; None: 1.
+    count: sum of the weights x channels of a whole step, over all workers and micro-steps, so that
+    the losses of its batches add up to the mean of the step. 0 positions give 0, not NaN."""
     error = (v_pred.float() - v.float()).square()                   # (..., Dz)
-    if mask is not None:
-        error = torch.where(over_channels(mask, error), error, 0.0)
-    return error.sum() / max(count, 1)
+    if weight is not None:
+        error = error * over_channels(weight, error)
+    return error.sum() / (count or 1)
 
 # ---- Sampling ----------------------------------------------------------------------------------
 

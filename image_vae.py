@@ -28,7 +28,8 @@ from torch import Tensor
 
 @dataclass
 class ImageVAEConfig:
-    """As in the paper, 64 channels, sides / 16: ImageVAEConfig(64, 16, 128, (1, 2, 4, 4), 3, 2)."""
+    """The paper has 64 channels and sides / 16 (Sec. 5.5), and states no more. A VAE of that kind:
+    ImageVAEConfig(64, 16, 128, (1, 2, 4, 4), 3, 2)."""
     latent_channels: int = 32              # C
     downsample: int = 8                    # image pixels per latent pixel and side
     width: int = 64                        # D of the first level

@@ -10,10 +10,14 @@
 All in nats. A low training loss does not imply a high log p (Sec. 5.1, 9.4).
 Shapes: K draws, n latents of a text, Dz channels, bl latents in a block, B samples of D numbers.
 Run: python likelihood.py "there is a red circle." " the circle is red." --checkpoint out/ckpt.pt
+     python likelihood.py "what color is the circle?" "red." --image a.png
 """
 import math
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,8 +25,9 @@ from torch import Tensor
 import data
 import flow
 from cola import Cola, pad_to_multiple
-from masks import T2T, Sample, pack
-from sample import COUNT, Context, Parser, add_model_flags, draw_noise, open_model, within
+from masks import IT2T, T2T, Sample, pack
+from sample import (COUNT, Context, Parser, add_instructions, add_model_flags, draw_noise,
+                    open_model, read_picture, within)
 
 
 def log_normal(z: Tensor, mean: Tensor | float = 0.0, logvar: Tensor | float = 0.0) -> Tensor:
@@ -79,95 +84,138 @@ def perplexity(log_p: Tensor, tokens: Tensor) -> Tensor:
 # ---- Texts -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def log_weights(model: Cola, ids: list[int], K: int, grid: Tensor, known: int = 0,
-                exact: bool = True, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """log p(x_b | z), log p(z_b | z_<b) and log q(z_b | x) of every block b of a text, for K draws
-    z ~ q(z | x): (K, blocks) each (Algorithm A.1, Eq. 10.16).
-    ids: tokens in whole blocks. known: latents at the front that are given and have no terms.
+def log_weights(model: Cola, texts: list[list[int]], draws: Sequence[int], grid: Tensor,
+                known: int = 0, exact: bool = True, seed: int = 0, prompts: list[str] | None = None,
+                images: list[np.ndarray] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(x_b | z), log p(z_b | z_<b) and log q(z_b | x) of every block b of some texts, for one
+    draw z ~ q(z | x) of each: (blocks of all texts,) each (Algorithm A.1, Eq. 10.16).
+    texts: tokens in whole blocks; the same one K times for K draws. draws: their noise by number.
+    known: latents at the front that are given and have no terms. prompts, images uint8 (H, W, 3) of
+    one size: what the texts answer, for p(answer | image, instruction).
     grid: times from 1 to t_min. At t_min > 0 the flow ends at (1 - t_min) z + t_min eps: p and q
     are of z with noise of variance (t_min / (1 - t_min))^2.
     exact: the exact divergence, or else the estimate of one probe."""
-    vae, n = model.text_vae, len(ids) // model.text_vae.config.patch_size
-    given = torch.arange(n, device=model.device).repeat(K) < known                   # (K n,)
-    mean, logvar = (x.repeat(K, 1) for x in posterior(model, ids, known, grid[-1].item()))
-    rngs = [data.rng(seed, k, data.Purpose.POSTERIOR) for k in range(K)]
-    z = mean + (logvar / 2).exp() * draw_noise(rngs, n, mean.shape[1]).to(mean)         # (K n, Dz)
-    signs = [torch.from_numpy(g.choice([-1.0, 1.0], (n, z.shape[1]))) for g in rngs]
-    probe = None if exact else torch.cat(signs).to(z)                                # (K n, Dz)
-    log_pz = prior_log_prob(model, z, given.view(K, n), grid, probe)                 # (K blocks,)
-    tokens = torch.tensor(ids * K, device=z.device)                                  # (K n patch,)
-    log_px = -F.cross_entropy(vae.decode(z, [n] * K), tokens, reduction="none")      # (K n patch,)
-    log_px = torch.where(given.repeat_interleave(vae.config.patch_size), 0.0, log_px)
-    log_q = torch.where(given[:, None], 0.0, log_normal(z, mean, logvar))            # (K n, Dz)
-    return tuple(x.view(K, n // model.block_len, -1).sum(-1) for x in (log_px, log_pz, log_q))
+    vae, patch = model.text_vae, model.text_vae.config.patch_size
+    lengths = [len(ids) // patch for ids in texts]
+    given = torch.cat([torch.arange(n, device=model.device) < known for n in lengths])   # (L,)
+    mean, logvar = posterior(model, texts, known, grid[-1].item())                   # (L, Dz)
+    rngs = [data.rng(seed, k, data.Purpose.POSTERIOR) for k in draws]
+    noise = torch.cat([draw_noise([g], n, mean.shape[1]) for g, n in zip(rngs, lengths)])
+    z = mean + (logvar / 2).exp() * noise.to(mean)                                   # (L, Dz)
+    signs = [torch.from_numpy(g.choice([-1.0, 1.0], (n, z.shape[1])))
+             for g, n in zip(rngs, lengths)]
+    probe = None if exact else torch.cat(signs).to(z)                                # (L, Dz)
+    log_pz = prior_log_prob(model, z, lengths, given, grid, probe, prompts, images)  # (blocks,)
+    tokens = torch.tensor([i for ids in texts for i in ids], device=z.device)        # (L patch,)
+    log_px = -F.cross_entropy(vae.decode(z, lengths), tokens, reduction="none")      # (L patch,)
+    log_px = torch.where(given.repeat_interleave(patch), 0.0, log_px)
+    log_q = torch.where(given[:, None], 0.0, log_normal(z, mean, logvar))            # (L, Dz)
+    return tuple(x.view(len(log_pz), -1).sum(-1) for x in (log_px, log_pz, log_q))
 
 
-def posterior(model: Cola, ids: list[int], known: int, t_min: float) -> tuple[Tensor, Tensor]:
-    """Mean and logvar of q(z | x), scaled as for the prior, with the noise of t_min; (n, Dz) each.
+def posterior(model: Cola, texts: list[list[int]], known: int,
+              t_min: float) -> tuple[Tensor, Tensor]:
+    """Mean and logvar of q(z | x), scaled as for the prior, with the noise of t_min; (L, Dz) each.
     Known latents are encoded alone, as in training, and have no further noise."""
     vae, patch = model.text_vae, model.text_vae.config.patch_size
-    encode = lambda ids: vae.encode(torch.tensor(ids, device=model.device), [len(ids) // patch])
-    mean, logvar = encode(ids)
-    if known:
-        alone = encode(ids[:known * patch])
-        mean, logvar = (torch.cat([a, x[known:]]) for a, x in zip(alone, (mean, logvar)))
-    added = torch.full_like(mean, (t_min / (1 - t_min)) ** 2)
-    added[:known] = 0.0
-    logvar = logvar + 2 * math.log(vae.config.scaling_factor)
-    return vae.scale_latents(mean), torch.logaddexp(logvar, added.log())
+
+    def encode(texts: list[list[int]]) -> list[tuple[Tensor, ...]]:                  # of each text
+        lengths = [len(ids) // patch for ids in texts]
+        flat = torch.tensor([i for ids in texts for i in ids], device=model.device)
+        return list(zip(*(x.split(lengths) for x in vae.encode(flat, lengths))))
+
+    parts, added = encode(texts), torch.tensor(t_min / (1 - t_min)).square().log()
+    heads = encode([model.fill(ids[:known * patch]) for ids in texts]) if known else parts
+    means = [torch.cat([head[0][:known], x[0][known:]]) for head, x in zip(heads, parts)]
+    scale = 2 * math.log(vae.config.scaling_factor)
+    logvars = [torch.cat([head[1][:known] + scale, torch.logaddexp(x[1][known:] + scale, added)])
+               for head, x in zip(heads, parts)]
+    return vae.scale_latents(torch.cat(means)), torch.cat(logvars)
 
 
-def prior_log_prob(model: Cola, z: Tensor, given: Tensor, grid: Tensor,
-                   probe: Tensor | None) -> Tensor:
-    """log p(z_b | z_<b) of every block of K texts, (K blocks,). z (K n, Dz), given (K, n) bool.
+def prior_log_prob(model: Cola, z: Tensor, lengths: list[int], given: Tensor, grid: Tensor,
+                   probe: Tensor | None, prompts: list[str] | None,
+                   images: list[np.ndarray] | None) -> Tensor:
+    """log p(z_b | z_<b) of every block of texts, (blocks,). z (L, Dz), given (L,) bool.
     One solve gives all: noisy blocks do not see each other, only the clean blocks before."""
-    (K, n), bl, channels = given.shape, model.block_len, z.shape[1]
-    t_min = grid[-1].item()
-    given, t_index = given.flatten(), (~given).flatten().long()                      # (K n,) each
-    context = Context(model)
-    context.add(z, context.no_image, pack([Sample(T2T, clean=n)] * K, bl, model.device))
-    noisy = pack([Sample(T2T, noisy=n)] * K, bl, model.device)
-    plan = context.plan(noisy)
+    bl, channels, t_min = model.block_len, z.shape[1], grid[-1].item()
+    context, task, starts = Context(model), T2T, [0] * len(lengths)
+    if images is not None:
+        task, starts = IT2T, add_instructions(context, prompts, images)
+    clean, noisy = (pack([Sample(task, start=start, **{segment: n})
+                          for start, n in zip(starts, lengths)], bl, model.device)
+                    for segment in ("clean", "noisy"))
+    context.add(z, context.no_image, clean)
+    t_index, plan = (~given).long(), context.plan(noisy)                             # (L,)
 
     def velocity(z: Tensor, t: float) -> Tensor:
         v, _ = context.velocity(z.flatten(0, 1), context.no_image, [0.0, t], t_index, noisy, plan)
         return v.view_as(z)                                                          # (.., bl, Dz)
 
-    factor = torch.where(given, 1.0, 1 - t_min)[:, None]     # (K n, 1); the flow ends at factor * z
+    factor = torch.where(given, 1.0, 1 - t_min)[:, None]       # (L, 1); the flow ends at factor * z
     blocks = (factor * z).view(-1, bl, channels)
-    log_pz = log_prob(velocity, blocks, grid, probe, given.view(-1, bl))             # (K blocks,)
+    log_pz = log_prob(velocity, blocks, grid, probe, given.view(-1, bl))             # (blocks,)
     return log_pz + channels * factor.log().view(-1, bl).sum(1)    # log determinant of factor
 
 
+def is_exact(model: Cola) -> bool:
+    """Whether the divergence is exact, which takes a backward pass for each number of a block; the
+    estimate takes one."""
+    return model.block_len * model.text_vae.config.latent_dim <= 64
+
+
+def log_answers(model: Cola, prompts: list[str], images: list[np.ndarray], answers: list[str],
+                steps: int, t_min: float = 0.1) -> list[float]:
+    """log p(answer | image, instruction) in nats, by one draw of the ELBO for each of B answers,
+    with the same noise."""
+    ids = [model.ids(answer, end=True) for answer in answers]
+    grid = t_min + (1 - t_min) * flow.time_grid(steps)
+    px, pz, q = log_weights(model, ids, [0] * len(ids), grid, exact=is_exact(model),
+                            prompts=prompts, images=images)
+    blocks = [len(x) // (model.text_vae.config.patch_size * model.block_len) for x in ids]
+    return [x.sum().item() for x in (px + pz - q).split(blocks)]
+
+
 def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int = 16,
-          t_min: float = 0.1, seed: int = 0) -> list[tuple[str, float, int]]:
+          t_min: float = 0.1, seed: int = 0,
+          image: np.ndarray | None = None) -> list[tuple[str, float, int]]:
     """Rows (name, log p in nats, tokens or 0): ELBO and IWAE of the text, the prefix and, as their
-    difference, the response; then the response given latents of the prefix (Eq. 10.21), and its
-    three terms. All end tokens count as one.
+    difference, the response; then the response given latents of the prefix (Eq. 10.19), and its
+    three terms. All end tokens count as one. With an image, the prefix is an instruction, and the
+    rows are those of the response alone.
     ELBO and IWAE are of whole blocks: the end of a prefix that shares a block with the response
     counts as response. In the last rows it is given, if first_block is clean."""
-    head, tail = model.tokenizer.encode(prefix), model.tokenizer.encode(response)
-    patch, bl, rows = model.text_vae.config.patch_size, model.block_len, []
-    # The exact divergence takes a backward pass for each number of a block, the estimate one.
-    exact = bl * model.text_vae.config.latent_dim <= 64
+    condition = {"prompts": [prefix] * samples, "images": [image] * samples}
+    condition = {} if image is None else condition
+    head = [] if condition else model.tokenizer.encode(prefix)
+    tail, exact, rows = model.tokenizer.encode(response), is_exact(model), []
+    patch, bl = model.text_vae.config.patch_size, model.block_len
     ids = pad_to_multiple(head + tail, patch * bl, model.tokenizer.end)
     grid = t_min + (1 - t_min) * flow.time_grid(steps)
+
+    def terms_of(known: int) -> list[Tensor]:                                # (K, blocks) each
+        terms = log_weights(model, [ids] * samples, range(samples), grid, known, exact, seed,
+                            **condition)
+        return [x.view(samples, -1) for x in terms]
+
     cut = len(head) // (patch * bl)                            # whole blocks of the prefix
     known = len(head) // patch if model.first_block == "clean" else cut * bl         # its latents
     total, before = len(head) + len(tail) + 1, cut * bl * patch                      # tokens
-    terms = log_weights(model, ids, samples, grid, 0, exact, seed)                   # (K, blocks)
+    terms, given = terms_of(0), "image, instruction" if condition else "prefix"
     for name, bound in (("ELBO", elbo), ("IWAE", iwae)):
         whole = bound(*(x.sum(1) for x in terms)).item()
         first = bound(*(x[:, :cut].sum(1) for x in terms)).item()
-        rows += [(f"text, {name}", whole, total), (f"prefix, {name}", first, before),
-                 (f"response | prefix, {name}", whole - first, total - before)]
+        if not condition:
+            rows += [(f"text, {name}", whole, total), (f"prefix, {name}", first, before)]
+        rows += [(f"response | {given}, {name}", whole - first, total - before)]
     if known > cut * bl:
-        terms = log_weights(model, ids, samples, grid, known, exact, seed)
+        terms = terms_of(known)
     px, pz, q = (x[:, cut:].sum(1) for x in terms)                                   # (K,) each
-    return rows + [("response | latents of the prefix", elbo(px, pz, q).item(),
-                    total - known * patch),
-                   ("    log p(x | z)", px.mean().item(), 0),
-                   ("    log p(z | z of the prefix)", pz.mean().item(), 0),
+    if not condition:
+        own = elbo(px, pz, q).item()
+        rows += [("response | latents of the prefix", own, total - known * patch)]
+    return rows + [("    log p(x | z)", px.mean().item(), 0),
+                   (f"    log p(z | {given})", pz.mean().item(), 0),
                    ("    - log q(z | x)", -q.mean().item(), 0)]
 
 
@@ -176,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="likelihood.py", description=__doc__.partition("\n")[0])
     p.add_argument("prefix", help='"" for none')
     p.add_argument("response", help="what follows it, letter for letter")
+    p.add_argument("--image", type=Path, help="a picture: the prefix is then an instruction about "
+                   "it, such as a question, and the response its answer")
     p.add_argument("--steps", type=COUNT, default=16, help="steps of the rk4 solver")
     p.add_argument("--t_min", type=within(0, 0.999), default=0.1, help="flow time of the latents: "
                    "0 in the paper, but seldom trained; only scores of one t_min compare")
@@ -183,8 +233,10 @@ def main(argv: list[str] | None = None) -> int:
     add_model_flags(p)
     args = p.parse_args(argv)
     try:
-        rows = score(open_model(args, "t2t"), args.prefix, args.response, args.samples, args.steps,
-                     args.t_min, args.seed)
+        model = open_model(args, "it2t" if args.image else "t2t")
+        image = read_picture(args.image, model) if args.image else None
+        rows = score(model, args.prefix, args.response, args.samples, args.steps, args.t_min,
+                     args.seed, image)
         print(f"{'':34}{'log p':>10}  tokens  nats/token  perplexity")
         for name, value, n in rows:
             per_token = f"{n:8}{-value / n:12.4f}{perplexity(value, n):12.5g}" if n else ""

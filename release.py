@@ -1,8 +1,8 @@
 """Release: read and write the folder of a public Cola DLM model, which has only text.
 
-    FOLDER/cola_vae/    config.json, model.safetensors      the text VAE
-    FOLDER/cola_dit/    config.json, model.safetensors      the prior
-    FOLDER/tokenizer.json                                   byte-level BPE
+    FOLDER/cola_dlm/cola_vae/    config.json, model.safetensors      the text VAE
+    FOLDER/cola_dlm/cola_dit/    config.json, model.safetensors      the prior
+    FOLDER/tokenizer.json                                            byte-level BPE
 
 A .safetensors file is an 8-byte little-endian length, a JSON header of that length with {name:
 {dtype, shape, data_offsets}}, and the raw bytes; a large model has several (shards). The format has
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import cola
-from cola import Cola, Tokenizer
+from cola import END_TEXT, Cola, Tokenizer
 from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
 
@@ -110,6 +110,17 @@ def rename(name: str, pairs: list[tuple[str, str]]) -> str:
 
 # ---- The folder --------------------------------------------------------------------------------
 
+def parts(folder: str | Path) -> tuple[Path, Path, Path]:
+    """The paths of cola_vae, cola_dit and tokenizer.json. folder: a release, its cola_dlm, or one
+    that has all three side by side."""
+    folder = Path(folder)
+    inner = folder / "cola_dlm" if (folder / "cola_dlm").is_dir() else folder
+    tokenizer = inner / "tokenizer.json"
+    if inner.name == "cola_dlm" and not tokenizer.is_file():
+        tokenizer = inner.parent / "tokenizer.json"
+    return inner / "cola_vae", inner / "cola_dit", tokenizer
+
+
 def read_config(path: Path, keys: dict[str, str], fixed: dict) -> dict:
     """The settings of a config.json by our names. Each is a number, true or false."""
     with one_line_errors(path):
@@ -153,25 +164,25 @@ def load_mmdit(folder: Path, image_channels: int = 0, dual_layers: int = 0) -> t
 def load(folder: str | Path, image_channels: int = 0, dual_layers: int = 0) -> Cola:
     """The system in a folder, without an image VAE. image_channels, dual_layers: see load_mmdit.
     FileNotFoundError or ValueError, one line, for a missing or unsuitable file."""
-    folder = Path(folder)
-    text_vae = load_text_vae(folder / "cola_vae")
-    mmdit, block_len = load_mmdit(folder / "cola_dit", image_channels, dual_layers)
-    tokenizer = read_tokenizer(folder / "tokenizer.json")
-    with one_line_errors(folder):
+    vae_folder, dit_folder, tokenizer_path = parts(folder)
+    text_vae = load_text_vae(vae_folder)
+    mmdit, block_len = load_mmdit(dit_folder, image_channels, dual_layers)
+    tokenizer = read_tokenizer(tokenizer_path)
+    with one_line_errors(Path(folder)):
         return Cola(text_vae, None, mmdit, tokenizer, block_len, (0, 0), 0.0, tasks=("t2t",))
 
 
 def flags(folder: str | Path) -> dict:
     """The flags of config.py that the release in a folder settles. Reads no weights."""
-    folder = Path(folder)
-    vae = read_config(folder / "cola_vae" / "config.json", VAE_KEYS, VAE_FIXED)
-    prior = read_config(folder / "cola_dit" / "config.json", DIT_KEYS, DIT_FIXED)
+    vae_folder, dit_folder, tokenizer_path = parts(folder)
+    vae = read_config(vae_folder / "config.json", VAE_KEYS, VAE_FIXED)
+    prior = read_config(dit_folder / "config.json", DIT_KEYS, DIT_FIXED)
     return {"text_latent_dim": vae["latent_dim"], "text_patch": vae["patch_size"],
             "text_vae_width": vae["dim"], "text_vae_layers": vae["encoder_num_blocks"],
             "text_vae_heads": vae["num_heads"], "vae_block_len": vae["block_len"],
             "vae_logsnr": "learned", "width": prior["width"], "layers": prior["layers"],
             "heads": prior["heads"], "as_released": True, "block_len": prior["block_len"],
-            "vocab_size": read_tokenizer(folder / "tokenizer.json").n_vocab, "tokenizer": ""}
+            "vocab_size": read_tokenizer(tokenizer_path).n_vocab, "tokenizer": ""}
 
 
 def save(model: Cola, folder: str | Path) -> None:
@@ -196,9 +207,9 @@ def save(model: Cola, folder: str | Path) -> None:
     values = vars(prior) | {"block_len": model.block_len}
     config = DIT_FIXED | {theirs: values[ours] for ours, theirs in DIT_KEYS.items()}
     config |= {"txt_out_channels": prior.text_channels}
-    for part, tensors, settings in (("cola_vae", vae_weights, vae_config),
-                                    ("cola_dit", weights, config)):
-        (folder / part).mkdir()
+    for part, tensors, settings in (("cola_dlm/cola_vae", vae_weights, vae_config),
+                                    ("cola_dlm/cola_dit", weights, config)):
+        (folder / part).mkdir(parents=True)
         write_safetensors(folder / part / "model.safetensors", tensors)
         (folder / part / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     write_tokenizer(folder / "tokenizer.json", model.tokenizer)
@@ -215,8 +226,8 @@ LETTERS = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """A byte-level BPE tokenizer.json. ValueError for any other, and where ids do not rise in the
-    order of merges, because tiktoken merges in the order of ids."""
+    """A byte-level BPE tokenizer.json with END_TEXT. ValueError for any other, and where ids do not
+    rise in the order of merges, because tiktoken merges in the order of ids."""
     with one_line_errors(path):
         state = json.loads(path.read_text("utf-8"))
         model, pre = state["model"], state["pre_tokenizer"]
@@ -229,15 +240,19 @@ def read_tokenizer(path: Path) -> Tokenizer:
             raise ValueError("it does not split texts by one regex")
         pattern = splits[0]["pattern"]["Regex"] if splits else GPT2_PATTERN
         special = {token["content"]: token["id"] for token in state["added_tokens"]}
+        if END_TEXT not in special:
+            raise ValueError(f"it has no special token {END_TEXT}")
         vocab = {word: i for word, i in model["vocab"].items() if word not in special}
-        words = sorted(vocab, key=vocab.get)
         merges = ["".join(pair).replace(" ", "") for pair in model["merges"]]    # "a b" or [a, b]
         ids = [vocab[word] for word in merges if word in vocab]
-        if sorted(vocab.values()) != [*range(len(vocab))] or ids != sorted(ids):
+        last = max(vocab.values())
+        used = sorted([*vocab.values(), *(i for i in special.values() if i <= last)])
+        if used != [*range(len(used))] or ids != sorted(ids):
             raise ValueError("its ids do not count up in the order of merges")
         byte = {letter: b for b, letter in LETTERS.items()}
-        return Tokenizer([bytes(byte[letter] for letter in word) for word in words], pattern,
-                         special)
+        word_of = {i: word for word, i in vocab.items()}
+        tokens = [bytes(byte[letter] for letter in word_of.get(i, "")) for i in used]
+        return Tokenizer(tokens, pattern, special)
 
 
 def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
@@ -265,7 +280,8 @@ def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
              "added_tokens": [{"id": i, "content": name, "special": True} | plain
                               for name, i in tokenizer.special.items()],
              "model": {"type": "BPE", "merges": merges,
-                       "vocab": {word: i for i, word in enumerate(words)}}}
+                       "vocab": {word: i for i, word in enumerate(words) if word}
+                       | tokenizer.special}}
     path.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
 
@@ -280,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"release.py: {error}", file=sys.stderr)
         return 2
-    print(f"{args.folder}: cola_vae, cola_dit and tokenizer.json written")
+    print(f"{args.folder}: cola_dlm/cola_vae, cola_dlm/cola_dit and tokenizer.json written")
     return 0
 
 

@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ class Settings:
     repaint_share: float = 1.0             # share of the steps that reset the prefix (flow.repaint)
     repaint_cycles: int = 1                # how often each of these steps is taken
     snap: bool = True                      # condition on the encoding of the decoded tokens
+    repetition_penalty: float = 1.0        # of tokens generated before (see likeliest)
+    stop: str = ""                         # a special token that ends a text, too
     seed: int = 0
 
 
@@ -55,7 +58,8 @@ class Settings:
 # temperature 1 has outliers, at 0 it repeats one story.
 IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))
 TEXT = Settings(shift=3.0, temperature=0.3)
-RELEASED = Settings(guidance=7.0, shift=1.0, snap=False)       # the paper's, for the public release
+RELEASED = Settings(guidance=7.0, shift=1.0, snap=False, repetition_penalty=1.1,
+                    stop="<|im_end|>")                         # of the public release
 
 # ---- Transport ---------------------------------------------------------------------------------
 
@@ -158,19 +162,20 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
     + 1, .., up to an end token or max_tokens new tokens."""
     context, rngs = Context(model), make_rngs(settings.seed, first, len(prefixes))
     task, bl, patch = T2T, model.block_len, model.text_vae.config.patch_size
-    starts = [0] * len(prefixes)           # coordinate of the first latent, after the instruction
+    tokenizer, starts = model.tokenizer, [0] * len(prefixes)
     if images is not None:
-        z_prompt, starts = model.encode_text([model.ids(prompt, end=False) for prompt in prompts])
-        h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
-        layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in starts], bl, model.device)
-        context.add(z_prompt, model.encode_images(images), layout)
-        task = IT2T
+        task, starts = IT2T, add_instructions(context, prompts, images)
+    if settings.guidance != 1.0 and not model.text_guidance:
+        data.warn_once("guidance of texts: this model was trained with --cfg_drop_text 0, so it "
+                       "has not learned texts without their condition")
     repaints = task == T2T and model.first_block == "repaint"
     # Each list has one entry per text: tokens, latents (n, Dz), number of latents in the context.
     prefix_ids = [model.align(ids, len(ids))[0] for ids in map(model.tokenizer.encode, prefixes)]
-    packed, lengths = model.encode_text(prefix_ids)                                  # (sum n, Dz)
-    prefix_z = packed.split(lengths)
+    packed, lengths = model.encode_text(list(map(model.fill, prefix_ids)))           # (sum n, Dz)
+    prefix_z = [x[:len(own) // patch] for own, x in zip(prefix_ids, packed.split(lengths))]
     ids, z, done = prefix_ids, prefix_z, [0] * len(prefixes)
+    before = [len(x) // bl * bl * patch for x in z]        # tokens in whole blocks of the prefix
+    ends = {tokenizer.end, tokenizer.special.get(settings.stop)}
     while True:
         # Whole blocks join the context: first those of the prefixes, then one block at a time.
         whole = [len(x) // bl * bl for x in z]
@@ -188,17 +193,42 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         repaints = False                   # only the first block contains a part of a prefix
         z = [torch.cat([x[:begin], block]) for x, begin, block in zip(z, done, blocks)]
         lengths = [len(x) for x in z]
-        tokens = model.text_vae.decode(torch.cat(z), lengths).argmax(-1)
+        logits = model.text_vae.decode(torch.cat(z), lengths)                        # (T, V)
         # Decoded tokens never change: only those of the new block are appended.
-        ids = [old + decoded[len(old):].tolist()
-               for old, decoded in zip(ids, tokens.split([n * patch for n in lengths]))]
+        seen = [x[start:] if len(x) > len(prefix) else []  # none when the first block is decoded
+                for x, start, prefix in zip(ids, before, prefix_ids)]
+        ids = [old + likeliest(new[len(old):], own, settings.repetition_penalty)
+               for old, own, new in zip(ids, seen, logits.split([n * patch for n in lengths]))]
         new_ids = [x[len(prefix):] for x, prefix in zip(ids, prefix_ids)]
-        if all(model.tokenizer.end in x or len(x) >= max_tokens for x in new_ids):
-            return [model.tokenizer.decode(x[:max_tokens]) for x in new_ids]
+        if all(ends & {*x} or len(x) >= max_tokens for x in new_ids):
+            return [tokenizer.decode(takewhile(lambda i: i not in ends, x[:max_tokens]))
+                    for x in new_ids]
         if settings.snap:                  # a prefix keeps the latents it has when encoded alone
             packed, lengths = model.encode_text(ids)
             z = [torch.cat([prefix, x[len(prefix):]])
                  for prefix, x in zip(prefix_z, packed.split(lengths))]
+
+
+def add_instructions(context: Context, prompts: list[str], images: list[np.ndarray]) -> list[int]:
+    """Adds [P][I] of IT2T to the context. Returns the coordinate of each answer's first latent: the
+    number of latents of its instruction."""
+    model = context.model
+    z, lengths = model.encode_text([model.ids(prompt, end=False) for prompt in prompts])
+    h, w = (side // model.image_vae.downsample for side in images[0].shape[:2])
+    layout = pack([Sample(IT2T, prompt=n, image=(h, w)) for n in lengths], model.block_len,
+                  model.device)
+    context.add(z, model.encode_images(images), layout)
+    return lengths
+
+
+def likeliest(logits: Tensor, seen: list[int], penalty: float) -> list[int]:
+    """The likeliest tokens by logits (T, V). A logit of a token seen before is divided by the
+    penalty if it is positive, else multiplied by it (cf. Keskar et al. 1909.05858)."""
+    if penalty != 1.0 and seen:
+        index = torch.tensor(sorted({*seen}), device=logits.device)
+        x = logits[:, index]
+        logits = logits.index_copy(1, index, torch.where(x > 0, x / penalty, x * penalty))
+    return logits.argmax(-1).tolist()
 
 
 def generate_block(context: Context, layout: Layout, known: list[Tensor],
@@ -268,6 +298,10 @@ def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespac
         p.add_argument("--max_tokens", type=COUNT, default=64, help="longest text")
         p.add_argument("--snap", action=argparse.BooleanOptionalAction, help="continue a text from "
                        "its decoded tokens; off, as in the paper, from its latents")
+        p.add_argument("--repetition_penalty", type=within(0.01, 100), help="above 1: tokens "
+                       "generated before become less likely; the public release has 1.1")
+        p.add_argument("--stop", help="a special token that ends a text, as <|im_end|> does in "
+                       "the public release")
     for p, settings in ((t2i, IMAGE), (it2t, of_text), (t2t, of_text)):
         add_model_flags(p)
         p.add_argument("--n", type=COUNT, default=1, help="samples to draw")
@@ -300,9 +334,21 @@ def open_model(args: argparse.Namespace, task: str) -> Cola:
     return model.to(args.device)
 
 
+def read_picture(path: str | Path, model: Cola) -> np.ndarray:
+    """A picture of any size, scaled and cropped to that of training, uint8 (H, W, 3)."""
+    try:
+        with open(path, "rb") as file:
+            return data.decode_picture(file, [model.image_hw])
+    except ValueError as error:            # an OSError already names the file
+        raise ValueError(f"{path}: {error}") from None
+
+
 def run(args: argparse.Namespace) -> None:
     """Prints texts, or writes PNG files, which contain their caption as text."""
     model, prompts = open_model(args, args.task), [args.prompt] * args.n
+    special = model.tokenizer.special
+    if args.settings.stop not in ("", RELEASED.stop, *special):
+        raise ValueError(f"--stop {args.settings.stop}: expected one of {', '.join(special)}")
     if args.task == "t2i":
         hw = (args.size[0], args.size[-1]) if args.size else None
         for i, image in enumerate(generate_images(model, prompts, args.settings, hw)):
@@ -314,11 +360,7 @@ def run(args: argparse.Namespace) -> None:
         return
     prefixes, questions, images = prompts, None, None
     if args.task == "it2t":
-        try:
-            with open(args.image, "rb") as file:
-                image = data.decode_picture(file, [model.image_hw])
-        except ValueError as error:        # an OSError already names the file
-            raise ValueError(f"{args.image}: {error}") from None
+        image = read_picture(args.image, model)
         prefixes, questions, images = [""] * args.n, prompts, [image] * args.n
     texts = generate_text(model, prefixes, questions, images, args.settings, args.max_tokens)
     print(*(prefix + text for prefix, text in zip(prefixes, texts)), sep="\n")

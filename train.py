@@ -88,15 +88,16 @@ class ImageStage(nn.Module):
 
 class PriorStage(nn.Module):
     """Stage 2: the prior, jointly with the text VAE if that has a learning rate."""
-    def __init__(self, model: Cola, args: Namespace):
+    def __init__(self, model: Cola, args: Namespace, feature_channels: int = 0):
         super().__init__()
         self.args, self.mmdit, self.text_vae = args, model.mmdit, model.text_vae
         self.step, self.steps = 0, 1                       # steps done, and in all
         self.text_vae.requires_grad_(args.vae_lr_ratio > 0)
-        if args.vae_lr_ratio:                              # q_ref: the VAE as stage 2 found it
+        self.has_ref = args.vae_lr_ratio > 0 and args.lambda_ref > 0
+        if self.has_ref:                                   # q_ref: the VAE as stage 2 found it
             self.ref = copy.deepcopy(model.text_vae).requires_grad_(False)
-        if args.w_repa:                                    # predicts image latents (2601.17830)
-            self.repa = nn.Linear(args.width, model.image_vae.channels)
+        if args.w_repa:                                    # predicts features of clean images
+            self.repa = nn.Linear(args.width, feature_channels)
 
     def vae_trains(self) -> bool:
         """The text VAE trains in the first steps of each interval, then rests (paper, Sec. 4.3)."""
@@ -124,7 +125,7 @@ class PriorStage(nn.Module):
             tap=a.repa_layer - 1 if w_repa else -1)
 
         v = flow.velocity(z0, b.eps_text)[b.text_moves]                            # (targets, Dz)
-        text_loss = self.text_loss(v_text, v, b.text_task[b.text_moves], counts, terms)
+        text_loss = self.text_loss(v_text, v, b, counts, terms)
         loss = loss + a.lambda_fm * a.w_text * text_loss
         if counts["image"]:
             v = flow.velocity(b.z_image, b.eps_image)[b.image_moves]               # (targets, Cz)
@@ -132,8 +133,8 @@ class PriorStage(nn.Module):
             terms["image"] = flow.flow_matching_loss(v_image, v, counts["image"])
             loss = loss + a.lambda_fm * terms["image"]
         if w_repa:
-            predicted = self.repa(hidden[is_image].float())                        # (Li, Cz)
-            distance = 1 - F.cosine_similarity(predicted, b.z_image, dim=-1)       # (Li,)
+            predicted = self.repa(hidden[is_image].float())                        # (Li, F)
+            distance = 1 - F.cosine_similarity(predicted, b.features, dim=-1)      # (Li,)
             positions = counts["image"] / b.z_image.shape[1]
             terms["repa"] = distance[b.image_moves].sum() / positions
             loss = loss + a.lambda_fm * w_repa * terms["repa"]
@@ -143,15 +144,16 @@ class PriorStage(nn.Module):
             loss = loss + 0 * sum(p.sum() for p in used if not isinstance(p, DTensor))
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def text_loss(self, v_text: Tensor, v: Tensor, task: Tensor, counts: dict[str, float],
+    def text_loss(self, v_text: Tensor, v: Tensor, b: Batch, counts: dict[str, float],
                   terms: Terms) -> Tensor:
-        """L_text: the mean over all noisy text, in which a position of an answer weighs w_answer.
-        Adds the mean of each task to the terms."""
+        """L_text: the mean over all noisy text, in which filler weighs w_filler, and an answer
+        w_answer. Adds the mean of each task to the terms."""
         weight = {name: counts[name] * (self.args.w_answer if name == "it2t" else 1.0)
                   for name in TASKS if counts[name]}
         for name in weight:
+            of_task = b.text_weight * (b.text_task == TASKS.index(name))           # (Lt,)
             terms[f"text_{name}"] = flow.flow_matching_loss(
-                v_text, v, counts[name], task == TASKS.index(name))
+                v_text, v, counts[name], of_task[b.text_moves])
         if not weight:                                     # no text moves: v_text has no rows
             return v_text.sum()
         terms["text"] = sum(terms[f"text_{name}"] * w for name, w in weight.items()) \
@@ -160,16 +162,19 @@ class PriorStage(nn.Module):
 
     def joint_loss(self, b: Batch, counts: dict[str, float], mean: Tensor, logvar: Tensor,
                    plan: cuda_attention.Plan) -> tuple[Tensor | float, Terms]:
-        """L_vae of Eq. 3.18 while the VAE trains, and how far its posterior is from that of the
-        reference encoder: KL(q || q_ref)."""
-        vae, tokens, loss, terms = self.text_vae, max(counts["tokens"], 1), 0.0, {}
+        """L_vae of Eq. 3.18 while the VAE trains, and KL(q || q_ref), which holds its posterior to
+        that of the reference encoder."""
+        a, loss, terms = self.args, 0.0, {}
         if self.vae_trains():
-            loss, terms = vae_loss(vae, b, counts, self.args, learned_prior=True,
+            loss, terms = vae_loss(self.text_vae, b, counts, a, learned_prior=True,
                                    posterior=(mean, logvar), plan=plan)
-        with torch.no_grad():
-            mean_ref, logvar_ref = self.ref.encode(b.ids, b.lengths, plan)
-        terms["ref"] = kl(mean, logvar, mean_ref, logvar_ref).sum() / tokens
-        return self.args.lambda_vae * loss + self.args.lambda_ref * terms["ref"], terms
+            loss = a.lambda_vae * loss
+        if self.has_ref:
+            with torch.no_grad():
+                reference = self.ref.encode(b.ids, b.lengths, plan)
+            terms["ref"] = kl(mean, logvar, *reference).sum() / max(counts["tokens"], 1)
+            loss = loss + a.lambda_ref * terms["ref"]
+        return loss, terms
 
 # ---- Optimizers, learning rate, average --------------------------------------------------------
 
@@ -242,10 +247,13 @@ def make_optimizers(args: Namespace, stage: nn.Module, lr: float,
 
 
 def schedule(args: Namespace, step: int, steps: int) -> float:
-    """Share of the peak learning rate: it rises, stays, and falls towards 0."""
+    """Share of the peak learning rate. linear: it rises, stays, and falls towards 0. cosine: it
+    rises, and falls along a cosine to a 15th of the peak (paper, Table 8)."""
     rise = (step + 1) / (args.warmup * steps + 1)
-    fall = (steps - step) / (args.cooldown * steps + 1)
-    return min(1.0, rise, fall)
+    if args.schedule == "linear":
+        return min(1.0, rise, (steps - step) / (args.cooldown * steps + 1))
+    done = max(0.0, step / steps - args.warmup) / max(1.0 - args.warmup, 1e-9)
+    return min(rise, (8 + 7 * math.cos(math.pi * done)) / 15)
 
 
 @torch.no_grad()
@@ -365,7 +373,7 @@ def train(run: Run) -> None:
 
     if "mmdit" in open_:
         torch.manual_seed(a.seed)                          # for the head of L_REPA
-        stage = PriorStage(model, a).to(worker.device)
+        stage = PriorStage(model, a, make.feature_channels).to(worker.device)
         stage.load_state_dict(run.state.extra, strict=False)       # if this stage has begun
         if a.compile:
             workers.compile_blocks(model.mmdit)

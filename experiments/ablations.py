@@ -103,11 +103,12 @@ TABLES = {
         Row("128", f"{SCRATCH} 0.0125 --text_latent_dim 128", paper="11.8")]),
     "T3": Table("Table 3: logSNR of the latents", [
         *(Row(x, f"--vae_logsnr {x}", paper=number)
-          for x, number in (("1.0", "18.8"), ("1.5", "21.8"), ("2.0", ""))),
+          for x, number in (("1.0", "18.8"), ("1.5", "21.8"), ("2.0", "20.6"))),
         Row("learned", paper="22.1")]),
     "6": Table("Table 6: patch size, 128 channels, frozen, twice the steps of stage 1", [
         Row(f"{p}", f"--vae_lr_ratio 0 --text_latent_dim 128 --text_patch {p} --text_vae_steps 400",
-            paper="18.12; odd lengths 0.26" if p == 2 else "") for p in (1, 2, 4)]),
+            paper=number) for p, number in ((1, "17.31; odd lengths 14.41"),
+                                            (2, "18.12; odd lengths 0.26"), (4, ""))]),
     "D": Table("Dual layers, of 4", [
         Row(f"{n}", f"--dual_layers {n}") for n in (0, 1, 2, 4)], base="tasks",
         rates=("t2i.scene", "it2t.exact", "it2t.vqa", "t2t.consistent")),

@@ -217,6 +217,43 @@ def answers(scene: Scene, asked: str) -> set[str]:
                 for o in the(m[1]) for other in the(m[3])}
     return set()
 
+# ---- Wrong texts, to be ranked below the right one ----------------------------------------------
+
+def changed(o: Object) -> list[Object]:
+    """The objects that differ from o in one attribute."""
+    return [dataclasses.replace(o, **{name: value})
+            for name, values in (("size", SIZES), ("color", COLORS), ("shape", SHAPES))
+            for value in values if value != getattr(o, name)]
+
+
+def wrong_answers(scene: Scene, asked: str) -> list[str]:
+    """The false answers of the kind of the right one; objects differ from it in one attribute."""
+    right = answers(scene, asked)
+    if asked == ASK_BACKGROUND:
+        words = BACKGROUNDS
+    elif ASK_COUNT.fullmatch(asked):
+        words = "none", *COUNTS
+    elif m := ASK_ATTRIBUTE.fullmatch(asked):
+        words = COLORS if m[1] == "color" else SHAPES
+    elif ASK_OBJECT.fullmatch(asked):
+        o = next(o for o in scene.objects if with_article(o.attributes) + "." in right)
+        words = [with_article(other.attributes) for other in changed(o)]
+    else:
+        words = "yes", "no"
+    return [word + "." for word in words if word + "." not in right]
+
+
+def wrong_captions(scene: Scene, rng: np.random.Generator, wording: int, n: int) -> list[str]:
+    """n captions in a wording, each of a scene that differs in one attribute of one object or in
+    the background."""
+    others = [dataclasses.replace(scene, background=background) for background in BACKGROUNDS
+              if background != scene.background]
+    for i, o in enumerate(scene.objects):
+        others += [dataclasses.replace(scene, objects=(*scene.objects[:i], other,
+                                                       *scene.objects[i + 1:]))
+                   for other in changed(o)]
+    return [caption(others[i], rng, wording) for i in rng.permutation(len(others))[:n]]
+
 # ---- Stories -----------------------------------------------------------------------------------
 
 THING = f"{ADJECTIVES}{one_of(SHAPES)}"                       # patterns of sentences
@@ -344,17 +381,23 @@ def propose(kind: str, o: Object, scene: Scene, mentioned: dict, rng) -> str | N
     return f"{rel} the {other_phrase} is {thing}" if other else f"there is {thing}"
 
 
+def tell(facts: Facts, text: str) -> list[bool | None]:
+    """Adds the sentences of a text to the facts. Of each: whether it is new, or None for one that
+    contradicts what was told before, or is not in the grammar. Such a sentence adds nothing."""
+    told = []
+    for sentence in re.split(r"(?<=\.) ", text.strip()) if text.strip() else []:
+        try:
+            told.append(facts.add(sentence[:-1]) if sentence.endswith(".") else None)
+        except ValueError:
+            told.append(None)
+    return told
+
+
 def consistent(prefix: str, continuation: str) -> bool:
     """Whether a continuation parses, states a new fact and contradicts nothing in either text."""
-    facts, is_new = Facts(), False
-    for text in (prefix.strip(), continuation.strip()):
-        if text and not text.endswith("."):
-            return False
-        try:                                  # a list: every sentence must be added
-            is_new = any([facts.add(sentence) for sentence in text[:-1].split(". ") if text])
-        except ValueError:
-            return False
-    return is_new
+    facts = Facts()
+    before, said = tell(facts, prefix), tell(facts, continuation)
+    return None not in before + said and any(said)
 
 
 def corpus(rng: np.random.Generator, n: int) -> list[str]:

@@ -114,7 +114,7 @@ def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch, made):
         assert ids[:cut * patch] == prefix and length == cut * patch
         assert ids[length:][:len(text) - at] == text[at:]
         assert {*ids[length + len(text) - at:]} == {end}
-        assert made.t2t(k).texts == [ids] + [prefix] * (cut > 0)
+        assert made.t2t(k).texts == [ids] + [model.fill(prefix)] * (cut > 0)
         mine, n = b.layout.sample == k, len(ids) // patch
         row = b.layout.row[mine].numpy()
         assert np.array_equal(b.source[mine] - start, np.where(row < cut, n + row, row))

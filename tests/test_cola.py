@@ -147,7 +147,8 @@ def saved(tokenizer, tmp_path):
     ema = {name: x + 1 for name, x in state.items() if name.startswith("mmdit.")}
     path = tmp_path / "ckpt.pt"
     torch.save({"format": cola.FORMAT, "config": model.config(), "tokenizer": tokenizer.to_dict(),
-                "model": state, "ema": ema, "progress": {"mmdit": 1}}, path)
+                "model": state, "ema": ema, "progress": {"mmdit": 1},
+                "args": {"cfg_drop_text": 0.0}}, path)
     return model, path
 
 
@@ -158,6 +159,7 @@ def test_build_gives_back_the_system(saved):
     for weights, shift in (("model", 0), ("ema", 1)):
         again = cola.build(found, weights)
         assert again.config() == model.config() and again.tasks == ("t2t", "t2i")
+        assert not again.text_guidance
         assert again.tokenizer.to_dict() == model.tokenizer.to_dict()
         for name, part in again.parts().items():
             assert not part.training

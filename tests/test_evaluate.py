@@ -7,15 +7,17 @@ import pytest
 import torch
 
 import cola
+import data
 import evaluate
 import sample
-from scenes import language
+from scenes import language, pictures
 from test_train import args_for, fails
 from workers import Worker
 
 METRICS = {"t2i": {"count", "color", "shape", "size", "relation", "background", "scene",
                    "by_count"},
-           "it2t": {"exact", "true", "vqa"}, "t2t": {"consistent"}}
+           "it2t": {"exact", "true", "vqa"},
+           "t2t": {"consistent", "by_sentences", "sentence", "length"}}
 
 
 def test_right_answers_have_rate_1(tiny, monkeypatch):
@@ -24,8 +26,9 @@ def test_right_answers_have_rate_1(tiny, monkeypatch):
 
     def texts(model, prefixes, prompts=None, **more):
         scenes = groups[-1].scenes
-        if prompts is None:
-            return [""] * len(prefixes)
+        if prompts is None:                                # the rest of the story
+            stories = map(language.story, scenes, groups[-1].rngs(data.Purpose.WINDOW))
+            return [story[len(prefix):] for story, prefix in zip(stories, prefixes)]
         if prompts[0] == "describe the image.":
             return [language.caption(s, np.random.default_rng(0)) for s in scenes]
         return [min(language.answers(s, prompt)) for s, prompt in zip(scenes, prompts)]
@@ -43,8 +46,46 @@ def test_right_answers_have_rate_1(tiny, monkeypatch):
     for split in ("seen", "heldout"):
         assert {task: set(names) for task, names in metrics[split].items()} == METRICS
         assert metrics[split]["t2i"].pop("by_count") == dict.fromkeys("123", 1.0)
-        assert {*metrics[split]["t2i"].values(), *metrics[split]["it2t"].values()} == {1.0}
+        assert {*metrics[split]["t2t"].pop("by_sentences").values()} == {1.0}
+        assert {rate for rates in metrics[split].values() for rate in rates.values()} == {1.0}
     assert metrics["ceiling"].keys() == {"image", "text"} and metrics["ceiling"]["text"] < 1
+
+
+def test_stories_are_judged_by_sentence_and_length(monkeypatch):
+    """Of a group whose data go on for five sentences: three are said, two of them true."""
+    told = ["there is a red circle. a. b. c.", "there is a red circle. d. e."]
+    texts = ["", " the background is gray. the circle is small. the circle is blue."]
+    monkeypatch.setattr(language, "story", lambda scene, words: told[scene])
+    monkeypatch.setattr(sample, "generate_text", lambda *given, **more: texts)
+
+    class Words:
+        integers = staticmethod(lambda low, high: low)     # prefixes of one sentence
+    group = type("Group", (), {"scenes": [0, 1], "numbers": [0], "rngs": lambda *_: [Words] * 2})()
+    found = list(evaluate.judge_stories(None, group, None))
+    values = lambda name: [value for path, value in found if path == f"t2t.{name}"]
+    assert values("sentence") == [True, True, False] and values("consistent") == [False, False]
+    assert values("by_sentences.0") == values("by_sentences.3") == [False]
+    assert sum(values("length")) / 2 == pytest.approx(3 / 5)
+
+
+def test_wrong_answers_and_captions_are_false(tiny, monkeypatch):
+    """Each text is true of its image alone where log p says so: the first one of every list."""
+    scenes, lists = [], []
+
+    def log_answers(model, prompts, images, texts, steps):
+        scene = pictures.read_image(images[0])
+        true = (language.answers(scene, prompts[0]) if "describe" not in prompts[0] else
+                {x for x in texts if language.is_exact(language.read_caption(x), scene)})
+        scenes.append(scene)
+        lists.append(texts)
+        assert len({*texts}) == len(texts) == len(prompts) == len(images)
+        return [float(text in true) for text in texts]
+    monkeypatch.setattr(evaluate.likelihood, "log_answers", log_answers)
+    group = evaluate.draw_scenes(0, range(30), heldout=False)
+    found = list(evaluate.judge_likelihoods(cola.load(tiny / "ckpt.pt"), group))
+    assert len(found) == 60 and all(right for _, right in found)
+    assert {name for name, _ in found} == {"it2t.ranked.answer", "it2t.ranked.caption"}
+    assert all(len(texts) == 8 for texts in lists[1::2]) and {len(x) for x in lists[::2]} >= {2, 8}
 
 
 def test_workers_share_the_samples(tiny, monkeypatch):

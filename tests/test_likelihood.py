@@ -132,6 +132,12 @@ def system(block_len, noise, *flags):
     return cola
 
 
+def log_weights(model, ids, K, *more, **options):
+    """The terms of K draws of a text, (K, blocks) each."""
+    terms = likelihood.log_weights(model, [ids] * K, range(K), *more, **options)
+    return [x.view(K, -1) for x in terms]
+
+
 @pytest.mark.parametrize("t_min", (0.0, 0.2))
 @pytest.mark.parametrize("block_len, known, patch, scale",
                          ((1, 0, 1, 1.0), (4, 6, 1, 1.0), (2, 3, 2, 3.0)))
@@ -147,13 +153,14 @@ def test_terms_where_the_prior_is_standard_normal(block_len, known, patch, scale
         p.data.add_(torch.randn_like(p), alpha=0.1)
     ids = model.ids(TEXT, end=True)
     n = len(ids) // patch
-    px, pz, q = likelihood.log_weights(model, ids, K, t_min + (1 - t_min) * GRID, known, seed=5)
+    px, pz, q = log_weights(model, ids, K, t_min + (1 - t_min) * GRID, known, seed=5)
     assert px.shape == pz.shape == q.shape == (K, n // block_len)
-    alone = model.text_vae.encode(torch.tensor(ids[:known * patch]), [known])
+    filled = torch.tensor(model.fill(ids[:known * patch]))
+    alone = [x[:known] for x in model.text_vae.encode(filled, [len(filled) // patch])]
     whole = model.text_vae.encode(torch.tensor(ids), [n])
     assert not known or (alone[0] - whole[0][:known]).abs().max() > 1e-3
     mean, logvar = (torch.cat([a, x[known:]]) for a, x in zip(alone, whole))
-    torch.testing.assert_close(likelihood.posterior(model, ids, known, t_min)[0], mean * scale)
+    torch.testing.assert_close(likelihood.posterior(model, [ids], known, t_min)[0], mean * scale)
     std = (logvar / 2).exp() * scale
     std[known:] = (std[known:] ** 2 + (t_min / (1 - t_min)) ** 2).sqrt()
     for k in range(K):
@@ -175,16 +182,16 @@ def test_a_text_is_the_product_of_its_blocks(block_len, cut, t_min):
     later blocks as they are. The rest of a block that is known in part depends on that part."""
     model, grid = system(block_len, 0.1), t_min + (1 - t_min) * GRID
     ids, blocks, later = model.ids(TEXT[:30], end=True), cut // block_len, -(-cut // block_len)
-    whole = likelihood.log_weights(model, ids, 2, grid)
-    first = likelihood.log_weights(model, ids[:blocks * block_len], 2, grid)
+    whole = log_weights(model, ids, 2, grid)
+    first = log_weights(model, ids[:blocks * block_len], 2, grid)
     for a, b in zip(whole, first):
         torch.testing.assert_close(a[:, :blocks], b, atol=1e-3, rtol=1e-4)
     if t_min == 0.0:                       # otherwise known latents bear less noise
-        for a, c in zip(whole, likelihood.log_weights(model, ids, 2, grid, cut)):
+        for a, c in zip(whole, log_weights(model, ids, 2, grid, cut)):
             torch.testing.assert_close(a[:, later:], c[:, later:], atol=1e-3, rtol=1e-4)
             assert not c[:, :blocks].any()
             assert later == blocks or (a - c)[:, blocks].abs().min() > 1e-2
-    flat = likelihood.log_weights(system(block_len, 0.0), ids, 2, grid)
+    flat = log_weights(system(block_len, 0.0), ids, 2, grid)
     assert (whole[1] - flat[1]).abs().max() > 0.1
 
 
@@ -192,7 +199,7 @@ def test_hutchinson_agrees_with_the_exact_divergence_in_the_mean():
     """Over 300 draws: with a dozen the mean is too uncertain, as few signs make up its noise."""
     model = system(1, 0.1)
     ids = model.ids(TEXT, end=True)[:4]
-    estimate, exact = (likelihood.log_weights(model, ids, 300, GRID, exact=exact)[1].sum(1)
+    estimate, exact = (log_weights(model, ids, 300, GRID, exact=exact)[1].sum(1)
                        for exact in (False, True))
     error = estimate - exact
     assert error.std() > 1e-3 and error.mean().abs() < 3 * error.std() / math.sqrt(len(error))

@@ -1,10 +1,12 @@
 """pytest tests/test_release.py"""
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import regex
+import tiktoken
 import torch
 import torch.nn as nn
 
@@ -97,12 +99,12 @@ def test_a_public_release(patch, tmp_path):
     small = Tokenizer([b"a"], ".", {"<|endoftext|>": 1})
     release.save(Cola(vae, None, model, small, bl, (0, 0), 0.0), tmp_path / "r")
     for part in ("cola_vae", "cola_dit"):
-        want, got = (release.read_weights(x / part) for x in (folder, tmp_path / "r"))
+        want, got = (release.read_weights(x / part) for x in (folder, tmp_path / "r/cola_dlm"))
         assert got.keys() == want.keys()
         for name, x in want.items():                        # freqs are computed anew
             close(got[name], x, atol=1e-7 if name.endswith("freqs") else 0)
         want, got = (json.loads((x / part / "config.json").read_text())
-                     for x in (folder, tmp_path / "r"))
+                     for x in (folder, tmp_path / "r/cola_dlm"))
         assert got.items() <= want.items()
 
 # ---- Round trips -------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def test_a_saved_system_computes_the_same(tokenizer, tmp_path, logsnr):
     assert not again.mmdit.training and not again.text_vae.training
     for a, b in zip(outputs(model), outputs(again)):
         close(a, b, atol=1e-5)
-    path = tmp_path / "r" / "cola_vae" / "model.safetensors"
+    path = tmp_path / "r/cola_dlm/cola_vae/model.safetensors"
     before = path.read_bytes()
     for p in again.text_vae.parameters():
         p.data += 1
@@ -171,16 +173,31 @@ def test_command_and_flags(saved, tmp_path, capsys):
         "as_released": True}
     state = nn.ModuleDict(model.parts()).state_dict()
     torch.save({"format": cola.FORMAT, "config": model.config(), "model": state, "ema": {},
-                "tokenizer": model.tokenizer.to_dict(), "progress": {"mmdit": 1}}, path)
+                "tokenizer": model.tokenizer.to_dict(), "progress": {"mmdit": 1},
+                "args": {"cfg_drop_text": 0.0}}, path)
     argv = [str(tmp_path / "out"), "--checkpoint", str(path)]
-    assert release.main(argv) == 0 and "tokenizer.json" in capsys.readouterr().out
-    for part in ("cola_vae", "cola_dit"):
+    assert release.main(argv) == 0 and "cola_dlm/cola_vae" in capsys.readouterr().out
+    for part in ("cola_dlm/cola_vae", "cola_dlm/cola_dit"):
         assert (tmp_path / "out" / part / "model.safetensors").read_bytes() == \
             (saved[1] / part / "model.safetensors").read_bytes()
     for argv, word in ((argv, "exists"), ([str(tmp_path / "a"), "--checkpoint", "no.pt"], "no.pt")):
         assert release.main(argv) == 2
         error = capsys.readouterr().err
         assert error.startswith("release.py: ") and word in error and error.count("\n") == 1
+
+
+def test_layouts_of_the_folder(saved, tmp_path):
+    """As released; cola_dlm alone, the tokenizer above it; and all beside each other."""
+    released, flat, flat_cola_dlm = saved[1], tmp_path / "flat", tmp_path / "cola_dlm"
+    for folder in (flat, flat_cola_dlm):
+        shutil.copytree(released / "cola_dlm", folder)
+        shutil.copy(released / "tokenizer.json", folder)
+    for folder in (str(released), released / "cola_dlm", flat, flat_cola_dlm):
+        assert release.flags(folder) == release.flags(released)
+        assert release.load(folder).tokenizer.to_dict() == saved[0].tokenizer.to_dict()
+    (flat / "tokenizer.json").unlink()
+    refused(f"{flat}/tokenizer.json", release.load, flat)
+    refused("nowhere/cola_vae/config.json", release.load, "nowhere")
 
 # ---- Wrong files -------------------------------------------------------------------------------
 
@@ -204,12 +221,13 @@ def test_damaged_tensors(tmp_path):
     ("cola_dit", {"block_size": 0}, "blocks of 0"), ("cola_dit", {"num_layers": 3}, "Missing key"),
     ("cola_dit", {"patch_size": 2}, "patch_size")))
 def test_a_wrong_config(saved, part, change, match):
-    path = saved[1] / part / "config.json"
+    path = saved[1] / "cola_dlm" / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     refused(f"{saved[1]}.*{match}", release.load, saved[1])
 
 
-@pytest.mark.parametrize("name", ("cola_vae/config.json", "cola_dit/config.json", "tokenizer.json"))
+@pytest.mark.parametrize("name", ("cola_dlm/cola_vae/config.json", "cola_dlm/cola_dit/config.json",
+                                  "tokenizer.json"))
 def test_a_missing_or_wrong_file(name, saved):
     for content in ("{", "{}", "[1]", "3"):
         (saved[1] / name).write_text(content)
@@ -237,7 +255,8 @@ def written(tokenizer, tmp_path):
 def by_merges(state: dict, text: str, pattern: str) -> list[int]:
     """The ids that a tokenizer.json defines: in every word, again and again the first merge of the
     list that applies anywhere."""
-    order = {tuple(pair): i for i, pair in enumerate(state["model"]["merges"])}
+    order = {tuple(pair.split(" ") if isinstance(pair, str) else pair): i
+             for i, pair in enumerate(state["model"]["merges"])}
     ids = []
     for word in regex.findall(pattern, text):
         parts = [release.LETTERS[b] for b in word.encode()]
@@ -265,7 +284,7 @@ def test_bytes_in_another_order_and_the_pattern_of_gpt2(tokenizer, written):
     tokens than the end."""
     path, state = written
     words = [*state["model"]["vocab"]]
-    words = sorted(words[:256]) + words[256:]
+    words = sorted(words[:256]) + words[256:-1]             # the last is <|endoftext|>
     state["model"]["vocab"] = {word: i for i, word in enumerate(words)}
     want = by_merges(state, TEXT, release.GPT2_PATTERN)
     state["model"]["merges"] = [" ".join(pair) for pair in state["model"]["merges"]]
@@ -279,6 +298,35 @@ def test_bytes_in_another_order_and_the_pattern_of_gpt2(tokenizer, written):
     assert read.decode(read.encode(TEXT)) == TEXT and (read.end, read.n_vocab) == (n + 1, n + 5)
 
 
+@pytest.mark.parametrize("at, listed", ((0, True), (0, False), (100, True), (259, False)))
+def test_special_tokens_first_and_in_the_middle(at, listed, tmp_path, monkeypatch):
+    """As Hugging Face's tokenizers write it. listed: in the vocabulary, too; merges as strings."""
+    merges = [["a", "n"], ["n", "a"], ["an", "a"], ["b", "an"], ["\u0120", "ban"]]
+    words = [*sorted(release.LETTERS.values()), *map("".join, merges)]
+    words[at:at] = ["<pad>", "<|endoftext|>"]
+    special = {"<pad>": at, "<|endoftext|>": at + 1, "<last>": len(words) + 2}
+    ids = {word: i for i, word in enumerate(words)} | special
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    state = {"added_tokens": [{"content": name, "id": i} for name, i in special.items()],
+             "pre_tokenizer": level, "model": {
+                 "vocab": ids if listed else {w: i for w, i in ids.items() if w not in special},
+                 "merges": [" ".join(pair) for pair in merges] if listed else merges}}
+    (tmp_path / "a.json").write_text(json.dumps(state))
+    read = release.read_tokenizer(tmp_path / "a.json")
+    assert (read.end, read.n_vocab, read.decode([at])) == (at + 1, len(words) + 3, "<pad>")
+    assert b"" not in read.encoding._mergeable_ranks
+    for text in ("banana bananas anna nan", TEXT, "", "<pad> <|endoftext|>"):
+        got = read.encode(text)
+        assert got == by_merges(state, text, release.GPT2_PATTERN) and read.decode(got) == text
+
+    release.write_tokenizer(tmp_path / "b.json", read)
+    written = json.loads((tmp_path / "b.json").read_text("utf-8"))["model"]
+    assert written["merges"] == merges and written["vocab"] == ids
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: read.encoding)
+    for again in (release.read_tokenizer(tmp_path / "b.json"), Tokenizer.named("some")):
+        assert again.to_dict() == read.to_dict() == Tokenizer.from_dict(read.to_dict()).to_dict()
+
+
 @pytest.mark.parametrize("change, match", (
     (lambda s, model, split, level: level.update(type="Metaspace"), "changes texts"),
     (lambda s, model, split, level: s.update(normalizer={"type": "NFC"}), "changes texts"),
@@ -287,8 +335,14 @@ def test_bytes_in_another_order_and_the_pattern_of_gpt2(tokenizer, written):
     (lambda s, model, split, level: split.update(invert=True), "regex"),
     (lambda s, model, split, level: level.update(use_regex=True), "regex"),
     (lambda s, model, split, level: model["vocab"].pop("a"), "count up"),
+    (lambda s, model, split, level: model["vocab"].update(zz=9), "count up"),
+    (lambda s, model, split, level: s["added_tokens"][0].update(id=9), "count up"),
+    (lambda s, model, split, level: s["added_tokens"][0].update(id=len(model["vocab"]) - 2),
+     "count up"),
     (lambda s, model, split, level: model["merges"].reverse(), "order of merges"),
-    (lambda s, model, split, level: s["added_tokens"].clear(), "endoftext"),
+    (lambda s, model, split, level: model.update(merges=[*map(" ".join, model["merges"][::-1])]),
+     "order of merges"),
+    (lambda s, model, split, level: s["added_tokens"].clear(), "no special token <.endoftext.>"),
     (lambda s, model, split, level: model.pop("merges"), "merges")))
 def test_other_tokenizers_are_refused(change, match, written):
     path, state = written

@@ -236,14 +236,62 @@ def test_finished_blocks_join_the_context(model, calls, latents, snap, extra):
     assert snap == ((z[-BLOCK:] - made).abs().max() > 0.1)
 
 
-def test_a_prefix_keeps_the_latents_of_its_own_encoding(model, calls):
-    """Also where the text VAE sees whole blocks, when generated tokens are encoded after it."""
+@pytest.mark.parametrize("extra", range(BLOCK))
+def test_a_prefix_is_filled_to_whole_blocks_before_it_is_encoded(model, calls, extra):
+    """Where the text VAE sees whole blocks. It keeps these latents when more tokens follow."""
     model = replace(model, text_vae=system("--vae_block_len", str(BLOCK)).text_vae)
-    prefix = prefix_of(model, BLOCK + 2)
-    z, _ = model.encode_text([model.tokenizer.encode(prefix)])
+    prefix = prefix_of(model, BLOCK + extra)
+    head = model.tokenizer.encode(prefix)
+    filled = head + [model.tokenizer.pad] * (-extra % BLOCK)
+    z, _ = model.encode_text([filled])
     sample.generate_text(model, [prefix], settings=S, max_tokens=2 * BLOCK)
     first, second, *_ = (text for text, *_, commit in calls if commit)
-    assert torch.equal(first, z[:BLOCK]) and torch.equal(second[:2], z[BLOCK:])
+    assert len(filled) % BLOCK == 0 and torch.equal(first, z[:BLOCK])
+    assert torch.equal(second[:extra], z[BLOCK:len(head)])
+    assert not extra or not torch.equal(z[BLOCK:len(head)], model.encode_text([head])[0][BLOCK:])
+
+# ---- Tokens ------------------------------------------------------------------------------------
+
+def test_the_repetition_penalty():
+    logits = torch.tensor([[2.0, 1.9, -1.0], [2.0, 1.0, -1.0], [-0.5, -0.6, -0.45]])
+    assert sample.likeliest(logits, [], 1.1) == [0, 0, 2]
+    assert sample.likeliest(logits, [0, 2, 0], 1.1) == [1, 0, 2]
+    assert sample.likeliest(logits, [0, 2, 0], 1.5) == [1, 0, 1]
+    assert sample.likeliest(logits, [0, 2, 0], 1.0) == [0, 0, 2]
+    assert logits[0, 0] == 2.0                             # an argument is left alone
+
+
+def test_tokens_of_the_blocks_before_are_penalized(model, monkeypatch):
+    """All since the last whole block of the prefix, but none in the first block generated."""
+    seen, likeliest = [], sample.likeliest
+    monkeypatch.setattr(sample, "likeliest",
+                        lambda *given: seen.append(given[1:]) or likeliest(*given))
+    monkeypatch.setattr(model.tokenizer, "end", -1)        # no text ends
+    prefixes = [prefix_of(model, BLOCK + 1), prefix_of(model, 2)]
+    heads = [model.tokenizer.encode(prefix) for prefix in prefixes]
+    sample.generate_text(model, prefixes, settings=replace(S, repetition_penalty=1.2),
+                         max_tokens=2 * BLOCK)
+    assert seen[:2] == [([], 1.2)] * 2
+    for text, head in enumerate(heads):
+        start = len(head) // BLOCK * BLOCK
+        for block, (own, _) in enumerate(seen[text + 2::2], 1):
+            assert len(own) == block * BLOCK and own[:len(head) - start] == head[start:]
+
+
+def test_a_special_token_ends_a_text(model, monkeypatch):
+    end, tokens = model.tokenizer.end, iter([[5, 6, 7, 8], [9, 4, 5, 6]])
+    monkeypatch.setattr(model.tokenizer, "special", {"<|endoftext|>": end, "<|stop|>": 4})
+    monkeypatch.setattr(sample, "likeliest", lambda *given: next(tokens))
+    text, = sample.generate_text(model, [""], settings=replace(S, stop="<|stop|>"))
+    assert text == model.tokenizer.decode([5, 6, 7, 8, 9])
+
+
+def test_guidance_of_a_model_that_never_dropped_conditions_warns(model, capsys):
+    data.warn_once.cache_clear()
+    for guidance, learned, lines in ((1.0, False, 0), (2.0, True, 0), (2.0, False, 1)):
+        sample.generate_text(replace(model, text_guidance=learned), ["a"], max_tokens=1,
+                             settings=replace(S, guidance=guidance))
+        assert capsys.readouterr().err.count("--cfg_drop_text 0") == lines
 
 # ---- Guidance, times, noise --------------------------------------------------------------------
 

@@ -67,8 +67,9 @@ def stage_and_batch(system, task, *flags):
     torch.manual_seed(1)
     for p in model.mmdit.parameters():
         p.data.normal_(std=0.1)
-    return train.PriorStage(model, args), Batches(args, dataset, model).prior(
-        [(task, k) for k in range(4)])
+    make = Batches(args, dataset, model)
+    return (train.PriorStage(model, args, make.feature_channels),
+            make.prior([(task, k) for k in range(4)]))
 
 # ---- Losses and gradients ----------------------------------------------------------------------
 
@@ -154,6 +155,7 @@ def test_a_batch_whose_conditions_are_all_dropped(system, task):
 def test_a_batch_in_which_nothing_moves_has_a_gradient_of_0(system):
     stage, b = stage_and_batch(system, T2T, "--vae_lr_ratio", "0")
     b = dataclasses.replace(b, targets=b.targets[:0], text_moves=torch.zeros_like(b.text_moves),
+                            text_weight=torch.zeros_like(b.text_weight),
                             t_index=torch.zeros_like(b.t_index))
     loss, terms = stage(b, b.counts())
     loss.backward()
