@@ -95,6 +95,56 @@ def test_batch_against_its_samples(made, task):
         "masked": int(b.masked.sum())}
 
 
+@pytest.mark.parametrize("patch", (1, 2))
+def test_filler_has_a_weight_of_its_own(made, patch):
+    """From the latent behind the one with the first end token after the text; given ones have 0."""
+    vae = TextVAE(replace(made.model.text_vae.config, patch_size=patch))
+    model = replace(made.model, text_vae=vae, block_len=8)
+    flags = "--w_filler 0.25 --cfg_drop 0 --aux_caption 1".split()
+    made = with_flags(made, *flags, model=model)
+    b = made.prior([(task, k) for task in (T2T, T2I, IT2T) for k in range(10)])
+    is_text = b.layout.segment != I
+    sample, segment = b.layout.sample[is_text], b.layout.segment[is_text]
+    texts, seen = [made.t2t(k).texts[0] for k in range(10)], set()
+    texts += [make(k).texts[-1] for make in (made.t2i, made.it2t) for k in range(10)]
+    for s, text in enumerate(texts):
+        noisy = (sample == s) & (segment == N)
+        first_end = max(i for i, token in enumerate(text) if token != model.tokenizer.end) + 1
+        want = [1.0 if i <= first_end // patch else 0.25 for i in range(len(text) // patch)]
+        want = torch.tensor(want)[-int(noisy.sum()):] * b.text_moves[noisy]
+        assert torch.equal(b.text_weight[noisy], want)
+        seen |= {*want.tolist()}
+    assert seen == {0.0, 0.25, 1.0} and not b.text_weight[segment != N].any()
+    n = b.counts()
+    for task, name in enumerate(TASKS):
+        assert n[name] == 16 * float(b.text_weight[b.text_task == task].sum())
+
+
+def test_features_of_images(made, tmp_path):
+    """Rows of the array by the number of the image; else the latents."""
+    path, shape = tmp_path / "a.npy", (made.dataset.num_images, 16, 5)
+    array = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
+    np.save(path, array)
+    more = "--w_repa", "0.5", "--repa_layer", "1", "--repa_features", str(path)
+    work = [(task, k) for task in (T2I, T2T, IT2T) for k in range(4)]
+    ours = with_flags(made, *more)
+    got = ours.prior(work).features
+    images = [e.image for e in (ours.t2i(k) for k in range(4))]
+    images += [e.image for e in (ours.it2t(k) for k in range(4)) if e.image >= 0]
+    assert ours.feature_channels == 5 and got.dtype == torch.float32
+    assert torch.equal(got, torch.from_numpy(array[images]).flatten(0, 1).float())
+    assert not ours.prior([(T2T, 0)]).features.numel()
+    latents = with_flags(made, *more[:4]).prior(work)
+    assert torch.equal(latents.features, latents.z_image)
+    for wrong in (array[1:], array[:, 1:], array[0], array.astype(int), np.array([{}] * 3)):
+        np.save(path, wrong)
+        with pytest.raises(ValueError, match="a.npy"):
+            with_flags(made, *more)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="a.npy"):
+        with_flags(made, *more)
+
+
 @pytest.mark.parametrize("patch", (1, 2, 4))
 @pytest.mark.parametrize("mode", FIRST_BLOCK)
 def test_a_cut_text_is_what_sampling_makes_of_its_prefix(mode, patch, made):

@@ -129,6 +129,28 @@ def test_the_loss_of_stage_2_is_its_equation(system):
     assert t["repa"] < 2 and "repa" not in stage(b, b.counts())[1]
 
 
+@pytest.mark.parametrize("ratio, weight", ((1.0, 0.01), (1.0, 0.0), (0.0, 0.01)))
+def test_the_reference_runs_only_if_it_bears_loss(system, ratio, weight):
+    flags = f"--vae_lr_ratio {ratio} --lambda_ref {weight}"
+    stage, b = stage_and_batch(system, T2T, *flags.split())
+    _, terms = stage(b, b.counts())
+    holds = ratio * weight > 0
+    assert ("ref" in terms) == hasattr(stage, "ref") == holds
+
+
+def test_filler_weighs_less(system):
+    """L_text is the mean of the errors under the weights of the batch."""
+    stage, b = stage_and_batch(system, IT2T, "--block_len", "8", "--w_filler", "0.25")
+    errors = []
+    for weight in (b.text_weight, b.text_weight.ceil(), (b.text_weight == 1).float()):
+        one = dataclasses.replace(b, text_weight=weight)
+        errors.append((stage(one, n := one.counts())[1]["text_it2t"].item(), n["it2t"]))
+    (mixed, n), (all_, n_all), (real, n_real) = errors
+    assert n == n_real + 0.25 * (n_all - n_real) and n_real < n < n_all
+    filler = (all_ * n_all - real * n_real) / (n_all - n_real)
+    assert mixed * n == pytest.approx(real * n_real + 0.25 * filler * (n_all - n_real), rel=1e-4)
+
+
 def test_learning_rates(system):
     """The text VAE has its own; Muon has none of its weights."""
     stage, _ = stage_and_batch(system, T2T, "--vae_lr_ratio", "0.25")
@@ -138,6 +160,9 @@ def test_learning_rates(system):
     args = args_for("--warmup", "0.2", "--cooldown", "0.4")
     share = [train.schedule(args, step, 10) for step in range(10)]
     assert share == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5])
+    args = args_for("--schedule", "cosine", "--warmup", "0.005")           # of the paper, in 1e-4
+    rate = [1.5 * train.schedule(args, step, 10**6) for step in (0, 2500, 5000, 502_500, 10**6)]
+    assert rate == pytest.approx([0, 0.75, 1.5, 0.8, 0.1], abs=1e-3)
 
 
 @pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=masks.TASKS)
