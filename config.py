@@ -141,8 +141,8 @@ FLAGS: dict[str, list[Flag]] = {
              "end token of a text, which fill its last block"),
         Flag("w_answer", 3.5, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
         Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA: 0.5 in the literature, 0 is off"),
-        Flag("repa_features", "", None, DATA, ".npy that L_REPA aligns images with: (images, latents "
-             "of an image, channels); without it, the latents themselves"),
+        Flag("repa_features", "", None, DATA, ".npy that L_REPA aligns images with: (images, "
+             "latents of an image, channels); without it, the latents themselves"),
         Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
         Flag("repa_until", 0.5, SHARE, RECIPE, "share of the steps after which L_REPA stops"),
         Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples with a loss on the caption"),
@@ -173,7 +173,8 @@ FLAGS: dict[str, list[Flag]] = {
 }
 FLAG = {flag.name: flag for group in FLAGS.values() for flag in group}
 DEFAULTS = {flag.name: flag.default for flag in FLAG.values()}
-EVALUATE = {f.name for f in FLAGS["evaluation"]} | {"out_dir", "device", "procs", "attention"}
+EVALUATE = {f.name for f in FLAGS["evaluation"]} | {"out_dir", "device", "procs", "attention",
+                                                    "ema"}
 
 # ---- From the command line to the flags of a run -----------------------------------------------
 

@@ -258,12 +258,13 @@ def loss_plot(stage: str, entries: list[dict]) -> Image.Image:
 # ---- The report of a run -----------------------------------------------------------------------
 
 def report(args: Namespace, worker: Worker, found: dict, dataset=None) -> None:
-    """Evaluates the averaged weights of the checkpoint `found`. All workers call it and share the
-    samples; worker 0 writes what there is to write into out_dir, and prints the rates."""
+    """Evaluates the averaged weights (--ema 0: the others) of the checkpoint `found`. All workers
+    call it and share the samples; worker 0 writes what there is to write into out_dir, and prints
+    the rates."""
     out, tasks = Path(args.out_dir), set(config.task_shares(args.tasks))
     metrics, cells, lines = {}, [], []
     if found["progress"]["mmdit"]:
-        model = cola.build(found).to(worker.device)
+        model = cola.build(found, "ema" if args.ema else "model").to(worker.device)
         if args.eval_samples and not (args.data or args.text):
             metrics = rates(model, args, tasks, worker)
             metrics |= {"seconds": round(found["seconds"], 1), "config": vars(args)}

@@ -81,7 +81,8 @@ def test_flags_in_a_file():
     """Several in a line, comments, and explicit flags behind it that win."""
     paper = flags("@paper.flags")
     assert (paper.batch_size * paper.micro_steps, paper.width, paper.layers, paper.heads,
-            paper.block_len, paper.lr, paper.text_vae_lr) == (1408, 2048, 24, 16, 16, 1.5e-4, 1.5e-4)
+            paper.block_len, paper.lr, paper.text_vae_lr) == \
+        (1408, 2048, 24, 16, 16, 1.5e-4, 1.5e-4)
     assert paper.warmup * paper.steps == 5000 and paper.schedule == "cosine" and not paper.ema
     assert flags("@paper.flags --width 64").width == 64
     assert flags("--width 64 @paper.flags").width == 2048
@@ -121,7 +122,8 @@ def test_dual_layers():
     "--aspect --data photos --image_size 32 64", "--width 30 --heads 4",
     "--text_vae_width 30 --text_vae_heads 4", "--vae_block_len 3 --block_len 4",
     "--seq_len 8 --block_len 16", "--seq_len 128 --block_len 128 --first_block right",
-    "--repa_layer 4 --w_repa 0.5", "--repa_features a.npy --aspect --data photos", "--vae_interval 0 5", "--attention flex --device cpu",
+    "--repa_layer 4 --w_repa 0.5",
+    "--repa_features a.npy --aspect --data photos", "--vae_interval 0 5", "--attention flex --device cpu",
     "--text_vae_steps 0", "--text_vae_steps 0 --vae_lr_ratio 1 --lambda_vae 0",
     "--vae_logsnr nan", "--tasks often", "--tasks t2v:1", "--tasks t2t:1,t2t:2",
     "--tasks t2t:-1,t2i:2", "--tasks t2t:0,t2i:0", "--tasks t2t:inf", "--tasks t2t:nan",
