@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 
 import config
+import release
+import train
+from cola import Tokenizer
+from test_release import system
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(ROOT.glob("*.py"))
@@ -72,6 +77,8 @@ def test_every_program_in_a_block_of_the_readme_is_a_command():
 
 @pytest.mark.parametrize("program, argv", commands_of(README))
 def test_commands_of_the_readme_parse(program, argv, tmp_path, monkeypatch, capsys):
+    for path in ROOT.glob("*.flags"):
+        shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
     name = program.removesuffix(".py")
     if program.startswith("experiments"):
@@ -84,6 +91,25 @@ def test_commands_of_the_readme_parse(program, argv, tmp_path, monkeypatch, caps
         assert importlib.import_module(name).main(argv) == 2, capsys.readouterr().err
     else:
         assert program in DEMONSTRATIONS
+
+
+@pytest.mark.parametrize("argv", [argv for _, argv in commands_of(README)
+                                  if any(word.startswith("@") for word in argv)])
+def test_large_models_of_the_readme_build_at_reduced_size(argv, tmp_path, monkeypatch, capsys):
+    """With the generated scenes, and a small release of ours for the public one."""
+    monkeypatch.chdir(ROOT)
+    small = ("--image_size 32 --image_vae_width 16 --image_vae_levels 1 1 1 1 --batch_size 2 "
+             f"--device cpu --procs 1 --bf16 off --dry_run --out_dir {tmp_path}/out").split()
+    words = " ".join(argv).replace("--data PICTURES", "").replace("--text FILE", "").split()
+    if "--init_official" in words:
+        release.save(system(Tokenizer.train(["a red circle"] * 3, 300)), tmp_path / "R")
+        words[words.index("DIR")] = str(tmp_path / "R")
+    else:
+        small += ("--width 64 --layers 3 --heads 2 --text_vae_width 32 --text_vae_heads 2 "
+                  "--tokenizer= --text_vae_batch 2").split()
+    assert train.main([*words, *small]) == 0
+    shown = capsys.readouterr().out
+    assert "--lr 0.00015" in shown and "cosine" in shown and "it2t, the first of them P" in shown
 
 
 def test_defaults_in_the_readme():
