@@ -201,7 +201,7 @@ def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int 
     cut = len(head) // (patch * bl)                            # whole blocks of the prefix
     known = len(head) // patch if model.first_block == "clean" else cut * bl         # its latents
     total, before = len(head) + len(tail) + 1, cut * bl * patch                      # tokens
-    terms, given = terms_of(0), "image, instruction" if condition else "prefix"
+    terms, given = terms_of(0), "image, prompt" if condition else "prefix"
     for name, bound in (("ELBO", elbo), ("IWAE", iwae)):
         whole = bound(*(x.sum(1) for x in terms)).item()
         first = bound(*(x[:, :cut].sum(1) for x in terms)).item()

@@ -3,9 +3,11 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 import checkpoint
@@ -15,7 +17,9 @@ import flow
 import likelihood
 from closed_form import mixture_velocity
 from conftest import TINY
+from cuda_attention import make_plan
 from likelihood import elbo, iwae, log_normal, log_prob
+from masks import IT2T, N, Sample, pack
 
 F64 = torch.float64
 
@@ -195,6 +199,39 @@ def test_a_text_is_the_product_of_its_blocks(block_len, cut, t_min):
     assert (whole[1] - flat[1]).abs().max() > 0.1
 
 
+def test_an_answer_is_conditioned_as_in_training():
+    """Against a pass without a cache over [P][I][C][N]; two answers of different lengths at once."""
+    model, rng = system(1, 0.1), np.random.default_rng(0)
+    prompts = ["what color is the circle?", "how many?"]
+    images = [rng.integers(0, 255, (32, 32, 3), np.uint8) for _ in prompts]
+    texts = [model.ids(text, end=True) for text in ("red.", "two, no, three.")]
+    given = {"prompts": prompts, "images": images}
+    together = likelihood.log_weights(model, texts, [3, 3], GRID, **given)
+    ends = np.cumsum([0, *map(len, texts)])
+    for i, ids in enumerate(texts):
+        n, p = len(ids), len(model.ids(prompts[i], end=False))
+        mean, logvar = likelihood.posterior(model, [ids], 0, 0.0)
+        noise = data.rng(0, 3, data.Purpose.POSTERIOR).standard_normal((n, 4), "float32")
+        z = (mean + (logvar / 2).exp() * torch.from_numpy(noise)).detach()
+        z_prompt, _ = model.encode_text([model.ids(prompts[i], end=False)])
+        z_image = model.encode_images([images[i]]).detach()
+        layout = pack([Sample(IT2T, p, (4, 4), clean=n, noisy=n, start=p)], 1)
+        t_index, plan = (layout.segment == N).long(), make_plan(layout)
+
+        def velocity(noisy, t):
+            text = torch.cat([z_prompt.detach(), z, noisy.flatten(0, 1)])
+            v, *_ = model.mmdit(text, z_image, torch.tensor([0.0, t]), t_index, layout, plan)
+            return v[-n:].view_as(noisy)
+        want = likelihood.log_prob(velocity, z.view(n, 1, -1), GRID)
+        got = together[1][ends[i]:ends[i + 1]]
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+    other = likelihood.log_weights(model, texts, [3, 3], GRID, prompts=prompts, images=images[::-1])
+    assert (other[1] - together[1]).abs().min() > 1e-5 and torch.equal(other[2], together[2])
+    alone = likelihood.log_answers(model, prompts[:1], images[:1], ["red."], 2, 0.0)
+    both = likelihood.log_answers(model, prompts, images, ["red.", "two, no, three."], 2, 0.0)
+    assert both[0] == pytest.approx(alone[0], abs=1e-3)
+
+
 def test_hutchinson_agrees_with_the_exact_divergence_in_the_mean():
     """Over 300 draws: with a dozen the mean is too uncertain, as few signs make up its noise."""
     model = system(1, 0.1)
@@ -230,11 +267,20 @@ def test_rows(extra, mode):
     assert (own == pytest.approx(rows["response | prefix, ELBO"][0], abs=1e-3)) == same
 
 
-def test_command(tiny, monkeypatch, capsys):
+def test_command(tiny, tmp_path, monkeypatch, capsys):
     flags = "--steps 1 --samples 2 --device cpu --checkpoint".split()
     assert likelihood.main(["a red", " circle.", *flags, str(tiny / "ckpt.pt")]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 11 and "perplexity" in out
+    picture = str(tmp_path / "a.png")
+    Image.new("RGB", (40, 40), "red").save(picture)
+    argv = ["what is it?", "a circle.", "--image", picture, *flags, str(tiny / "ckpt.pt")]
+    assert likelihood.main(argv) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row[:34].strip() for row in rows[1:3]] == [
+        f"response | image, prompt, {bound}" for bound in ("ELBO", "IWAE")]
+    assert len(rows) == 6 and likelihood.main(["a", "b", "--image", "none.png", *argv[4:]]) == 2
+    assert "none.png" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         likelihood.main(["a", "b", "--t_min", "1"])
     assert "--t_min" in capsys.readouterr().err
