@@ -79,7 +79,7 @@ class Batch(TextBatch):
     z_image: Tensor                    # (Li, Cz) clean latents
     image_moves: Tensor                # (Li,) bool: it moves, bears L_image
     eps_image: Tensor                  # (Li, Cz) noise
-    features: Tensor                   # (Li, F) what L_REPA aligns with
+    features: Tensor | None            # (Li, F) of --repa_features
     t: Tensor                          # (U,) distinct times; t[0] = 0 is clean
     t_index: Tensor                    # (L,) which of them a position has
 
@@ -234,7 +234,10 @@ class Batches:
 
     def open_features(self) -> np.ndarray:
         """The array of --repa_features, (images, h w, F), which stays on the disk."""
-        path, shape = self.args.repa_features, (self.dataset.num_images, math.prod(self.grid(0)))
+        path, images = self.args.repa_features, self.dataset.num_images
+        if not images:
+            raise ValueError("--repa_features: these data have no images")
+        shape = images, math.prod(self.grid(0))
         try:
             features = np.lib.format.open_memmap(path, "r")
         except (ValueError, EOFError) as error:
@@ -298,10 +301,10 @@ class Batches:
             return torch.from_numpy(np.concatenate([getattr(e, name) for e in examples]))
 
         images = [e.image for e in examples if e.image >= 0]
-        z_image = features = self.image_latents(images)                       # (Li, Cz)
-        if self.features is not None:
-            features = np.float32(self.features[images]).reshape(-1, self.features.shape[-1])
-            features = torch.from_numpy(features)                             # (Li, F)
+        features = self.features
+        if features is not None:
+            features = features[images].reshape(-1, features.shape[-1])       # (Li, F)
+            features = torch.from_numpy(features.astype(np.float32))
         layout = masks.pack([e.sample for e in examples], self.block_len)
         task, is_image = layout.task[layout.sample], layout.segment == I      # (L,) each
         moving = is_image & (task == T2I)                                     # t > 0
@@ -324,8 +327,8 @@ class Batches:
             source=first_latent[layout.sample[~is_image]] + join("source"),
             text_task=task[~is_image], text_moves=moving[~is_image],
             text_weight=weight[~is_image], eps_text=eps_text[~is_image],
-            z_image=z_image, image_moves=moving[is_image], eps_image=join("eps_image"),
-            features=features,
+            z_image=self.image_latents(images), image_moves=moving[is_image],
+            eps_image=join("eps_image"), features=features,
             t=torch.cat([torch.zeros(1), t]), t_index=torch.where(moving, own_time, 0))
 
     def packed(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:

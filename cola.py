@@ -64,9 +64,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode(text, disallowed_special=())
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text up to the first end token. Invalid UTF-8 and unused ids come out as U+FFFD."""
-        ids = itertools.takewhile(lambda i: i != self.end, map(int, ids))
+    def decode(self, ids: Iterable[int], stop: int | None = None) -> str:
+        """Text up to the first end token, or to the token `stop`. Invalid UTF-8 and unused ids come
+        out as U+FFFD."""
+        ids = itertools.takewhile(lambda i: i not in (self.end, stop), map(int, ids))
         text = b"".join(self.spelling.get(i, "\ufffd".encode()) for i in ids)
         return text.decode("utf-8", errors="replace")
 
@@ -162,7 +163,7 @@ class Cola:
     image_loc: float                    # mean of the logit time of images in training
     first_block: str = "clean"
     tasks: tuple[str, ...] = TASKS      # those it was trained for
-    text_guidance: bool = True          # texts can be guided: some were trained without condition
+    text_guidance: bool = True          # texts can be guided: it has learned them without condition
 
     def __post_init__(self) -> None:
         vae, channels = self.text_vae.config, self.mmdit.config.text_channels
@@ -199,8 +200,8 @@ class Cola:
         return pad_to_multiple(self.tokenizer.encode(text), multiple, self.tokenizer.end, ended=end)
 
     def fill(self, ids: list[int]) -> list[int]:
-        """A prefix, filled to whole blocks of the text VAE, as the release does before encoding it;
-        only the latents of the prefix itself are kept."""
+        """A prefix, filled to whole blocks of the text VAE to be encoded, as the release does; the
+        latents of the filling are not kept."""
         multiple = self.text_vae.config.patch_size * self.text_vae.config.block_len
         return pad_to_multiple(ids, multiple, self.tokenizer.pad, ended=False)
 
@@ -283,7 +284,8 @@ def build(found: dict, weights: str = "ema") -> Cola:
             mmdit = MMDiT(MMDiTConfig(**c["mmdit"]))
         model = Cola(text_vae, image_vae, mmdit, Tokenizer.from_dict(found["tokenizer"]),
                      c["block_len"], tuple(c["image_hw"]), c["image_loc"], c["first_block"],
-                     tuple(c["tasks"]), found["args"]["cfg_drop_text"] > 0)
+                     tuple(c["tasks"]),
+                     found["args"]["cfg_drop_text"] > 0 or mmdit.config.as_released)
         modules = nn.ModuleDict(model.parts()).eval()
         modules.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
     except (KeyError, TypeError, RuntimeError) as error:

@@ -14,7 +14,6 @@ Run: python config.py --help
 """
 import argparse
 import math
-import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -127,7 +126,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("schedule", "linear", ("linear", "cosine"), RECIPE, "how learning rates fall: in the "
              "last share --cooldown of the steps, or along the paper's cosine in all of them"),
         Flag("warmup", 0.03, SHARE, RECIPE, "first share of steps, with rising learning rates"),
-        Flag("cooldown", 0.5, SHARE, RECIPE, "last share of steps, with falling learning rates"),
+        Flag("cooldown", 0.5, SHARE, RECIPE, "last share of steps, in which the linear ones fall"),
         Flag("clip", 1.0, RATE, RECIPE, "largest gradient norm: lower it if losses jump"),
         Flag("ema", 0.9999, SHARE, RECIPE, "largest decay of the averaged weights; 0: no average"),
         Flag("vae_lr_ratio", 0.0, WEIGHT, RECIPE, "text VAE's rate in stage 2 / --lr; 0: frozen"),
@@ -137,11 +136,11 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("lambda_ref", 0.01, WEIGHT, RECIPE, "weight of KL(q || q_ref): holds a text VAE that "
              "trains in stage 2 to the encoder it began with"),
         Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
-        Flag("w_filler", 1.0, WEIGHT, RECIPE, "weight in L_text of the latents behind the first "
+        Flag("w_filler", 1.0, RATE, RECIPE, "weight in L_text of the latents behind the first "
              "end token of a text, which fill its last block"),
         Flag("w_answer", 3.5, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
         Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA: 0.5 in the literature, 0 is off"),
-        Flag("repa_features", "", None, DATA, ".npy that L_REPA aligns images with: (images, "
+        Flag("repa_features", "", None, RECIPE, ".npy that L_REPA aligns images with: (images, "
              "latents of an image, channels); without it, the latents themselves"),
         Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
         Flag("repa_until", 0.5, SHARE, RECIPE, "share of the steps after which L_REPA stops"),
@@ -159,8 +158,8 @@ FLAGS: dict[str, list[Flag]] = {
     ],
     "evaluation": [
         Flag("eval_samples", 512, STEPS, RUN, "samples per rate; 0 skips the evaluation"),
-        Flag("rank_samples", 0, STEPS, RUN, "scenes whose right answer and caption are to be "
-             "likelier than wrong ones (likelihood.py); seconds each"),
+        Flag("rank_samples", 0, STEPS, RUN, "scenes to rank: is the right answer, and caption, "
+             "likelier than wrong ones? Seconds each"),
         Flag("guidance", 2.0, REAL, RUN, "for images: more follows captions, varies less"),
         Flag("text_guidance", 1.0, REAL, RUN, "for text; 1 is none, others need --cfg_drop_text"),
         Flag("text_temperature", 0.3, WEIGHT, RUN, "scale of text's first noise: less, likelier"),
@@ -185,7 +184,7 @@ def parse(argv: list[str], prog: str = "train.py", only: set[str] | None = None)
     parser = argparse.ArgumentParser(prog, f"{prog} [@file] [--flag value ..]", allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS, fromfile_prefix_chars="@")
     # A line of a file may hold several flags, and a comment.
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.convert_arg_line_to_args = lambda line: line.partition("#")[0].split()
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)            # not shown if it stays empty
         for flag in flags:
@@ -221,9 +220,10 @@ def merge(given: dict[str, Any], found: dict[str, Any] | None = None, start: str
     if a.dual_layers is None:
         a.dual_layers = max(1, round(a.layers / 3))
     check(a)
-    if not (found or a.text_vae_steps or a.vae_lr_ratio * a.lambda_vae):
-        # The text VAE would never be trained.
-        raise ValueError("--text_vae_steps 0: add --vae_lr_ratio 1 and a --lambda_vae above 0")
+    if not found and not a.text_vae_steps and (not a.vae_lr_ratio * a.lambda_vae or a.lambda_ref):
+        # The text VAE would never be trained, or would be held to where it began, untrained.
+        raise ValueError("--text_vae_steps 0: add --vae_lr_ratio 1, --lambda_ref 0 and a "
+                         "--lambda_vae above 0")
     return a
 
 
@@ -264,6 +264,7 @@ def check(a: Namespace) -> None:
             (a.w_repa and a.repa_layer >= a.layers,
              f"--repa_layer {a.repa_layer}: expected a layer before the last"),
             (a.repa_features and a.aspect, "--repa_features is for images of one size"),
+            (a.repa_features and not a.w_repa, f"--repa_features {a.repa_features}: say --w_repa 0.5"),
             (not a.vae_interval[0], "--vae_interval 0: it never trains; use --vae_lr_ratio 0")):
         if wrong:
             raise ValueError(why)

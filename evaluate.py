@@ -43,7 +43,8 @@ from workers import Worker
 
 GROUP_SIZE = 64                                 # scenes that are sampled together
 RANK_STEPS = 4                                  # rk4 steps of a log p
-Verdicts = Iterator[tuple[str, bool | float]]      # name of a rate, whether this sample is right
+NO_INTERVAL = ("t2t.length", "t2t.sentence")    # a ratio; sentences that depend on each other
+Verdicts = Iterator[tuple[str, bool | float]]   # name of a rate, is this sample right?
 Cells = list[tuple[np.ndarray, str]]       # images uint8 (H, W, 3) with their texts
 
 
@@ -95,8 +96,8 @@ def judge_answers(model: Cola, group: Group, settings: sample.Settings) -> Verdi
 
 def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
     """T2T: whether what follows the first sentences of a story does not contradict them, also by
-    the number of sentences, and whether each sentence is true of all before it. length: sentences
-    said, over those that the data have after such prefixes."""
+    the number of sentences said, and of each sentence, whether it contradicts nothing before it.
+    length: sentences said, over those that the data have after such prefixes."""
     prefixes, rest = [], []
     for scene, words in zip(group.scenes, group.rngs(Purpose.WINDOW)):
         sentences = language.story(scene, words).split(". ")           # three or more
@@ -105,9 +106,10 @@ def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdi
         rest.append(len(sentences) - cut)
     texts = sample.generate_text(model, prefixes, settings=settings, first=group.numbers[0])
     for prefix, text in zip(prefixes, texts):
-        facts, right = language.Facts(), language.consistent(prefix, text)
+        facts = language.Facts()
         language.tell(facts, prefix)
         said = language.tell(facts, text)
+        right = None not in said and any(said)             # as language.consistent
         yield "t2t.consistent", right
         yield f"t2t.by_sentences.{min(len(said), 4)}", right           # 4: or more
         yield from (("t2t.sentence", is_new is not None) for is_new in said)
@@ -116,17 +118,17 @@ def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdi
 
 def judge_likelihoods(model: Cola, group: Group) -> Verdicts:
     """IT2T: whether the answer to a question is likelier than every wrong one of its kind, and the
-    caption of an image likelier than seven that differ in one attribute."""
+    caption of an image likelier than seven that differ in one attribute: by a draw of the ELBO."""
     for scene, words in zip(group.scenes, group.rngs(Purpose.CAPTION)):
         asked, answer = language.question(scene, words)
-        wording = int(words.integers(60))                              # of each number of objects
+        wording = int(words.integers(len(language.WORDINGS[len(scene.objects)])))
         told = language.caption(scene, words, wording)
         for name, prompt, texts in (
                 ("answer", asked, [answer, *language.wrong_answers(scene, asked)]),
                 ("caption", "describe the image.",
                  [told, *language.wrong_captions(scene, words, wording, 7)])):
-            image, n = pictures.render(scene, model.image_hw), len(texts)
-            log_p = likelihood.log_answers(model, [prompt] * n, [image] * n, texts, RANK_STEPS)
+            image = pictures.render(scene, model.image_hw)
+            log_p = likelihood.log_answers(model, prompt, image, texts, RANK_STEPS)
             yield f"it2t.ranked.{name}", log_p[0] > max(log_p[1:])
 
 
@@ -168,8 +170,9 @@ def settings(args: Namespace, seed: int = 0) -> tuple[sample.Settings, sample.Se
 
 @torch.no_grad()
 def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict:
-    """Rates in [0, 1] of the tasks. A rate has n = --eval_samples scenes; for T2I, n of every
-    number of objects. The workers share the samples; all of them return the same result."""
+    """Rates of the tasks. A rate has n = --eval_samples scenes; for T2I, n of every number of
+    objects; for likelihoods, --rank_samples. The workers share the samples; all of them return the
+    same result."""
     seed, n = SEEDS + args.seed, args.eval_samples             # a seed that no run can have
     image, text = settings(args, seed)
     judges = {"t2i": (partial(judge_images, settings=image), 3 * n),
@@ -205,17 +208,16 @@ def table(metrics: dict) -> str:
         if path not in metrics["samples"]:
             return ""
         rate = reduce(dict.__getitem__, path.split("."), metrics)
-        if path.endswith("t2t.length"):            # a ratio: 1 is as in the data
+        if path.endswith(NO_INTERVAL):
             return f"{rate:.3f}"
         low, high = wilson(rate, metrics["samples"][path])
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
 
     lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
-    for path in sorted(metrics["samples"], key=lambda path: (path.startswith("ceiling"), path)):
-        split, _, name = path.partition(".")
-        if split != "heldout":
-            title = name.replace(".", " ") if split == "seen" else f"{split} {name}"
-            lines.append(f"{title:26s}{cell(path):24s}{cell(f'heldout.{name}')}".rstrip())
+    names = {path.removeprefix("seen.").removeprefix("heldout.") for path in metrics["samples"]}
+    for name in sorted(names, key=lambda name: (name.startswith("ceiling"), name)):
+        seen = cell(name if name.startswith("ceiling") else f"seen.{name}")
+        lines.append(f"{name.replace('.', ' '):26s}{seen:24s}{cell(f'heldout.{name}')}".rstrip())
     return "\n".join(lines)
 
 # ---- Pictures ----------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ def report(args: Namespace, worker: Worker, found: dict, dataset=None) -> None:
     metrics, cells, lines = {}, [], []
     if found["progress"]["mmdit"]:
         model = cola.build(found, "ema" if args.ema else "model").to(worker.device)
-        if args.eval_samples and not (args.data or args.text):
+        if (args.eval_samples or args.rank_samples) and not (args.data or args.text):
             metrics = rates(model, args, tasks, worker)
             metrics |= {"seconds": round(found["seconds"], 1), "config": vars(args)}
         if worker.rank == 0:

@@ -8,7 +8,8 @@
     perplexity = exp(-sum of log p / sum of tokens)                          (Eq. 10.7, 10.10)
 
 All in nats. A low training loss does not imply a high log p (Sec. 5.1, 9.4).
-Shapes: K draws, n latents of a text, Dz channels, bl latents in a block, B samples of D numbers.
+Shapes: K draws, n latents of a text, L of all texts, Dz channels, bl latents in a block,
+B samples of D numbers.
 Run: python likelihood.py "there is a red circle." " the circle is red." --checkpoint out/ckpt.pt
      python likelihood.py "what color is the circle?" "red." --image a.png
 """
@@ -83,29 +84,36 @@ def perplexity(log_p: Tensor, tokens: Tensor) -> Tensor:
 
 # ---- Texts -------------------------------------------------------------------------------------
 
+Condition = tuple[list[str], list[np.ndarray]]     # instructions; images uint8 (H, W, 3), one size
+
+
 @torch.no_grad()
 def log_weights(model: Cola, texts: list[list[int]], draws: Sequence[int], grid: Tensor,
-                known: int = 0, exact: bool = True, seed: int = 0, prompts: list[str] | None = None,
-                images: list[np.ndarray] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                known: int = 0, seed: int = 0, exact: bool | None = None,
+                condition: Condition | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """log p(x_b | z), log p(z_b | z_<b) and log q(z_b | x) of every block b of some texts, for one
     draw z ~ q(z | x) of each: (blocks of all texts,) each (Algorithm A.1, Eq. 10.16).
     texts: tokens in whole blocks; the same one K times for K draws. draws: their noise by number.
-    known: latents at the front that are given and have no terms. prompts, images uint8 (H, W, 3) of
-    one size: what the texts answer, for p(answer | image, instruction).
+    known: latents at the front that are given and have no terms.
+    condition: what the texts answer, for p(answer | image, instruction).
     grid: times from 1 to t_min. At t_min > 0 the flow ends at (1 - t_min) z + t_min eps: p and q
     are of z with noise of variance (t_min / (1 - t_min))^2.
-    exact: the exact divergence, or else the estimate of one probe."""
+    exact: the exact divergence, which takes a backward pass for each number of a block; else the
+    estimate of one probe. None: exact for up to 64 numbers."""
     vae, patch = model.text_vae, model.text_vae.config.patch_size
+    if exact is None:
+        exact = model.block_len * vae.config.latent_dim <= 64
     lengths = [len(ids) // patch for ids in texts]
     given = torch.cat([torch.arange(n, device=model.device) < known for n in lengths])   # (L,)
     mean, logvar = posterior(model, texts, known, grid[-1].item())                   # (L, Dz)
-    rngs = [data.rng(seed, k, data.Purpose.POSTERIOR) for k in draws]
-    noise = torch.cat([draw_noise([g], n, mean.shape[1]) for g, n in zip(rngs, lengths)])
-    z = mean + (logvar / 2).exp() * noise.to(mean)                                   # (L, Dz)
-    signs = [torch.from_numpy(g.choice([-1.0, 1.0], (n, z.shape[1])))
-             for g, n in zip(rngs, lengths)]
+    noise, signs = [], []
+    for k, n in zip(draws, lengths):
+        noise.append(draw_noise([data.rng(seed, k, data.Purpose.POSTERIOR)], n, mean.shape[1]))
+        of_probe = data.rng(seed, k, data.Purpose.NOISE)
+        signs.append(torch.from_numpy(of_probe.choice([-1.0, 1.0], (n, mean.shape[1]))))
+    z = mean + (logvar / 2).exp() * torch.cat(noise).to(mean)                        # (L, Dz)
     probe = None if exact else torch.cat(signs).to(z)                                # (L, Dz)
-    log_pz = prior_log_prob(model, z, lengths, given, grid, probe, prompts, images)  # (blocks,)
+    log_pz = prior_log_prob(model, z, lengths, given, grid, probe, condition)        # (blocks,)
     tokens = torch.tensor([i for ids in texts for i in ids], device=z.device)        # (L patch,)
     log_px = -F.cross_entropy(vae.decode(z, lengths), tokens, reduction="none")      # (L patch,)
     log_px = torch.where(given.repeat_interleave(patch), 0.0, log_px)
@@ -118,30 +126,30 @@ def posterior(model: Cola, texts: list[list[int]], known: int,
     """Mean and logvar of q(z | x), scaled as for the prior, with the noise of t_min; (L, Dz) each.
     Known latents are encoded alone, as in training, and have no further noise."""
     vae, patch = model.text_vae, model.text_vae.config.patch_size
-
-    def encode(texts: list[list[int]]) -> list[tuple[Tensor, ...]]:                  # of each text
-        lengths = [len(ids) // patch for ids in texts]
-        flat = torch.tensor([i for ids in texts for i in ids], device=model.device)
-        return list(zip(*(x.split(lengths) for x in vae.encode(flat, lengths))))
-
-    parts, added = encode(texts), torch.tensor(t_min / (1 - t_min)).square().log()
-    heads = encode([model.fill(ids[:known * patch]) for ids in texts]) if known else parts
-    means = [torch.cat([head[0][:known], x[0][known:]]) for head, x in zip(heads, parts)]
-    scale = 2 * math.log(vae.config.scaling_factor)
-    logvars = [torch.cat([head[1][:known] + scale, torch.logaddexp(x[1][known:] + scale, added)])
-               for head, x in zip(heads, parts)]
-    return vae.scale_latents(torch.cat(means)), torch.cat(logvars)
+    means, logvars = [], []
+    for ids in texts:
+        encode = lambda ids: vae.encode(torch.tensor(ids, device=model.device), [len(ids) // patch])
+        mean, logvar = encode(ids)                                                   # (n, Dz)
+        if known:
+            alone = encode(model.fill(ids[:known * patch]))
+            mean, logvar = (torch.cat([a[:known], x[known:]])
+                            for a, x in zip(alone, (mean, logvar)))
+        added = torch.full_like(mean, (t_min / (1 - t_min)) ** 2)
+        added[:known] = 0.0
+        logvar = logvar + 2 * math.log(vae.config.scaling_factor)
+        means.append(vae.scale_latents(mean))
+        logvars.append(torch.logaddexp(logvar, added.log()))
+    return torch.cat(means), torch.cat(logvars)
 
 
 def prior_log_prob(model: Cola, z: Tensor, lengths: list[int], given: Tensor, grid: Tensor,
-                   probe: Tensor | None, prompts: list[str] | None,
-                   images: list[np.ndarray] | None) -> Tensor:
+                   probe: Tensor | None, condition: Condition | None) -> Tensor:
     """log p(z_b | z_<b) of every block of texts, (blocks,). z (L, Dz), given (L,) bool.
     One solve gives all: noisy blocks do not see each other, only the clean blocks before."""
     bl, channels, t_min = model.block_len, z.shape[1], grid[-1].item()
     context, task, starts = Context(model), T2T, [0] * len(lengths)
-    if images is not None:
-        task, starts = IT2T, add_instructions(context, prompts, images)
+    if condition:
+        task, starts = IT2T, add_instructions(context, *condition)
     clean, noisy = (pack([Sample(task, start=start, **{segment: n})
                           for start, n in zip(starts, lengths)], bl, model.device)
                     for segment in ("clean", "noisy"))
@@ -158,44 +166,36 @@ def prior_log_prob(model: Cola, z: Tensor, lengths: list[int], given: Tensor, gr
     return log_pz + channels * factor.log().view(-1, bl).sum(1)    # log determinant of factor
 
 
-def is_exact(model: Cola) -> bool:
-    """Whether the divergence is exact, which takes a backward pass for each number of a block; the
-    estimate takes one."""
-    return model.block_len * model.text_vae.config.latent_dim <= 64
-
-
-def log_answers(model: Cola, prompts: list[str], images: list[np.ndarray], answers: list[str],
-                steps: int, t_min: float = 0.1) -> list[float]:
+def log_answers(model: Cola, prompt: str, image: np.ndarray, answers: list[str], steps: int,
+                t_min: float = 0.1) -> list[float]:
     """log p(answer | image, instruction) in nats, by one draw of the ELBO for each of B answers,
-    with the same noise."""
+    all with the same noise."""
     ids = [model.ids(answer, end=True) for answer in answers]
-    grid = t_min + (1 - t_min) * flow.time_grid(steps)
-    px, pz, q = log_weights(model, ids, [0] * len(ids), grid, exact=is_exact(model),
-                            prompts=prompts, images=images)
+    grid, n = t_min + (1 - t_min) * flow.time_grid(steps), len(answers)
+    terms = log_weights(model, ids, [0] * n, grid, condition=([prompt] * n, [image] * n))
     blocks = [len(x) // (model.text_vae.config.patch_size * model.block_len) for x in ids]
-    return [x.sum().item() for x in (px + pz - q).split(blocks)]
+    return [x.sum().item() for x in elbo(*(x[None] for x in terms)).split(blocks)]
 
 
 def score(model: Cola, prefix: str, response: str, samples: int = 8, steps: int = 16,
           t_min: float = 0.1, seed: int = 0,
           image: np.ndarray | None = None) -> list[tuple[str, float, int]]:
     """Rows (name, log p in nats, tokens or 0): ELBO and IWAE of the text, the prefix and, as their
-    difference, the response; then the response given latents of the prefix (Eq. 10.19), and its
+    difference, the response; then the response given latents of the prefix (Eq. 10.18), and its
     three terms. All end tokens count as one. With an image, the prefix is an instruction, and the
     rows are those of the response alone.
     ELBO and IWAE are of whole blocks: the end of a prefix that shares a block with the response
     counts as response. In the last rows it is given, if first_block is clean."""
-    condition = {"prompts": [prefix] * samples, "images": [image] * samples}
-    condition = {} if image is None else condition
+    condition = None if image is None else ([prefix] * samples, [image] * samples)
     head = [] if condition else model.tokenizer.encode(prefix)
-    tail, exact, rows = model.tokenizer.encode(response), is_exact(model), []
+    tail, rows = model.tokenizer.encode(response), []
     patch, bl = model.text_vae.config.patch_size, model.block_len
     ids = pad_to_multiple(head + tail, patch * bl, model.tokenizer.end)
     grid = t_min + (1 - t_min) * flow.time_grid(steps)
 
     def terms_of(known: int) -> list[Tensor]:                                # (K, blocks) each
-        terms = log_weights(model, [ids] * samples, range(samples), grid, known, exact, seed,
-                            **condition)
+        terms = log_weights(model, [ids] * samples, range(samples), grid, known, seed,
+                            condition=condition)
         return [x.view(samples, -1) for x in terms]
 
     cut = len(head) // (patch * bl)                            # whole blocks of the prefix

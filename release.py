@@ -111,14 +111,10 @@ def rename(name: str, pairs: list[tuple[str, str]]) -> str:
 # ---- The folder --------------------------------------------------------------------------------
 
 def parts(folder: str | Path) -> tuple[Path, Path, Path]:
-    """The paths of cola_vae, cola_dit and tokenizer.json. folder: a release, its cola_dlm, or one
-    that has all three side by side."""
+    """The paths of cola_vae, cola_dit and tokenizer.json, which may also lie side by side."""
     folder = Path(folder)
     inner = folder / "cola_dlm" if (folder / "cola_dlm").is_dir() else folder
-    tokenizer = inner / "tokenizer.json"
-    if inner.name == "cola_dlm" and not tokenizer.is_file():
-        tokenizer = inner.parent / "tokenizer.json"
-    return inner / "cola_vae", inner / "cola_dit", tokenizer
+    return inner / "cola_vae", inner / "cola_dit", folder / "tokenizer.json"
 
 
 def read_config(path: Path, keys: dict[str, str], fixed: dict) -> dict:

@@ -18,7 +18,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +174,7 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
     prefix_z = [x[:len(own) // patch] for own, x in zip(prefix_ids, packed.split(lengths))]
     ids, z, done = prefix_ids, prefix_z, [0] * len(prefixes)
     before = [len(x) // bl * bl * patch for x in z]        # tokens in whole blocks of the prefix
-    ends = {tokenizer.end, tokenizer.special.get(settings.stop)}
+    stop = tokenizer.special.get(settings.stop)
     while True:
         # Whole blocks join the context: first those of the prefixes, then one block at a time.
         whole = [len(x) // bl * bl for x in z]
@@ -200,9 +199,8 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
         ids = [old + likeliest(new[len(old):], own, settings.repetition_penalty)
                for old, own, new in zip(ids, seen, logits.split([n * patch for n in lengths]))]
         new_ids = [x[len(prefix):] for x, prefix in zip(ids, prefix_ids)]
-        if all(ends & {*x} or len(x) >= max_tokens for x in new_ids):
-            return [tokenizer.decode(takewhile(lambda i: i not in ends, x[:max_tokens]))
-                    for x in new_ids]
+        if all({tokenizer.end, stop} & {*x} or len(x) >= max_tokens for x in new_ids):
+            return [tokenizer.decode(x[:max_tokens], stop) for x in new_ids]
         if settings.snap:                  # a prefix keeps the latents it has when encoded alone
             packed, lengths = model.encode_text(ids)
             z = [torch.cat([prefix, x[len(prefix):]])
@@ -275,7 +273,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     p.add_argument("--checkpoint", default="out/ckpt.pt", help="file that train.py wrote")
     p.add_argument("--official", metavar="DIR", help="a public Cola DLM release instead of a "
-                   "checkpoint: text alone, sampled with the paper's settings")
+                   "checkpoint: text alone, with the settings of its own code")
     p.add_argument("--device", choices=devices, default=devices[-1], help="where to run")
     p.add_argument("--seed", type=within(0, data.SEEDS - 1, int), default=0, help="of the noise")
 
@@ -346,9 +344,9 @@ def read_picture(path: str | Path, model: Cola) -> np.ndarray:
 def run(args: argparse.Namespace) -> None:
     """Prints texts, or writes PNG files, which contain their caption as text."""
     model, prompts = open_model(args, args.task), [args.prompt] * args.n
-    special = model.tokenizer.special
-    if args.settings.stop not in ("", RELEASED.stop, *special):
-        raise ValueError(f"--stop {args.settings.stop}: expected one of {', '.join(special)}")
+    special, stop = model.tokenizer.special, args.settings.stop
+    if stop not in ("", *special) and not (args.official and stop == RELEASED.stop):
+        raise ValueError(f"--stop {stop}: expected one of {', '.join(special)}")
     if args.task == "t2i":
         hw = (args.size[0], args.size[-1]) if args.size else None
         for i, image in enumerate(generate_images(model, prompts, args.settings, hw)):

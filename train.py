@@ -88,13 +88,13 @@ class ImageStage(nn.Module):
 
 class PriorStage(nn.Module):
     """Stage 2: the prior, jointly with the text VAE if that has a learning rate."""
-    def __init__(self, model: Cola, args: Namespace, feature_channels: int = 0):
+    def __init__(self, model: Cola, args: Namespace, feature_channels: int):
         super().__init__()
         self.args, self.mmdit, self.text_vae = args, model.mmdit, model.text_vae
         self.step, self.steps = 0, 1                       # steps done, and in all
         self.text_vae.requires_grad_(args.vae_lr_ratio > 0)
-        self.has_ref = args.vae_lr_ratio > 0 and args.lambda_ref > 0
-        if self.has_ref:                                   # q_ref: the VAE as stage 2 found it
+        self.ref = None
+        if args.vae_lr_ratio and args.lambda_ref:          # q_ref: the VAE as it is before training
             self.ref = copy.deepcopy(model.text_vae).requires_grad_(False)
         if args.w_repa:                                    # predicts features of clean images
             self.repa = nn.Linear(args.width, feature_channels)
@@ -110,7 +110,7 @@ class PriorStage(nn.Module):
         with torch.set_grad_enabled(self.vae_trains() and torch.is_grad_enabled()):
             mean, logvar = vae.encode(b.ids, b.lengths, plan)                      # (Lv, Dz) each
         loss, terms = 0.0, {}
-        if a.vae_lr_ratio:
+        if self.vae_trains():
             loss, terms = self.joint_loss(b, counts, mean, logvar, plan)
 
         # L_FM reaches the encoder through the noisy text (z_t and v); clean context is detached.
@@ -134,7 +134,8 @@ class PriorStage(nn.Module):
             loss = loss + a.lambda_fm * terms["image"]
         if w_repa:
             predicted = self.repa(hidden[is_image].float())                        # (Li, F)
-            distance = 1 - F.cosine_similarity(predicted, b.features, dim=-1)      # (Li,)
+            clean = b.z_image if b.features is None else b.features
+            distance = 1 - F.cosine_similarity(predicted, clean, dim=-1)           # (Li,)
             positions = counts["image"] / b.z_image.shape[1]
             terms["repa"] = distance[b.image_moves].sum() / positions
             loss = loss + a.lambda_fm * w_repa * terms["repa"]
@@ -161,15 +162,14 @@ class PriorStage(nn.Module):
         return terms["text"]
 
     def joint_loss(self, b: Batch, counts: dict[str, float], mean: Tensor, logvar: Tensor,
-                   plan: cuda_attention.Plan) -> tuple[Tensor | float, Terms]:
-        """L_vae of Eq. 3.18 while the VAE trains, and KL(q || q_ref), which holds its posterior to
-        that of the reference encoder."""
-        a, loss, terms = self.args, 0.0, {}
-        if self.vae_trains():
-            loss, terms = vae_loss(self.text_vae, b, counts, a, learned_prior=True,
-                                   posterior=(mean, logvar), plan=plan)
-            loss = a.lambda_vae * loss
-        if self.has_ref:
+                   plan: cuda_attention.Plan) -> tuple[Tensor, Terms]:
+        """L_vae of Eq. 3.18, and KL(q || q_ref), which holds the posterior to that of the reference
+        encoder."""
+        a = self.args
+        loss, terms = vae_loss(self.text_vae, b, counts, a, learned_prior=True,
+                               posterior=(mean, logvar), plan=plan)
+        loss = a.lambda_vae * loss
+        if self.ref is not None:
             with torch.no_grad():
                 reference = self.ref.encode(b.ids, b.lengths, plan)
             terms["ref"] = kl(mean, logvar, *reference).sum() / max(counts["tokens"], 1)
@@ -248,7 +248,7 @@ def make_optimizers(args: Namespace, stage: nn.Module, lr: float,
 
 def schedule(args: Namespace, step: int, steps: int) -> float:
     """Share of the peak learning rate. linear: it rises, stays, and falls towards 0. cosine: it
-    rises, and falls along a cosine to a 15th of the peak (paper, Table 8)."""
+    rises, and falls along a cosine to a 15th of the peak (paper, Table 8, which begins at 1e-6)."""
     rise = (step + 1) / (args.warmup * steps + 1)
     if args.schedule == "linear":
         return min(1.0, rise, (steps - step) / (args.cooldown * steps + 1))
@@ -372,9 +372,13 @@ def train(run: Run) -> None:
     model.image_vae.requires_grad_(False)
 
     if "mmdit" in open_:
+        run.state.ema = run.state.ema if a.ema else {}
         torch.manual_seed(a.seed)                          # for the head of L_REPA
         stage = PriorStage(model, a, make.feature_channels).to(worker.device)
-        stage.load_state_dict(run.state.extra, strict=False)       # if this stage has begun
+        try:
+            stage.load_state_dict(run.state.extra, strict=False)   # if this stage has begun
+        except RuntimeError:
+            raise ValueError("--repa_features: the run began with other channels") from None
         if a.compile:
             workers.compile_blocks(model.mmdit)
 
@@ -382,7 +386,7 @@ def train(run: Run) -> None:
             work = worker.share(batches.step_samples(a, step))
             passes = a.micro_steps if a.accumulate else 1
             return [make.prior(work[i::passes]) for i in range(passes)]
-        fit(run, "mmdit", stage, config.steps(a, "mmdit"), make_step, a.lr, muon, average=True)
+        fit(run, "mmdit", stage, config.steps(a, "mmdit"), make_step, a.lr, muon, a.ema > 0)
 
 # ---- Main --------------------------------------------------------------------------------------
 

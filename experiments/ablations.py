@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -31,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluate import wilson
+from evaluate import NO_INTERVAL, wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of each baseline: the flags of training, and the flags of sampling.
@@ -111,9 +112,8 @@ TABLES = {
             paper=number) for p, number in ((1, "17.31; odd lengths 14.41"),
                                             (2, "18.12; odd lengths 0.26"), (4, ""))]),
     "D": Table("The default, and one setting at a time", [
-        Row("default: 1 dual layer of 4, blocks of 1, logSNR 2.5"),
-        *(Row(f"{n} dual layers", f"--dual_layers {n}", paper="a third" if n == 2 else "")
-          for n in (0, 2, 4)),
+        Row("default: 1 dual layer of 4", paper="a third of the layers"),
+        *(Row(f"{n} dual layers", f"--dual_layers {n}") for n in (0, 2, 4)),
         *(Row(f"blocks of 16, filler {w}", f"--block_len 16 --w_filler {w}", paper="16")
           for w in (0.2, 1)),
         Row("L_REPA, features", "--w_repa 0.5 --repa_features FEATURES", paper="optional"),
@@ -161,14 +161,15 @@ def call(program: str, folder: Path, flags: list[str], more: tuple[str, ...] = (
 def run(job: Job, out: Path, scale: float, samples: int) -> int:
     """Trains, or evaluates a copy of what was trained. Returns the exit status."""
     train, sample = BASES[job.base]
-    features = out.resolve() / f"features_{job.seed}.npy"
-    if "FEATURES" in job.train and not features.exists():
+    features = str(out.resolve() / f"features_{job.seed}.npy")
+    if "FEATURES" in job.train and not Path(features).exists():
         command = [sys.executable, "-m", "experiments.features", features, "--seed", str(job.seed)]
-        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+            return 1
     sample = [*sample.split(), *job.sample.split(), "--eval_samples", str(samples)]
     if not job.sample:
-        train = [*train.split(), *job.train.replace("FEATURES", str(features)).split(),
-                 "--seed", str(job.seed), "--scale", str(scale)]
+        own = [features if word == "FEATURES" else word for word in job.train.split()]
+        train = [*train.split(), *own, "--seed", str(job.seed), "--scale", str(scale)]
         return call("train.py", job.folder(out), train + sample, ("--resume", "auto"))
     source, target = job._replace(sample="").folder(out) / "ckpt.pt", job.folder(out) / "ckpt.pt"
     if not source.exists():
@@ -181,10 +182,12 @@ def run(job: Job, out: Path, scale: float, samples: int) -> int:
 
 # ---- Printing ----------------------------------------------------------------------------------
 
-def pooled(metrics: dict, name: str) -> float:
-    """A rate such as "t2i.scene": the mean of seen and held-out compositions."""
+def pooled(metrics: dict, name: str) -> float | None:
+    """A rate such as "t2i.scene": the mean of seen and held-out compositions. None if it is
+    missing, as that of sentences is where no story says any."""
     task, name = name.split(".")
-    return (metrics["seen"][task][name] + metrics["heldout"][task][name]) / 2
+    rates = [metrics[split][task].get(name) for split in ("seen", "heldout")]
+    return None if None in rates else sum(rates) / 2
 
 
 def show(out: Path, keys: list[str], seeds: list[int]) -> None:
@@ -203,13 +206,13 @@ def show(out: Path, keys: list[str], seeds: list[int]) -> None:
                 continue
             cells = []
             for name in table.rates:
-                rates = [pooled(metrics, name) for metrics in found]
-                mean = statistics.fmean(rates)
-                n = sum(metrics["samples"][f"{split}.{name}"] for metrics in found
+                rates = [rate for metrics in found if (rate := pooled(metrics, name)) is not None]
+                mean = statistics.fmean(rates) if rates else math.nan
+                n = sum(metrics["samples"].get(f"{split}.{name}", 0) for metrics in found
                         for split in ("seen", "heldout"))
-                cells.append(f"{mean:.3f}" if name == "t2t.length" else
-                             "{:.3f} [{:.3f}, {:.3f}]".format(mean, *wilson(mean, n)))
-                if not row.sample and len(rates) > 1 and 0.1 < mean < 0.95 and name != "t2t.length":
+                interval = "" if name in NO_INTERVAL else " [{:.3f}, {:.3f}]"
+                cells.append(f"{mean:.3f}" + interval.format(*wilson(mean, n or 1)))
+                if not row.sample and len(rates) > 1 and 0.1 < mean < 0.95 and interval:
                     by_recipe[f"{table.base} {row.train} {name}"] = rates
             print(f"| {row.name} | {' | '.join(cells)} | {row.paper} |")
     freedom = sum(len(rates) - 1 for rates in by_recipe.values())

@@ -10,6 +10,7 @@ order of data.open_data(args).images, with one row and column for each image lat
 Two views of a picture differ in brightness, in the strength of each color and in noise. The feature
 of a place in one view must be nearer to that of the same place in the other view than to those of
 all other places and pictures of the batch (InfoNCE, van den Oord et al. 1807.03748)."""
+import os
 import sys
 
 import numpy as np
@@ -48,8 +49,11 @@ def contrast(a: Tensor, b: Tensor) -> Tensor:
 
 
 def main(out: str, flags: list[str]) -> None:
+    """Trains an encoder on the pictures of these flags, and writes their features to the file."""
     args = config.merge(config.parse(flags, "experiments.features"))
     dataset, rng = data.open_data(args), np.random.default_rng(args.seed)
+    if not dataset.num_images or args.aspect:
+        raise ValueError("features need images, all of one size")
     torch.manual_seed(args.seed)
     net = encoder(args.downsample)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
@@ -67,10 +71,16 @@ def main(out: str, flags: list[str]) -> None:
             numbers = range(start, min(start + 250, dataset.num_images))
             x = net(to_float(np.stack(dataset.images(numbers))))
             features.append(x.flatten(2).transpose(1, 2).half().numpy())         # (n, h w, F)
-    np.save(out, np.concatenate(features))
+    with open(f"{out}.tmp", "wb") as file:
+        np.save(file, np.concatenate(features))
+    os.replace(f"{out}.tmp", out)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("usage: python -m experiments.features FILE.npy [--seed N ..]")
-    main(sys.argv[1], sys.argv[2:])
+    try:
+        main(sys.argv[1], sys.argv[2:])
+    except (ValueError, OSError) as error:
+        print(f"experiments.features: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -66,7 +66,7 @@ class Step:
     def __init__(self, args: Namespace, worker: Worker, model: Cola, dataset):
         self.args, self.worker = args, worker
         self.batches = Batches(args, dataset, model)
-        self.stage = train.PriorStage(model, args).to(worker.device)
+        self.stage = train.PriorStage(model, args, 0).to(worker.device)
         self.optimizers = train.make_optimizers(args, self.stage, args.lr, args.optimizer == "muon")
         for group in (group for o in self.optimizers for group in o.param_groups):
             group["lr"] = 0.0              # the same work, and weights that stay finite

@@ -134,8 +134,8 @@ def test_features_of_images(made, tmp_path):
     assert ours.feature_channels == 5 and got.dtype == torch.float32
     assert torch.equal(got, torch.from_numpy(array[images]).flatten(0, 1).float())
     assert not ours.prior([(T2T, 0)]).features.numel()
-    latents = with_flags(made, *more[:4]).prior(work)
-    assert torch.equal(latents.features, latents.z_image)
+    latents = with_flags(made, *more[:4])
+    assert latents.prior(work).features is None and latents.feature_channels == made.cz
     for wrong in (array[1:], array[:, 1:], array[0], array.astype(int), np.array([{}] * 3)):
         np.save(path, wrong)
         with pytest.raises(ValueError, match="a.npy"):

@@ -123,8 +123,10 @@ def test_dual_layers():
     "--text_vae_width 30 --text_vae_heads 4", "--vae_block_len 3 --block_len 4",
     "--seq_len 8 --block_len 16", "--seq_len 128 --block_len 128 --first_block right",
     "--repa_layer 4 --w_repa 0.5",
-    "--repa_features a.npy --aspect --data photos", "--vae_interval 0 5", "--attention flex --device cpu",
-    "--text_vae_steps 0", "--text_vae_steps 0 --vae_lr_ratio 1 --lambda_vae 0",
+    "--repa_features a.npy --aspect --data photos", "--repa_features a.npy", "--vae_interval 0 5",
+    "--attention flex --device cpu",
+    "--text_vae_steps 0 --lambda_ref 0", "--text_vae_steps 0 --vae_lr_ratio 1",
+    "--text_vae_steps 0 --vae_lr_ratio 1 --lambda_vae 0 --lambda_ref 0",
     "--vae_logsnr nan", "--tasks often", "--tasks t2v:1", "--tasks t2t:1,t2t:2",
     "--tasks t2t:-1,t2i:2", "--tasks t2t:0,t2i:0", "--tasks t2t:inf", "--tasks t2t:nan",
     "--out_dir=", f"--out_dir={__file__}"])
@@ -137,7 +139,7 @@ def test_impossible_flags(text):
 @pytest.mark.parametrize("text", [
     "--image_size 16 --data photos --aspect",
     "--image_size 16 --text a.txt --tasks t2t:1",
-    "--text_vae_steps 0 --vae_lr_ratio 1",
+    "--text_vae_steps 0 --vae_lr_ratio 1 --lambda_ref 0",
     # A padded prefix needs a second block, but it2t has no prefix.
     "--tasks it2t:1,t2t:0 --first_block left --block_len 128 --seq_len 128",
     "--first_block left --block_len 64 --seq_len 128"])

@@ -72,13 +72,13 @@ def test_wrong_answers_and_captions_are_false(tiny, monkeypatch):
     """Each text is true of its image alone where log p says so: the first one of every list."""
     scenes, lists = [], []
 
-    def log_answers(model, prompts, images, texts, steps):
-        scene = pictures.read_image(images[0])
-        true = (language.answers(scene, prompts[0]) if "describe" not in prompts[0] else
+    def log_answers(model, prompt, image, texts, steps):
+        scene = pictures.read_image(image)
+        true = (language.answers(scene, prompt) if prompt != "describe the image." else
                 {x for x in texts if language.is_exact(language.read_caption(x), scene)})
         scenes.append(scene)
         lists.append(texts)
-        assert len({*texts}) == len(texts) == len(prompts) == len(images)
+        assert len({*texts}) == len(texts)
         return [float(text in true) for text in texts]
     monkeypatch.setattr(evaluate.likelihood, "log_answers", log_answers)
     group = evaluate.draw_scenes(0, range(30), heldout=False)
@@ -86,6 +86,13 @@ def test_wrong_answers_and_captions_are_false(tiny, monkeypatch):
     assert len(found) == 60 and all(right for _, right in found)
     assert {name for name, _ in found} == {"it2t.ranked.answer", "it2t.ranked.caption"}
     assert all(len(texts) == 8 for texts in lists[1::2]) and {len(x) for x in lists[::2]} >= {2, 8}
+
+
+def test_answers_and_captions_are_ranked(tiny):
+    args = args_for("--eval_samples", "0", "--rank_samples", "1")
+    metrics = evaluate.rates(cola.load(tiny / "ckpt.pt"), args, {"it2t"}, Worker())
+    assert metrics["seen"]["it2t"]["ranked"].keys() == {"answer", "caption"}
+    assert metrics["samples"]["heldout.it2t.ranked.answer"] == 1
 
 
 def test_workers_share_the_samples(tiny, monkeypatch):

@@ -200,13 +200,12 @@ def test_a_text_is_the_product_of_its_blocks(block_len, cut, t_min):
 
 
 def test_an_answer_is_conditioned_as_in_training():
-    """Against a pass without a cache over [P][I][C][N]; two answers of different lengths at once."""
+    """Against a pass without a cache over [P][I][C][N]; answers of two lengths at once."""
     model, rng = system(1, 0.1), np.random.default_rng(0)
     prompts = ["what color is the circle?", "how many?"]
     images = [rng.integers(0, 255, (32, 32, 3), np.uint8) for _ in prompts]
     texts = [model.ids(text, end=True) for text in ("red.", "two, no, three.")]
-    given = {"prompts": prompts, "images": images}
-    together = likelihood.log_weights(model, texts, [3, 3], GRID, **given)
+    together = likelihood.log_weights(model, texts, [3, 3], GRID, condition=(prompts, images))
     ends = np.cumsum([0, *map(len, texts)])
     for i, ids in enumerate(texts):
         n, p = len(ids), len(model.ids(prompts[i], end=False))
@@ -225,11 +224,13 @@ def test_an_answer_is_conditioned_as_in_training():
         want = likelihood.log_prob(velocity, z.view(n, 1, -1), GRID)
         got = together[1][ends[i]:ends[i + 1]]
         torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
-    other = likelihood.log_weights(model, texts, [3, 3], GRID, prompts=prompts, images=images[::-1])
+    other = likelihood.log_weights(model, texts, [3, 3], GRID, condition=(prompts, images[::-1]))
     assert (other[1] - together[1]).abs().min() > 1e-5 and torch.equal(other[2], together[2])
-    alone = likelihood.log_answers(model, prompts[:1], images[:1], ["red."], 2, 0.0)
-    both = likelihood.log_answers(model, prompts, images, ["red.", "two, no, three."], 2, 0.0)
-    assert both[0] == pytest.approx(alone[0], abs=1e-3)
+    answers = ["red.", "two, no, three."]
+    both = likelihood.log_answers(model, prompts[0], images[0], answers, 2, 0.0)
+    for answer, value in zip(answers, both):
+        alone = likelihood.score(model, prompts[0], answer, 1, 2, 0.0, image=images[0])[0][1]
+        assert value == pytest.approx(alone, abs=1e-3)
 
 
 def test_hutchinson_agrees_with_the_exact_divergence_in_the_mean():
