@@ -264,7 +264,8 @@ def check(a: Namespace) -> None:
             (a.w_repa and a.repa_layer >= a.layers,
              f"--repa_layer {a.repa_layer}: expected a layer before the last"),
             (a.repa_features and a.aspect, "--repa_features is for images of one size"),
-            (a.repa_features and not a.w_repa, f"--repa_features {a.repa_features}: say --w_repa 0.5"),
+            (a.repa_features and not a.w_repa,
+             f"--repa_features {a.repa_features}: say --w_repa 0.5, too"),
             (not a.vae_interval[0], "--vae_interval 0: it never trains; use --vae_lr_ratio 0")):
         if wrong:
             raise ValueError(why)
