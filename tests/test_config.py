@@ -164,5 +164,6 @@ def test_readings_of_flags():
     assert config.image_time_loc(flags("--image_loc 2 --time_law uniform")) == 0
     assert config.stages(flags("--tasks t2t:1,t2i:0")) == ["text_vae", "mmdit"]
     assert config.stages(flags("--stage image_vae")) == ["image_vae"]
-    scaled = flags("--scale 0.1 --steps 4 --image_vae_steps 25 --text_vae_steps 0 --vae_lr_ratio 1")
+    scaled = flags("--scale 0.1 --steps 4 --image_vae_steps 25 --text_vae_steps 0 --vae_lr_ratio 1 "
+                   "--lambda_ref 0")
     assert [config.steps(scaled, stage) for stage in config.STAGES] == [0, 2, 1]
