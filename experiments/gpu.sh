@@ -8,7 +8,7 @@
 #   tests     pytest of the kernels, emulated on the CPU                      1
 #   losses    20 steps in TF32 and bf16, and with the kernels, against fp32   2
 #   speed     a training step by part, and the attention backends             1
-#   train     the default run: its rates and minutes                          5
+#   train     the default run: its rates and minutes; a likelihood            5
 #
 # OUT_DIR gets report.txt, attention.json, metrics.json, samples.png and loss.png. The exit status
 # is the number of parts that failed. PYTHON names another interpreter.
@@ -67,7 +67,9 @@ speed() {
 
 train() {
     timeout 420 "$python" train.py --device cuda --out_dir "$runs/default" &&
-        cp "$runs"/default/{metrics.json,samples.png,loss.png} "$out"
+        cp "$runs"/default/{metrics.json,samples.png,loss.png} "$out" &&
+        timeout 60 "$python" likelihood.py "there is a red circle." " the background is gray." \
+            --checkpoint "$runs/default/ckpt.pt" --device cuda
 }
 
 all() {
