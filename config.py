@@ -183,6 +183,7 @@ def parse(argv: list[str], prog: str = "train.py", only: set[str] | None = None)
     or a value of another type, ends the program with status 2."""
     parser = argparse.ArgumentParser(prog, f"{prog} [@file] [--flag value ..]", allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS, fromfile_prefix_chars="@")
+    parser.error = lambda message: parser.exit(2, f"{prog}: {message}\n")    # one line
     # A line of a file may hold several flags, and a comment.
     parser.convert_arg_line_to_args = lambda line: line.partition("#")[0].split()
     for title, flags in FLAGS.items():

@@ -346,6 +346,7 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
             state.moments = checkpoint.moments(optimizers, weights)
             checkpoint.save(a, run.model, stage, state, worker)
         if stop:
+            log.close()                                    # the bar, before any other line
             raise KeyboardInterrupt
         clock = time.perf_counter()                        # saving is not training
     log.close()
