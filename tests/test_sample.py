@@ -15,10 +15,12 @@ import data
 import flow
 import masks
 import sample
+from cola import Tokenizer
 from conftest import TINY
 from cuda_attention import make_plan
 from masks import T2I, Sample, pack
 from sample import Settings
+from text_vae import TextVAE
 
 CAPTIONS = ["a large red circle above a small blue square on a gray background", "a cat",
             "a small green cross above a small cyan star, which is above a small red triangle"]
@@ -236,19 +238,38 @@ def test_finished_blocks_join_the_context(model, calls, latents, snap, extra):
     assert snap == ((z[-BLOCK:] - made).abs().max() > 0.1)
 
 
-@pytest.mark.parametrize("extra", range(BLOCK))
-def test_a_prefix_is_filled_to_whole_blocks_before_it_is_encoded(model, calls, extra):
-    """Where the text VAE sees whole blocks. It keeps these latents when more tokens follow."""
+@pytest.fixture(scope="module")
+def released():
+    """As the public release: both have blocks of 16, and a token that is not the end fills them."""
+    cola = system("--block_len", "16", "--vae_block_len", "16")
+    tokens, special = cola.tokenizer.tokens, cola.tokenizer.special
+    tokenizer = Tokenizer(tokens, cola.tokenizer.pattern, special | {"<|pad|>": len(tokens) + 1})
+    vae = TextVAE(replace(cola.text_vae.config, vocab_size=tokenizer.n_vocab)).eval()
+    return replace(cola, text_vae=vae, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("n", range(1, 34))
+def test_a_prefix_is_filled_to_whole_blocks_before_it_is_encoded(released, n, monkeypatch):
+    """The latents that join the context or stay clean in the first block."""
+    kept, tokenizer = [], released.tokenizer
+    monkeypatch.setattr(sample.Context, "add", lambda self, z, image, layout: kept.append(z))
+    monkeypatch.setattr(sample, "transport", lambda context, layout, z, s, known, noise:
+                        kept.append(z[known]) or z)
+    head = tokenizer.encode(prefix_of(released, n))
+    sample.generate_text(released, [prefix_of(released, n)], settings=S, max_tokens=1)
+    filled = head + [tokenizer.pad] * (-n % 16)
+    assert len(head) == n and tokenizer.pad == tokenizer.end + 1
+    close(torch.cat(kept), released.encode_text([filled])[0][:n])
+
+
+def test_a_prefix_keeps_its_latents(model, calls):
+    """Where the text VAE sees whole blocks, when more tokens have been generated."""
     model = replace(model, text_vae=system("--vae_block_len", str(BLOCK)).text_vae)
-    prefix = prefix_of(model, BLOCK + extra)
-    head = model.tokenizer.encode(prefix)
-    filled = head + [model.tokenizer.pad] * (-extra % BLOCK)
-    z, _ = model.encode_text([filled])
+    prefix = prefix_of(model, BLOCK + 2)
+    z, _ = model.encode_text([model.fill(model.tokenizer.encode(prefix))])
     sample.generate_text(model, [prefix], settings=S, max_tokens=2 * BLOCK)
     first, second, *_ = (text for text, *_, commit in calls if commit)
-    assert len(filled) % BLOCK == 0 and torch.equal(first, z[:BLOCK])
-    assert torch.equal(second[:extra], z[BLOCK:len(head)])
-    assert not extra or not torch.equal(z[BLOCK:len(head)], model.encode_text([head])[0][BLOCK:])
+    assert torch.equal(first, z[:BLOCK]) and torch.equal(second[:2], z[BLOCK:BLOCK + 2])
 
 # ---- Tokens ------------------------------------------------------------------------------------
 
