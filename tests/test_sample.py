@@ -245,6 +245,8 @@ def released():
     tokens, special = cola.tokenizer.tokens, cola.tokenizer.special
     tokenizer = Tokenizer(tokens, cola.tokenizer.pattern, special | {"<|pad|>": len(tokens) + 1})
     vae = TextVAE(replace(cola.text_vae.config, vocab_size=tokenizer.n_vocab)).eval()
+    for p in vae.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.15)
     return replace(cola, text_vae=vae, tokenizer=tokenizer)
 
 
