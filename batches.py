@@ -161,7 +161,7 @@ class Batches:
         # No position sees the last block of C.
         sample = masks.Sample(T2T, clean=0 if dropped else n - self.block_len, noisy=n, skip=skip)
         clean = self.model.stays_clean(index, cut, padded)
-        return self.complete(k, sample, ids, texts, source, clean)
+        return self.complete(k, sample, max(cut, self.end_of(ids)), texts, source, clean)
 
     def t2i(self, k: int) -> Example:
         """A share aux_caption of the samples also predicts the caption, block by block."""
@@ -171,7 +171,8 @@ class Batches:
         ids = [] if dropped else self.text_ids(caption)
         n = len(ids) // self.patch_size
         sample = masks.Sample(T2I, image=self.grid(image), clean=n, noisy=n if auxiliary else 0)
-        return self.complete(k, sample, ids, [ids], np.arange(n), np.zeros(n, bool), image)
+        return self.complete(k, sample, self.end_of(ids), [ids], np.arange(n), np.zeros(n, bool),
+                             image)
 
     def it2t(self, k: int) -> Example:
         """Without its condition, an answer keeps the coordinates it has behind the instruction."""
@@ -181,14 +182,14 @@ class Batches:
         sample = masks.Sample(IT2T, p, self.grid(image), clean=n - self.block_len, noisy=n, start=p)
         if self.rng(k, Purpose.DROP).random() < self.args.cfg_drop_text:
             sample, prompt_ids, image = masks.Sample(IT2T, noisy=n, start=p), [], -1
-        return self.complete(k, sample, ids, [prompt_ids, ids], sample.prompt + np.arange(n),
-                             np.zeros(n, bool), image)
+        return self.complete(k, sample, self.end_of(ids), [prompt_ids, ids],
+                             sample.prompt + np.arange(n), np.zeros(n, bool), image)
 
-    def complete(self, k: int, sample: masks.Sample, ids: list[int], texts: list[list[int]],
+    def complete(self, k: int, sample: masks.Sample, end: int, texts: list[list[int]],
                  source: np.ndarray, clean: np.ndarray, image: int = -1) -> Example:
-        """Adds the weights, the noise and the draws for the times. ids: of the predicted text;
-        source (n,): the number of each of its latents among those of `texts`; clean (n,) bool:
-        whether it is clean in N."""
+        """Adds the weights, the noise and the draws for the times. end: the latent with the first
+        end token of the predicted text; source (n,): the number of each of its latents among those
+        of `texts`; clean (n,) bool: whether it is clean in N."""
         (h, w), kept = sample.image, slice(sample.skip, sample.noisy)
         normal = self.rng(k, Purpose.TIME).standard_normal(1 + len(source) // self.block_len)
         if self.args.time_per == "sample":
@@ -197,11 +198,14 @@ class Batches:
         eps_image = noise.standard_normal((h * w, self.cz), np.float32)
         eps_text = noise.standard_normal((sample.noisy, self.dz), np.float32)[kept]
         source = np.concatenate([np.arange(sample.prompt), source[:sample.clean], source[kept]])
-        # Filler: the latents behind the one with the first end token.
-        end = np.flatnonzero(np.array(ids) != self.model.tokenizer.end).max(initial=-1) + 1
-        weight = np.where(np.arange(len(clean)) > end // self.patch_size, self.args.w_filler, 1.0)
+        weight = np.where(np.arange(len(clean)) > end, self.args.w_filler, 1.0)
         return Example(sample, texts, image, source, clean[kept], (weight * ~clean)[kept], normal,
                        eps_text, eps_image, *self.vae_noise(k, texts))
+
+    def end_of(self, ids: list[int]) -> int:
+        """The latent with the first end token behind a text; filler follows it."""
+        text = np.flatnonzero(np.array(ids) != self.model.tokenizer.end)
+        return (text.max(initial=-1) + 1) // self.patch_size
 
     def whole_blocks(self, ids: list[int]) -> list[int]:
         """Adds at least one end token, up to whole blocks, and keeps those within seq_len."""
@@ -242,7 +246,7 @@ class Batches:
             features = np.lib.format.open_memmap(path, "r")
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path}: not a whole .npy file of numbers ({error})") from None
-        if features.dtype.kind != "f" or features.ndim != 3 or features.shape[:2] != shape:
+        if features.dtype.kind != "f" or features.shape[:2] != shape or features.ndim != 3:
             raise ValueError(f"{path}: {features.dtype} {features.shape}; expected floats of shape "
                              f"({shape[0]} images, {shape[1]} latents of an image, channels)")
         return features

@@ -285,7 +285,8 @@ def build(found: dict, weights: str = "ema") -> Cola:
         model = Cola(text_vae, image_vae, mmdit, Tokenizer.from_dict(found["tokenizer"]),
                      c["block_len"], tuple(c["image_hw"]), c["image_loc"], c["first_block"],
                      tuple(c["tasks"]),
-                     found["args"]["cfg_drop_text"] > 0 or mmdit.config.as_released)
+                     found["args"]["cfg_drop_text"] > 0
+                     or mmdit.config.as_released and "t2t" in c["tasks"])
         modules = nn.ModuleDict(model.parts()).eval()
         modules.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
     except (KeyError, TypeError, RuntimeError) as error:

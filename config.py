@@ -14,6 +14,7 @@ Run: python config.py --help
 """
 import argparse
 import math
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -90,7 +91,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("vae_logsnr", "2.5", None, MODEL, "'learned', or fixed: a lower one is noisier"),
         Flag("beta", 1e-3, WEIGHT, RECIPE, "weight of the text VAE's KL or E log q"),
         Flag("lambda_mask", 0.1, WEIGHT, RECIPE, "weight of L_mask; 0 saves a forward pass"),
-        Flag("text_vae_steps", 200, STEPS, RECIPE, "steps of stage 1; 0 needs --vae_lr_ratio"),
+        Flag("text_vae_steps", 200, STEPS, RECIPE, "steps of stage 1; 0 needs --vae_lr_ratio 1"),
         Flag("text_vae_batch", 48, SIZE, RECIPE, "texts per step"),
         Flag("text_vae_lr", 4e-3, RATE, RECIPE, "peak learning rate of AdamW"),
     ],
@@ -136,12 +137,12 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("lambda_ref", 0.01, WEIGHT, RECIPE, "weight of KL(q || q_ref): holds a text VAE that "
              "trains in stage 2 to the encoder it began with"),
         Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
-        Flag("w_filler", 1.0, WEIGHT, RECIPE, "weight in L_text of the latents behind the first end "
-             "token of a text, which fill its last block; at 0, likelihoods mean nothing"),
+        Flag("w_filler", 1.0, WEIGHT, RECIPE, "weight in L_text of the latents behind the first "
+             "end token of a text, which fill its last block; at 0, likelihoods mean nothing"),
         Flag("w_answer", 3.5, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
-        Flag("w_repa", 0.0, WEIGHT, RECIPE, "weight of L_REPA: 0.5 in the literature, 0 is off"),
-        Flag("repa_features", "", None, RECIPE, ".npy that L_REPA aligns images with: (images, "
-             "latents of an image, channels); without it, the latents themselves"),
+        Flag("w_repa", 0.0, WEIGHT, DATA, "weight of L_REPA: 0.5 in the literature, 0 is off"),
+        Flag("repa_features", "", None, DATA, ".npy that L_REPA aligns images with, in the order "
+             "of the data: (images, latents of an image, channels); else with their latents"),
         Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
         Flag("repa_until", 0.5, SHARE, RECIPE, "share of the steps after which L_REPA stops"),
         Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples with a loss on the caption"),
@@ -185,7 +186,7 @@ def parse(argv: list[str], prog: str = "train.py", only: set[str] | None = None)
                                      argument_default=argparse.SUPPRESS, fromfile_prefix_chars="@")
     parser.error = lambda message: parser.exit(2, f"{prog}: {message}\n")    # one line
     # A line of a file may hold several flags, and a comment.
-    parser.convert_arg_line_to_args = lambda line: line.partition("#")[0].split()
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)            # not shown if it stays empty
         for flag in flags:
@@ -223,7 +224,7 @@ def merge(given: dict[str, Any], found: dict[str, Any] | None = None, start: str
     check(a)
     if not found and not a.text_vae_steps and (not a.vae_lr_ratio * a.lambda_vae or a.lambda_ref):
         # The text VAE would never be trained, or would be held to where it began, untrained.
-        raise ValueError("--text_vae_steps 0: add --vae_lr_ratio 1, --lambda_ref 0 and a "
+        raise ValueError("--text_vae_steps 0 needs --vae_lr_ratio 1, --lambda_ref 0 and a "
                          "--lambda_vae above 0")
     return a
 
@@ -265,8 +266,6 @@ def check(a: Namespace) -> None:
             (a.w_repa and a.repa_layer >= a.layers,
              f"--repa_layer {a.repa_layer}: expected a layer before the last"),
             (a.repa_features and a.aspect, "--repa_features is for images of one size"),
-            (a.repa_features and not a.w_repa,
-             f"--repa_features {a.repa_features}: say --w_repa 0.5, too"),
             (not a.vae_interval[0], "--vae_interval 0: it never trains; use --vae_lr_ratio 0")):
         if wrong:
             raise ValueError(why)

@@ -354,7 +354,7 @@ def tar_parts(path: str) -> Iterator[Part]:
 def warn_once(line: str) -> None:
     """Print a line for the user to stderr: once, and in the first of several workers only."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+        tqdm.write(line, file=sys.stderr)
 
 
 class ImageText:

@@ -275,7 +275,7 @@ def report(args: Namespace, worker: Worker, found: dict, dataset=None) -> None:
                 dataset = open_data(Namespace(**vars(args) | {"seed": SEEDS + args.seed}))
             cells, lines = draw(model, args, tasks, dataset or open_data(args))
     if worker.rank == 0:
-        if metrics:
+        if args.eval_samples and metrics:
             (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         if cells:
             captioned_grid(cells).save(out / "samples.png")

@@ -169,7 +169,7 @@ def prior_log_prob(model: Cola, z: Tensor, lengths: list[int], given: Tensor, gr
 def log_answers(model: Cola, prompt: str, image: np.ndarray, answers: list[str], steps: int,
                 t_min: float = 0.1) -> list[float]:
     """log p(answer | image, instruction) in nats, by one draw of the ELBO for each of B answers,
-    all with the same noise."""
+    all with the same noise. One draw may lie above 0: compare them with each other alone."""
     ids = [model.ids(answer, end=True) for answer in answers]
     grid, n = t_min + (1 - t_min) * flow.time_grid(steps), len(answers)
     terms = log_weights(model, ids, [0] * n, grid, condition=([prompt] * n, [image] * n))
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("prefix", help='"" for none')
     p.add_argument("response", help="what follows it, letter for letter")
     p.add_argument("--image", type=Path, help="a picture: the prefix is then an instruction about "
-                   "it, such as a question, and the response its answer")
+                   "it, such as a question, and the response its answer, with no space before it")
     p.add_argument("--steps", type=COUNT, default=16, help="steps of the rk4 solver")
     p.add_argument("--t_min", type=within(0, 0.999), default=0.1, help="flow time of the latents: "
                    "0 in the paper, but seldom trained; only scores of one t_min compare")

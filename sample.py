@@ -298,8 +298,8 @@ def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespac
                        "its decoded tokens; off, as in the paper, from its latents")
         p.add_argument("--repetition_penalty", type=within(0.01, 100), help="above 1: tokens "
                        "generated before become less likely; the public release has 1.1")
-        p.add_argument("--stop", help="a special token that ends a text, as <|im_end|> does in "
-                       "the public release")
+        p.add_argument("--stop", help="a special token of the tokenizer that ends a text, as "
+                       "<|im_end|> does in the public release")
     for p, settings in ((t2i, IMAGE), (it2t, of_text), (t2t, of_text)):
         add_model_flags(p)
         p.add_argument("--n", type=COUNT, default=1, help="samples to draw")

@@ -155,8 +155,8 @@ class PriorStage(nn.Module):
             of_task = b.text_weight * (b.text_task == TASKS.index(name))           # (Lt,)
             terms[f"text_{name}"] = flow.flow_matching_loss(
                 v_text, v, counts[name], of_task[b.text_moves])
-        if not weight:                                     # no text moves: v_text has no rows
-            return v_text.sum()
+        if not weight:                                     # no text bears loss
+            return 0 * v_text.sum()
         terms["text"] = sum(terms[f"text_{name}"] * w for name, w in weight.items()) \
             / sum(weight.values())
         return terms["text"]

@@ -77,7 +77,7 @@ def main(out: str, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m experiments.features FILE.npy [--seed N ..]")
     try:
         main(sys.argv[1], sys.argv[2:])
