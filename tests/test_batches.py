@@ -120,6 +120,17 @@ def test_filler_has_a_weight_of_its_own(made, patch):
         assert n[name] == 16 * float(b.text_weight[b.text_task == task].sum())
 
 
+def test_a_text_cut_at_its_end_teaches_its_end_without_filler(made):
+    """Padding at the cut, which sampling inserts as well, is not the end of the text."""
+    model = replace(made.model, first_block="right", block_len=8)
+    made, alone = with_flags(made, "--w_filler", "0", model=model), 0
+    for k in range(150):
+        b = made.prior([(T2T, k)])
+        assert b.text_weight.any() == b.text_moves.any()
+        alone += int(b.text_weight.sum() == 1)
+    assert alone                                           # texts of which only the end is to come
+
+
 def test_features_of_images(made, tmp_path):
     """Rows of the array by the number of the image; else the latents."""
     path, shape = tmp_path / "a.npy", (made.dataset.num_images, 16, 5)
