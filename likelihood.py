@@ -168,11 +168,12 @@ def prior_log_prob(model: Cola, z: Tensor, lengths: list[int], given: Tensor, gr
 
 def log_answers(model: Cola, prompt: str, image: np.ndarray, answers: list[str], steps: int,
                 t_min: float = 0.1) -> list[float]:
-    """log p(answer | image, instruction) in nats, by one draw of the ELBO for each of B answers,
-    all with the same noise. One draw may lie above 0: compare them with each other alone."""
+    """log p(answer | image, instruction) in nats, by one draw and one probe of the ELBO for each of
+    B answers, with the same noise for all: to be compared with each other alone."""
     ids = [model.ids(answer, end=True) for answer in answers]
     grid, n = t_min + (1 - t_min) * flow.time_grid(steps), len(answers)
-    terms = log_weights(model, ids, [0] * n, grid, condition=([prompt] * n, [image] * n))
+    terms = log_weights(model, ids, [0] * n, grid, exact=False,
+                        condition=([prompt] * n, [image] * n))
     blocks = [len(x) // (model.text_vae.config.patch_size * model.block_len) for x in ids]
     return [x.sum().item() for x in elbo(*(x[None] for x in terms)).split(blocks)]
 
