@@ -196,7 +196,7 @@ def show(out: Path, keys: list[str], seeds: list[int]) -> None:
     for key in keys:
         table = TABLES[key]
         print(f"\n**{table.title}**" + f" (paper: {table.paper})" * bool(table.paper) + "\n")
-        print("| | " + " | ".join(f"{name} [95 %]" for name in table.rates) + " | paper |")
+        print("| | " + " | ".join(table.rates) + " | paper |")
         print("|---" * (len(table.rates) + 2) + "|")
         for row in table.rows:
             paths = [Job(table.base, row.train, row.sample, seed).folder(out) / "metrics.json"
@@ -210,9 +210,11 @@ def show(out: Path, keys: list[str], seeds: list[int]) -> None:
                 mean = statistics.fmean(rates) if rates else math.nan
                 n = sum(metrics["samples"].get(f"{split}.{name}", 0) for metrics in found
                         for split in ("seen", "heldout"))
-                interval = "" if name in NO_INTERVAL else " [{:.3f}, {:.3f}]"
-                cells.append(f"{mean:.3f}" + interval.format(*wilson(mean, n or 1)))
-                if not row.sample and len(rates) > 1 and 0.1 < mean < 0.95 and interval:
+                cells.append(f"{mean:.3f}")
+                if name in NO_INTERVAL or not n:
+                    continue
+                cells[-1] += " [{:.3f}, {:.3f}]".format(*wilson(mean, n))
+                if not row.sample and len(rates) > 1 and 0.1 < mean < 0.95:
                     by_recipe[f"{table.base} {row.train} {name}"] = rates
             print(f"| {row.name} | {' | '.join(cells)} | {row.paper} |")
     freedom = sum(len(rates) - 1 for rates in by_recipe.values())
