@@ -2,7 +2,7 @@
 
 Trains and evaluates what is missing in the folder --out, then prints the tables in Markdown.
 
-    python -m experiments.ablations --out DIR --jobs 2       33 runs for each seed: hours on a CPU
+    python -m experiments.ablations --out DIR --jobs 2       37 runs for each seed: hours on a CPU
     python -m experiments.ablations --out DIR --tables 5 6 --seeds 0 1 2
     python -m experiments.ablations --out DIR --show         only prints what is there
 
