@@ -9,8 +9,9 @@
 Everything random about sample k is drawn from (seed, k, purpose): it depends neither on its batch
 nor on the number of workers, and a resumed run draws the same. DROP: the dropped condition, the cut
 of a text, the predicted caption. TIME: normal draws, which flow.sample_time turns into flow times.
-NOISE: eps of the image, then of the text. POSTERIOR: the VAEs' posterior samples. MASK: tokens that
-the masking loss hides. In stages 1 and 1b: TASK, the task of text k; PICK, image k.
+NOISE: eps of the image, then of the text, then the image's posterior sample. POSTERIOR: that of the
+text. MASK: tokens that the masking loss hides. In stages 1 and 1b: TASK, the task of text k; PICK,
+image k.
 
 Shapes: T tokens, Lv latents of all texts; L positions of the prior, Lt text, Li image; U times; Dz,
 Cz text and image channels; B images, H x W pixels, h x w latents.    Run: python batches.py
@@ -108,6 +109,7 @@ class Example:
     normal: np.ndarray                 # (1 + blocks,) draws for the image's and each block's time
     eps_text: np.ndarray               # (positions of N, Dz) noise
     eps_image: np.ndarray              # (positions of I, Cz) noise
+    image_noise: np.ndarray            # (positions of I, Cz) of the image's posterior sample
     posterior_noise: np.ndarray        # (latents of its texts, Dz)
     masked: np.ndarray                 # (tokens of its texts,) bool
 
@@ -197,10 +199,11 @@ class Batches:
         noise = self.rng(k, Purpose.NOISE)
         eps_image = noise.standard_normal((h * w, self.cz), np.float32)
         eps_text = noise.standard_normal((sample.noisy, self.dz), np.float32)[kept]
+        image_noise = noise.standard_normal((h * w, self.cz), np.float32)
         source = np.concatenate([np.arange(sample.prompt), source[:sample.clean], source[kept]])
         weight = np.where(np.arange(len(clean)) > end, self.args.w_filler, 1.0)
         return Example(sample, texts, image, source, clean[kept], (weight * ~clean)[kept], normal,
-                       eps_text, eps_image, *self.vae_noise(k, texts))
+                       eps_text, eps_image, image_noise, *self.vae_noise(k, texts))
 
     def end_of(self, ids: list[int]) -> int:
         """The latent with the first end token behind a text; filler follows it."""
@@ -309,6 +312,9 @@ class Batches:
         if features is not None:
             features = features[images].reshape(-1, features.shape[-1])       # (Li, F)
             features = torch.from_numpy(features.astype(np.float32))
+        z_image = self.image_latents(images)                                  # (Li, Cz)
+        if self.args.image_posterior == "sample":
+            z_image += join("image_noise") * self.model.image_vae.posterior_std().cpu()
         layout = masks.pack([e.sample for e in examples], self.block_len)
         task, is_image = layout.task[layout.sample], layout.segment == I      # (L,) each
         moving = is_image & (task == T2I)                                     # t > 0
@@ -331,7 +337,7 @@ class Batches:
             source=first_latent[layout.sample[~is_image]] + join("source"),
             text_task=task[~is_image], text_moves=moving[~is_image],
             text_weight=weight[~is_image], eps_text=eps_text[~is_image],
-            z_image=self.image_latents(images), image_moves=moving[is_image],
+            z_image=z_image, image_moves=moving[is_image],
             eps_image=join("eps_image"), features=features,
             t=torch.cat([torch.zeros(1), t]), t_index=torch.where(moving, own_time, 0))
 

@@ -105,6 +105,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("image_vae_steps", 1200, COUNT, RECIPE, "steps of stage 1b"),
         Flag("image_vae_batch", 32, SIZE, RECIPE, "images per step"),
         Flag("image_vae_lr", 4e-3, RATE, RECIPE, "peak learning rate of AdamW"),
+        Flag("image_posterior", "mean", ("mean", "sample"), RECIPE, "what of its posterior the "
+             "prior learns from; the paper writes samples"),
     ],
     "prior (stage 2)": [
         Flag("width", 128, SIZE, MODEL, "width D; the release has 2048"),

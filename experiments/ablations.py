@@ -117,6 +117,7 @@ TABLES = {
         *(Row(f"blocks of 16, filler {w}", f"--block_len 16 --w_filler {w}", paper="16")
           for w in (0.2, 1)),
         Row("L_REPA, features", "--w_repa 0.5 --repa_features FEATURES", paper="optional"),
+        Row("posterior samples of images", "--image_posterior sample", paper="samples"),
         Row("no averaged weights", sample="--ema 0", paper="none"),
         Row("no snapping", sample="--no-text_snap", paper="none"),
         Row("temperature 1", sample="--text_temperature 1", paper="1"),

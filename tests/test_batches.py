@@ -255,6 +255,21 @@ def test_image_latents_are_those_of_the_image_vae_as_it_is_now(two_sizes):
         assert not latents.requires_grad
         model.image_vae.latent_mean += 1
 
+
+def test_image_latents_as_posterior_samples(made):
+    """The normalized mean, and noise of the posterior's size over that of the latents."""
+    model = copy.deepcopy(made.model)
+    model.image_vae.latent_std += 3
+    sampled = with_flags(made, "--image_posterior", "sample", model=model)
+    work = [(T2I, k) for k in range(20)]
+    mean = with_flags(made, model=model).prior(work).z_image
+    difference = sampled.prior(work).z_image - mean                            # (Li, Cz)
+    assert difference.std().item() == pytest.approx(model.image_vae.config.posterior_std / 4,
+                                                    rel=0.05)
+    assert abs(difference.mean()) < 0.002                                      # of 10,240 numbers
+    torch.testing.assert_close(sampled.prior(work[7:8]).z_image, (mean + difference)[112:128],
+                               atol=1e-5, rtol=1e-5)
+
 # ---- Stages 1 and 1b ---------------------------------------------------------------------------
 
 def test_texts_of_stage_1_are_those_of_the_tasks(made):
