@@ -163,7 +163,7 @@ class Cola:
     image_loc: float                    # mean of the logit time of images in training
     first_block: str = "clean"
     tasks: tuple[str, ...] = TASKS      # those it was trained for
-    text_guidance: bool = True          # texts can be guided: it has learned them without condition
+    unconditional: tuple[str, ...] = TASKS    # those learned without their condition, for guidance
 
     def __post_init__(self) -> None:
         vae, channels = self.text_vae.config, self.mmdit.config.text_channels
@@ -277,16 +277,19 @@ def build(found: dict, weights: str = "ema") -> Cola:
     """The system of a checkpoint in eval mode, with copies of the weights: "model" are those in
     training, "ema" their averages if there are any. ValueError, one line, if they do not fit."""
     try:
-        c, state = found["config"], found["model"] | (found["ema"] if weights == "ema" else {})
+        c, flags = found["config"], found["args"]
+        state = found["model"] | (found["ema"] if weights == "ema" else {})
         with torch.device("meta"):                          # takes no memory and no random numbers
             text_vae = TextVAE(TextVAEConfig(**c["text_vae"]))
             image_vae = ImageVAE(ImageVAEConfig(**c["image_vae"])) if "image_vae" in c else None
             mmdit = MMDiT(MMDiTConfig(**c["mmdit"]))
         model = Cola(text_vae, image_vae, mmdit, Tokenizer.from_dict(found["tokenizer"]),
                      c["block_len"], tuple(c["image_hw"]), c["image_loc"], c["first_block"],
-                     tuple(c["tasks"]),
-                     found["args"]["cfg_drop_text"] > 0
-                     or mmdit.config.as_released and "t2t" in c["tasks"])
+                     tuple(c["tasks"]), tuple(
+                         task for task, learned in (
+                             ("t2t", flags["cfg_drop_text"] or mmdit.config.as_released),
+                             ("t2i", flags["cfg_drop"]), ("it2t", flags["cfg_drop_text"]))
+                         if learned))
         modules = nn.ModuleDict(model.parts()).eval()
         modules.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
     except (KeyError, TypeError, RuntimeError) as error:

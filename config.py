@@ -265,6 +265,7 @@ def check(a: Namespace) -> None:
              f"--vae_block_len {a.vae_block_len}: expected a divisor of --block_len {a.block_len}"),
             (a.seq_len < blocks * a.block_len * a.text_patch, f"--seq_len {a.seq_len}: expected "
              f"at least {blocks} x --block_len x --text_patch tokens"),
+            (a.w_repa and "t2i" not in task_shares(a.tasks), "--w_repa is for the task t2i"),
             (a.w_repa and a.repa_layer >= a.layers,
              f"--repa_layer {a.repa_layer}: expected a layer before the last"),
             (a.repa_features and a.aspect, "--repa_features is for images of one size"),

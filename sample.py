@@ -99,6 +99,10 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
         t_index[known] = 0                 # the network gets t = 0 there
     single = t_index, layout, context.plan(layout)                   # arguments of prior
     if is_guided:
+        task = masks.TASKS[layout.task[0]]
+        if task not in context.model.unconditional:
+            data.warn_once(f"guidance of {task}: this model has not learned it without condition; "
+                           "train with --cfg_drop for images, --cfg_drop_text for texts")
         # Every sample twice, the second time without context: one pass gives v_c and v_u.
         both = masks.duplicate(layout)
         double = torch.cat([t_index, t_index]), both, context.plan(both)
@@ -164,9 +168,6 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
     tokenizer, starts = model.tokenizer, [0] * len(prefixes)
     if images is not None:
         task, starts = IT2T, add_instructions(context, prompts, images)
-    if settings.guidance != 1.0 and not model.text_guidance:
-        data.warn_once("guidance of texts: this model was trained with --cfg_drop_text 0, so it "
-                       "has not learned texts without their condition")
     repaints = task == T2T and model.first_block == "repaint"
     # Each list has one entry per text: tokens, latents (n, Dz), number of latents in the context.
     prefix_ids = [model.align(ids, len(ids))[0] for ids in map(model.tokenizer.encode, prefixes)]
@@ -271,8 +272,9 @@ COUNT = within(1, 4096, int)
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     """The flags of every command that takes a model; likelihood.py has them too."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    p.add_argument("--checkpoint", default="out/ckpt.pt", help="file that train.py wrote")
-    p.add_argument("--official", metavar="DIR", help="a public Cola DLM release instead of a "
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", default="out/ckpt.pt", help="file that train.py wrote")
+    source.add_argument("--official", metavar="DIR", help="a public Cola DLM release instead of a "
                    "checkpoint: text alone, with the settings of its own code")
     p.add_argument("--device", choices=devices, default=devices[-1], help="where to run")
     p.add_argument("--seed", type=within(0, data.SEEDS - 1, int), default=0, help="of the noise")

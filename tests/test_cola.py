@@ -148,7 +148,7 @@ def saved(tokenizer, tmp_path):
     path = tmp_path / "ckpt.pt"
     torch.save({"format": cola.FORMAT, "config": model.config(), "tokenizer": tokenizer.to_dict(),
                 "model": state, "ema": ema, "progress": {"mmdit": 1},
-                "args": {"cfg_drop_text": 0.0}}, path)
+                "args": {"cfg_drop": 0.1, "cfg_drop_text": 0.0}}, path)
     return model, path
 
 
@@ -159,7 +159,7 @@ def test_build_gives_back_the_system(saved):
     for weights, shift in (("model", 0), ("ema", 1)):
         again = cola.build(found, weights)
         assert again.config() == model.config() and again.tasks == ("t2t", "t2i")
-        assert not again.text_guidance
+        assert again.unconditional == ("t2i",)
         assert again.tokenizer.to_dict() == model.tokenizer.to_dict()
         for name, part in again.parts().items():
             assert not part.training

@@ -311,10 +311,14 @@ def test_a_special_token_ends_a_text(model, monkeypatch):
 
 def test_guidance_of_a_model_that_never_dropped_conditions_warns(model, capsys):
     data.warn_once.cache_clear()
-    for guidance, learned, lines in ((1.0, False, 0), (2.0, True, 0), (2.0, False, 1)):
-        sample.generate_text(replace(model, text_guidance=learned), ["a"], max_tokens=1,
-                             settings=replace(S, guidance=guidance))
-        assert capsys.readouterr().err.count("--cfg_drop_text 0") == lines
+    for guidance, learned, text_lines, image_lines in (
+            (1.0, (), 0, 0), (2.0, masks.TASKS, 0, 0), (2.0, ("t2i",), 1, 0),
+            (2.0, ("t2t",), 0, 1)):
+        own, settings = replace(model, unconditional=learned), replace(S, guidance=guidance)
+        sample.generate_text(own, ["a" * BLOCK], max_tokens=1, settings=settings)
+        assert capsys.readouterr().err.count("guidance of t2t") == text_lines
+        sample.generate_images(own, CAPTIONS, settings)
+        assert capsys.readouterr().err.count("guidance of t2i") == image_lines
 
 # ---- Guidance, times, noise --------------------------------------------------------------------
 
@@ -414,7 +418,7 @@ def test_settings_are_those_of_the_task_and_of_the_flags():
     ("t2i cat --out .", "--out"), ("t2i cat --n 3 --temperature 0", "--n"),
     ("t2i '' --n 3", "prompt"), ("t2t cat --temperature -1", "--temperature"),
     ("t2t cat --max_tokens many", "--max_tokens"), ("t2t cat --checkpoint no.pt", "no.pt"),
-    ("t2t cat --official no_folder", "no_folder"), ("it2t no.png", "no.png"),
+    ("t2t cat --official no_folder", "--checkpoint"), ("it2t no.png", "no.png"),
     ("it2t text.png", "text.png"), ("t2v cat", "t2v"), ("t2i", "prompt"),
 ])
 def test_a_mistake_is_one_line_and_status_2(line, word, here, capsys, monkeypatch):
