@@ -65,7 +65,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("procs", 0, (0, 4096), RUN, "workers on a CPU, one thread each; 0 is one per core"),
         Flag("fsdp", False, None, RUN, "shard stage 2 over GPUs (FSDP2) if one cannot hold it"),
         Flag("compile", False, None, RUN, "torch.compile the prior: slow to start, then faster"),
-        Flag("attention", "auto", BACKENDS, RUN, "auto is padded; others may be faster on GPUs"),
+        Flag("attention", "auto", BACKENDS, RUN, "auto: padded; on a GPU the fastest"),
         Flag("bf16", "auto", ("auto", "on", "off"), DATA, "bfloat16 products; auto: where faster"),
         Flag("save_every", 500, COUNT, RUN, "steps between checkpoints: what a crash can lose"),
     ],

@@ -45,6 +45,7 @@ import workers
 from batches import Batch, Batches, ImageBatch, TextBatch
 from checkpoint import State
 from cola import Cola
+from cuda_attention.choose import choose
 from image_vae import ImageVAE, image_vae_loss
 from masks import TASKS
 from text_vae import TextVAE, kl, text_vae_loss
@@ -387,6 +388,11 @@ def train(run: Run) -> None:
             work = worker.share(batches.step_samples(a, step))
             passes = a.micro_steps if a.accumulate else 1
             return [make.prior(work[i::passes]) for i in range(passes)]
+        if a.attention == "auto" and worker.device.type == "cuda":
+            line = choose(make_step(0)[0].layout.to(worker.device), model.mmdit.config.heads,
+                          model.mmdit.config.head_dim, a.bf16 == "on")
+            if worker.rank == 0:
+                print(line)
         fit(run, "mmdit", stage, config.steps(a, "mmdit"), make_step, a.lr, muon, a.ema > 0)
 
 # ---- Main --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ masks.py defines which keys these are. The backends agree up to rounding:
     flex        PyTorch's FlexAttention; compiled on a GPU, without gradients on a CPU
     cuda        the kernels of this folder over 128 x 128 tiles, in bfloat16 (tiles.py, ops.py);
                 on a CPU their algorithm in PyTorch (blockwise.py), for tests
-    auto        padded, the fastest on a CPU; nothing was measured on a GPU
+    auto        padded, the fastest on a CPU; in training on a GPU, the fastest there (choose.py)
 
 Shapes: Nq, Nk query and key positions, nh heads, hd head width.
 """
@@ -88,7 +88,7 @@ def set_backend(name: str, device: torch.device) -> str:
             default_backend = "padded"
             return f"attention: padded, because the kernels cannot be built: {error}"
         return "attention: cuda for heads of 64 or 128 in bfloat16, padded for others"
-    return "attention: padded, the choice of auto" if name == "auto" else f"attention: {name}"
+    return f"attention: {'padded' if name == 'auto' else name}"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None = None) -> Tensor:

@@ -1,11 +1,13 @@
 """pytest tests/test_masks.py"""
+import re
+
 import numpy as np
 import pytest
 import torch
 
 import cuda_attention
 import masks
-from cuda_attention import attention, make_plan, padded
+from cuda_attention import attention, choose, make_plan, padded
 from masks import C, I, IT2T, N, P, T2I, T2T, Sample, pack
 
 
@@ -194,3 +196,38 @@ def test_set_backend_falls_back_to_padded(monkeypatch):
     monkeypatch.setattr(cuda_attention.ops, "library", broken)
     assert "no nvcc" in cuda_attention.set_backend("cuda", gpu)
     assert cuda_attention.default_backend == "padded"
+
+
+# ---- The choice of auto ------------------------------------------------------------------------
+
+def test_auto_takes_the_fastest_right_backend(monkeypatch):
+    """On a CPU, with stand-ins: cuda is fast and wrong, flex cannot be built, padded is right."""
+    real, layout = cuda_attention.attention, pack([Sample(T2T, clean=6, noisy=6)], 2)
+    monkeypatch.setattr(cuda_attention, "default_backend", "auto")
+
+    def stand_in(q, k, v, plan, backend):
+        if backend == "flex":
+            raise RuntimeError("no compiler\nand more lines")
+        return real(q, k, v, plan, "padded") * (1.1 if backend == wrong else 1.0)
+
+    monkeypatch.setattr(cuda_attention, "attention", stand_in)
+    for bf16 in (False, True):
+        for wrong, taken in (("cuda", "padded"), ("padded", "cuda"), ("none", "cuda")):
+            monkeypatch.setattr(choose, "milliseconds", lambda name, *_: {"cuda": 1.0}.get(name, 2))
+            line = choose.choose(layout, 2, 64, bf16)
+            assert line.endswith(f"taken: {taken}") and line.count("\n") == 0
+            assert cuda_attention.default_backend == taken
+            assert "flex left out (no compiler)" in line
+            assert (f"{wrong} left out (its o is wrong by" in line) == (wrong != "none")
+    monkeypatch.setattr(cuda_attention.ops, "supports", lambda q, k: False)
+    assert "cuda left out (no kernels for heads of 16 in torch.float32)" in choose.choose(
+        layout, 2, 16, False)
+
+
+def test_auto_times_the_real_backends(monkeypatch):
+    """flex has no gradients on a CPU."""
+    monkeypatch.setattr(cuda_attention, "default_backend", "auto")
+    layout = pack([Sample(T2T, clean=6, noisy=6)] * 2, 2)
+    line = choose.choose(layout, 2, 16, False)
+    assert re.fullmatch(r"attention: cuda [\d.]+ ms, flex left out \(.+\), padded [\d.]+ ms; "
+                        r"taken: (cuda|padded)", line), line
