@@ -91,7 +91,9 @@ def judge_answers(model: Cola, group: Group, settings: sample.Settings) -> Verdi
         yield "it2t.true", language.is_true(description, scene)
     questions, _ = zip(*map(language.question, group.scenes, group.rngs(Purpose.CAPTION)))
     for scene, question, answer in zip(group.scenes, questions, ask(questions)):
-        yield "it2t.vqa", answer in language.answers(scene, question)
+        right = answer in language.answers(scene, question)
+        yield "it2t.vqa", right
+        yield f"it2t.by_kind.{language.question_kind(question)}", right
 
 
 def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
@@ -109,10 +111,12 @@ def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdi
         facts = language.Facts()
         language.tell(facts, prefix)
         said = language.tell(facts, text)
-        right = None not in said and any(said)             # as language.consistent
+        right = {*said} <= {"new", "known"} and "new" in said          # as language.consistent
         yield "t2t.consistent", right
         yield f"t2t.by_sentences.{min(len(said), 4)}", right           # 4: or more
-        yield from (("t2t.sentence", is_new is not None) for is_new in said)
+        for verdict in said:
+            yield "t2t.sentence", verdict not in language.WRONG
+            yield from ((f"t2t.wrong.{name}", verdict == name) for name in language.WRONG)
         yield "t2t.length", len(said) * len(rest) / sum(rest)
 
 
@@ -208,7 +212,7 @@ def table(metrics: dict) -> str:
         if path not in metrics["samples"]:
             return ""
         rate = reduce(dict.__getitem__, path.split("."), metrics)
-        if path.endswith(NO_INTERVAL):
+        if path.endswith(NO_INTERVAL) or ".wrong." in path:
             return f"{rate:.3f}"
         low, high = wilson(rate, metrics["samples"][path])
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"

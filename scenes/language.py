@@ -148,6 +148,11 @@ ASK_OBJECT = re.compile(rf"what is {RELATION} {THE}\?")
 ASK_RELATION = re.compile(rf"is {THE} {RELATION} {THE}\?")
 
 
+def question_kind(asked: str) -> str:
+    """"background", or "what color", "what shape", "how many", "what is" or "is the"."""
+    return "background" if asked == ASK_BACKGROUND else " ".join(asked.split()[:2])
+
+
 def named(scene: Scene, phrase: str) -> list[Object]:
     """The objects of which a phrase such as "large circle" or "red object" is true."""
     words = set(phrase.split()) - {"object"}
@@ -269,6 +274,11 @@ VALUES = {"size": set(SIZES), "color": set(COLORS), "shape": set(SHAPES)}
 KIND = {word: kind for kind, words in VALUES.items() for word in words}
 
 
+# A sentence is not in the grammar, names an object wrongly, or contradicts one of these facts.
+WRONG = ("grammar", "no such object", "several such objects", "mentioned before", "background",
+         "count", "size", "color", "left of", "above", "relation to itself")
+
+
 class Facts:
     """What a sequence of sentences states, as the sets of values that are still possible."""
     def __init__(self):
@@ -278,7 +288,8 @@ class Facts:
         self.objects = []                     # a dict each, such as VALUES
 
     def add(self, sentence: str) -> bool:
-        """Add a sentence without its period -> whether it is new; ValueError: nothing was added."""
+        """Add a sentence without its period -> whether it is new; ValueError, one of WRONG: nothing
+        was added."""
         if m := SAY_BACKGROUND.fullmatch(sentence):
             return self.narrow(self.scene, "background", {m[1]})
         if sentence in SAY_COUNT:
@@ -292,13 +303,13 @@ class Facts:
             return self.relate(self.find(m[1]), m[2], self.find(m[3]))
         if m := SAY_ATTRIBUTE.fullmatch(sentence):
             return self.narrow(self.objects[self.find(m[1])], KIND[m[2]], {m[2]})
-        raise ValueError("not in the grammar")
+        raise ValueError("grammar")
 
     def narrow(self, facts: dict, key: str, values: set) -> bool:
         """Excludes all other values -> whether this is new. A ValueError leaves the facts alone."""
         before = facts[key]
         if not before & values:
-            raise ValueError(f"this contradicts the {key}")
+            raise ValueError(key)
         facts[key] = before & values
         return facts[key] != before
 
@@ -306,21 +317,23 @@ class Facts:
         """The index of the only object for which all words of a phrase were stated."""
         found = [i for i, known in enumerate(self.objects) if is_stated(phrase, known)]
         if len(found) != 1:
-            raise ValueError(f"{len(found)} objects are the {phrase}")
+            raise ValueError("no such object" if not found else "several such objects")
         return found[0]
 
     def introduce(self, phrase: str) -> int:
         """Add an object -> its index. It must differ from all others in a stated attribute."""
         words = phrase.split()
         if any(all(word in known[KIND[word]] for word in words) for known in self.objects):
-            raise ValueError(f"a {phrase} may have been mentioned before")
+            raise ValueError("mentioned before")
         if len(self.objects) == max(self.scene["count"]):
-            raise ValueError("there are no more objects")
+            raise ValueError("count")
         self.objects.append(VALUES | {KIND[word]: {word} for word in words})
         return len(self.objects) - 1
 
     def relate(self, i: int, rel: str, j: int) -> bool:
         """Add that object i is rel of object j -> whether this does not follow from the others."""
+        if i == j:
+            raise ValueError("relation to itself")
         if rel not in self.scene:
             i, rel, j = j, INVERSE[rel], i
         return self.narrow(self.scene, rel, {r for r in self.scene[rel] if r[i] < r[j]})
@@ -381,15 +394,16 @@ def propose(kind: str, o: Object, scene: Scene, mentioned: dict, rng) -> str | N
     return f"{rel} the {other_phrase} is {thing}" if other else f"there is {thing}"
 
 
-def tell(facts: Facts, text: str) -> list[bool | None]:
-    """Adds the sentences of a text to the facts. Of each: whether it is new, or None for one that
-    contradicts what was told before, or is not in the grammar. Such a sentence adds nothing."""
+def tell(facts: Facts, text: str) -> list[str]:
+    """Adds the sentences of a text to the facts. Of each: "new" or "known" if it is true, else what
+    is WRONG with it; then it adds nothing."""
     told = []
     for sentence in re.split(r"(?<=\.) ", text.strip()) if text.strip() else []:
         try:
-            told.append(facts.add(sentence[:-1]) if sentence.endswith(".") else None)
-        except ValueError:
-            told.append(None)
+            is_new = facts.add(sentence.removesuffix(".") if sentence.endswith(".") else "")
+            told.append("new" if is_new else "known")
+        except ValueError as error:
+            told.append(str(error))
     return told
 
 
@@ -397,7 +411,7 @@ def consistent(prefix: str, continuation: str) -> bool:
     """Whether a continuation parses, states a new fact and contradicts nothing in either text."""
     facts = Facts()
     before, said = tell(facts, prefix), tell(facts, continuation)
-    return None not in before + said and any(said)
+    return {*before, *said} <= {"new", "known"} and "new" in said
 
 
 def corpus(rng: np.random.Generator, n: int) -> list[str]:

@@ -16,8 +16,8 @@ from workers import Worker
 
 METRICS = {"t2i": {"count", "color", "shape", "size", "relation", "background", "scene",
                    "by_count"},
-           "it2t": {"exact", "true", "vqa"},
-           "t2t": {"consistent", "by_sentences", "sentence", "length"}}
+           "it2t": {"exact", "true", "vqa", "by_kind"},
+           "t2t": {"consistent", "by_sentences", "sentence", "length", "wrong"}}
 
 
 def test_right_answers_have_rate_1(tiny, monkeypatch):
@@ -47,6 +47,8 @@ def test_right_answers_have_rate_1(tiny, monkeypatch):
         assert {task: set(names) for task, names in metrics[split].items()} == METRICS
         assert metrics[split]["t2i"].pop("by_count") == dict.fromkeys("123", 1.0)
         assert {*metrics[split]["t2t"].pop("by_sentences").values()} == {1.0}
+        assert {*metrics[split]["it2t"].pop("by_kind").values()} == {1.0}
+        assert metrics[split]["t2t"].pop("wrong") == dict.fromkeys(language.WRONG, 0.0)
         assert {rate for rates in metrics[split].values() for rate in rates.values()} == {1.0}
     assert metrics["ceiling"].keys() == {"image", "text"} and metrics["ceiling"]["text"] < 1
 
@@ -64,6 +66,7 @@ def test_stories_are_judged_by_sentence_and_length(monkeypatch):
     found = list(evaluate.judge_stories(None, group, None))
     values = lambda name: [value for path, value in found if path == f"t2t.{name}"]
     assert values("sentence") == [True, True, False] and values("consistent") == [False, False]
+    assert values("wrong.color") == [False, False, True]
     assert values("by_sentences.0") == values("by_sentences.3") == [False]
     assert sum(values("length")) / 2 == pytest.approx(3 / 5)
 

@@ -257,7 +257,28 @@ def test_a_refused_sentence_adds_nothing():
     facts = language.Facts()
     facts.add("there is a red circle")
     before = str(vars(facts))
-    for sentence in ("the circle is green", "there is a large circle", "above the star is a cross"):
-        with pytest.raises(ValueError):
+    for sentence, why in (("the circle is green", "color"), ("a circle", "grammar"),
+                          ("there is a large circle", "mentioned before"),
+                          ("above the star is a cross", "no such object"),
+                          ("the circle is above the red circle", "relation to itself")):
+        with pytest.raises(ValueError, match=f"^{why}$"):
             facts.add(sentence)
-    assert str(vars(facts)) == before
+        assert str(vars(facts)) == before and why in language.WRONG
+
+
+def test_every_reason_is_in_the_list():
+    """Of sentences about other scenes, told one after another."""
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(300):
+        facts = language.Facts()
+        for _ in range(3):
+            text = language.story(pictures.sample_scene(rng), rng)
+            seen |= {*language.tell(facts, text.replace("the circle", "the square"))}
+    assert seen <= {"new", "known", *language.WRONG} and len(seen) >= 10
+
+
+def test_kinds_of_questions():
+    rng = np.random.default_rng(0)
+    kinds = {language.question_kind(language.question(pictures.sample_scene(rng), rng)[0])
+             for _ in range(300)}
+    assert kinds == {"background", "what color", "what shape", "how many", "what is", "is the"}
