@@ -332,6 +332,9 @@ class Batches:
         loc[first_time] = self.model.image_loc
         shift[first_time] = torch.tensor([flow.image_shift(e.eps_image.size) for e in examples])
         t = flow.sample_time(normal, self.args.time_law, loc, self.args.time_scale, shift)
+        # Of these times, about half belong to blocks that are left out: the prior embeds the rest.
+        index = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(moving, own_time, 0)])
+        used, t_index = index.unique(return_inverse=True)
         return Batch(
             ids, lengths, join("posterior_noise"), join("masked"), layout, moving.nonzero()[:, 0],
             source=first_latent[layout.sample[~is_image]] + join("source"),
@@ -339,7 +342,7 @@ class Batches:
             text_weight=weight[~is_image], eps_text=eps_text[~is_image],
             z_image=z_image, image_moves=moving[is_image],
             eps_image=join("eps_image"), features=features,
-            t=torch.cat([torch.zeros(1), t]), t_index=torch.where(moving, own_time, 0))
+            t=torch.cat([torch.zeros(1), t])[used], t_index=t_index[1:])
 
     def packed(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Tokens (T,) of all texts, and latents of each but the empty ones (a dropped caption)."""
