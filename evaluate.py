@@ -41,7 +41,7 @@ from data import SEEDS, Purpose, open_data, rng
 from scenes import language, pictures
 from workers import Worker
 
-GROUP_SIZE = 64                                 # scenes that are sampled together
+GROUP_SIZE = 128                                # scenes that are sampled together
 RANK_STEPS = 4                                  # rk4 steps of a log p
 NO_INTERVAL = ("t2t.length", "t2t.sentence")    # a ratio; sentences that depend on each other
 Verdicts = Iterator[tuple[str, bool | float]]   # name of a rate, is this sample right?

@@ -173,12 +173,12 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
     prefix_ids = [model.align(ids, len(ids))[0] for ids in map(model.tokenizer.encode, prefixes)]
     packed, lengths = model.encode_text(list(map(model.fill, prefix_ids)))           # (sum n, Dz)
     prefix_z = [x[:len(own) // patch] for own, x in zip(prefix_ids, packed.split(lengths))]
-    ids, z, done = prefix_ids, prefix_z, [0] * len(prefixes)
+    ids, z, done = [*prefix_ids], [*prefix_z], [0] * len(prefixes)
     before = [len(x) // bl * bl * patch for x in z]        # tokens in whole blocks of the prefix
-    stop = tokenizer.special.get(settings.stop)
-    while True:
+    stop, todo = tokenizer.special.get(settings.stop), range(len(prefixes))
+    while todo:
         # Whole blocks join the context: first those of the prefixes, then one block at a time.
-        whole = [len(x) // bl * bl for x in z]
+        whole = [len(x) // bl * bl if i in todo else done[i] for i, x in enumerate(z)]
         layout = pack([Sample(task, clean=end - begin, start=start, first=begin)
                        for start, begin, end in zip(starts, done, whole)], bl, model.device)
         if len(layout):
@@ -186,26 +186,27 @@ def generate_text(model: Cola, prefixes: list[str], prompts: list[str] | None = 
             context.add(torch.cat(finished), context.no_image, layout)
         done = whole
 
-        layout = pack([Sample(task, noisy=bl, start=start, first=begin)
-                       for start, begin in zip(starts, done)], bl, model.device)
-        known = [x[begin:] for x, begin in zip(z, done)]   # a prefix may end inside this block
-        blocks = generate_block(context, layout, known, rngs, settings, repaints)
+        layout = pack([Sample(task, noisy=bl * (i in todo), start=starts[i], first=done[i])
+                       for i in range(len(prefixes))], bl, model.device)
+        known = [z[i][done[i]:] for i in todo]             # a prefix may end inside this block
+        blocks = generate_block(context, layout, known, [rngs[i] for i in todo], settings, repaints)
         repaints = False                   # only the first block contains a part of a prefix
-        z = [torch.cat([x[:begin], block]) for x, begin, block in zip(z, done, blocks)]
-        lengths = [len(x) for x in z]
-        logits = model.text_vae.decode(torch.cat(z), lengths)                        # (T, V)
-        # Decoded tokens never change: only those of the new block are appended.
-        seen = [x[start:] if len(x) > len(prefix) else []  # none when the first block is decoded
-                for x, start, prefix in zip(ids, before, prefix_ids)]
-        ids = [old + likeliest(new[len(old):], own, settings.repetition_penalty)
-               for old, own, new in zip(ids, seen, logits.split([n * patch for n in lengths]))]
-        new_ids = [x[len(prefix):] for x, prefix in zip(ids, prefix_ids)]
-        if all({tokenizer.end, stop} & {*x} or len(x) >= max_tokens for x in new_ids):
-            return [tokenizer.decode(x[:max_tokens], stop) for x in new_ids]
-        if settings.snap:                  # a prefix keeps the latents it has when encoded alone
-            packed, lengths = model.encode_text(ids)
-            z = [torch.cat([prefix, x[len(prefix):]])
-                 for prefix, x in zip(prefix_z, packed.split(lengths))]
+        for i, block in zip(todo, blocks):
+            z[i] = torch.cat([z[i][:done[i]], block])
+        lengths = [len(z[i]) for i in todo]
+        logits = model.text_vae.decode(torch.cat([z[i] for i in todo]), lengths)     # (T, V)
+        for i, new in zip(todo, logits.split([n * patch for n in lengths])):
+            # Decoded tokens never change: only those of the new block are appended.
+            seen = ids[i][before[i]:] if len(ids[i]) > len(prefix_ids[i]) else []    # none at first
+            ids[i] = ids[i] + likeliest(new[len(ids[i]):], seen, settings.repetition_penalty)
+        texts = [own[len(prefix):] for own, prefix in zip(ids, prefix_ids)]
+        todo = [i for i in todo
+                if not {tokenizer.end, stop} & {*texts[i]} and len(texts[i]) < max_tokens]
+        if settings.snap and todo:         # a prefix keeps the latents it has when encoded alone
+            packed, lengths = model.encode_text([ids[i] for i in todo])
+            for i, x in zip(todo, packed.split(lengths)):
+                z[i] = torch.cat([prefix_z[i], x[len(prefix_z[i]):]])
+    return [tokenizer.decode(x[:max_tokens], stop) for x in texts]
 
 
 def add_instructions(context: Context, prompts: list[str], images: list[np.ndarray]) -> list[int]:

@@ -27,14 +27,16 @@ class Padded:
 
 
 def pad(layout: Layout, groups: list[Tensor]) -> list[Padded]:
-    """The rows of each group (n,) of sample numbers, as wide as its longest, rounded up to 8. The
-    positions of a sample need not be contiguous: a KV cache appends to all samples."""
+    """The rows of each group (n,) of sample numbers, as wide as its longest, from 8 on rounded up
+    to a multiple of 8. The positions of a sample need not be contiguous: a KV cache appends to all
+    samples."""
     counts = torch.bincount(layout.sample, minlength=layout.task.numel())    # (S,)
     starts = counts.cumsum(0) - counts
     order = torch.argsort(layout.sample, stable=True)
     rows = []
     for group in groups:
-        width = -(-int(counts[group].max()) // 8) * 8 if len(group) else 0   # W
+        width = int(counts[group].max()) if len(group) else 0                # W
+        width = width if width < 8 else -(-width // 8) * 8
         slot = torch.arange(width, device=order.device)
         valid = slot < counts[group, None]
         rows.append(Padded(order[torch.where(valid, starts[group, None] + slot, 0)], valid))
@@ -64,10 +66,12 @@ class Rows:
 
 
 def make_rows(q: Layout, k: Layout, rules: Tensor) -> Rows:
-    """The groups for queries laid out as q and keys as k, and their masks by the rules."""
-    step = -(-torch.bincount(k.sample, minlength=k.task.numel()) // GROUP_STEP)         # (S,)
-    groups = [(step == x).nonzero()[:, 0] for x in step.unique().tolist()]
-    groups = groups or [step]                                # no samples: one empty group
+    """The groups for queries laid out as q and keys as k, and their masks by the rules. A sample
+    without queries is left out."""
+    queries, keys = (torch.bincount(x.sample, minlength=k.task.numel()) for x in (q, k))    # (S,)
+    step = torch.where(queries > 0, -(-keys // GROUP_STEP), -1)
+    groups = [(step == x).nonzero()[:, 0] for x in step.unique().tolist() if x >= 0]
+    groups = groups or [step[:0]]                            # no queries: one empty group
     q_rows = pad(q, groups)
     k_rows = q_rows if k is q else pad(k, groups)
     mask = [padded_mask(q, k, *rows, rules) for rows in zip(q_rows, k_rows)]
