@@ -2,7 +2,7 @@
 
 Trains and evaluates what is missing in the folder --out, then prints the tables in Markdown.
 
-    python -m experiments.ablations --out DIR --jobs 2       37 runs for each seed: hours on a CPU
+    python -m experiments.ablations --out DIR --jobs 2       39 runs for each seed: hours on a CPU
     python -m experiments.ablations --out DIR --tables 5 6 --seeds 0 1 2
     python -m experiments.ablations --out DIR --show         only prints what is there
 
@@ -116,6 +116,9 @@ TABLES = {
         *(Row(f"{n} dual layers", f"--dual_layers {n}") for n in (0, 2, 4)),
         *(Row(f"blocks of 16, filler {w}", f"--block_len 16 --w_filler {w}", paper="16")
           for w in (0.2, 1)),
+        Row("blocks of 16, filler 0.3, loc 2", "--block_len 16 --w_filler 0.3 --text_loc 2"),
+        *(Row(f"blocks of 16, filler 0.2, temperature {x}", "--block_len 16 --w_filler 0.2",
+              f"--text_temperature {x}") for x in (0, 1)),
         Row("L_REPA, features", "--w_repa 0.5 --repa_features FEATURES", paper="optional"),
         Row("posterior samples of images", "--image_posterior sample", paper="samples"),
         Row("no averaged weights", sample="--ema 0", paper="none"),
