@@ -174,7 +174,7 @@ def test_command_and_flags(saved, tmp_path, capsys):
     state = nn.ModuleDict(model.parts()).state_dict()
     torch.save({"format": cola.FORMAT, "config": model.config(), "model": state, "ema": {},
                 "tokenizer": model.tokenizer.to_dict(), "progress": {"mmdit": 1},
-                "args": {"cfg_drop_text": 0.0}}, path)
+                "args": {"cfg_drop": 0.1, "cfg_drop_text": 0.0}}, path)
     argv = [str(tmp_path / "out"), "--checkpoint", str(path)]
     assert release.main(argv) == 0 and "cola_dlm/cola_vae" in capsys.readouterr().out
     for part in ("cola_dlm/cola_vae", "cola_dlm/cola_dit"):
