@@ -314,7 +314,7 @@ class Batches:
             features = torch.from_numpy(features.astype(np.float32))
         z_image = self.image_latents(images)                                  # (Li, Cz)
         if self.args.image_posterior == "sample":
-            z_image += join("image_noise") * self.model.image_vae.posterior_std().cpu()
+            z_image += join("image_noise") * self.model.image_vae.normalized_posterior_std().cpu()
         layout = masks.pack([e.sample for e in examples], self.block_len)
         task, is_image = layout.task[layout.sample], layout.segment == I      # (L,) each
         moving = is_image & (task == T2I)                                     # t > 0
@@ -332,7 +332,7 @@ class Batches:
         loc[first_time] = self.model.image_loc
         shift[first_time] = torch.tensor([flow.image_shift(e.eps_image.size) for e in examples])
         t = flow.sample_time(normal, self.args.time_law, loc, self.args.time_scale, shift)
-        # Of these times, about half belong to blocks that are left out: the prior embeds the rest.
+        # About half of these times belong to no moving position: they are not embedded.
         index = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(moving, own_time, 0)])
         used, t_index = index.unique(return_inverse=True)
         return Batch(

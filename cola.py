@@ -163,7 +163,7 @@ class Cola:
     image_loc: float                    # mean of the logit time of images in training
     first_block: str = "clean"
     tasks: tuple[str, ...] = TASKS      # those it was trained for
-    unconditional: tuple[str, ...] = TASKS    # those learned without their condition, for guidance
+    unconditional: tuple[str, ...] = TASKS    # of these, those that can be guided
 
     def __post_init__(self) -> None:
         vae, channels = self.text_vae.config, self.mmdit.config.text_channels
@@ -283,13 +283,12 @@ def build(found: dict, weights: str = "ema") -> Cola:
             text_vae = TextVAE(TextVAEConfig(**c["text_vae"]))
             image_vae = ImageVAE(ImageVAEConfig(**c["image_vae"])) if "image_vae" in c else None
             mmdit = MMDiT(MMDiTConfig(**c["mmdit"]))
+        # Without position embedding, an answer without its condition is a first block of T2T.
+        text = flags["cfg_drop_text"] or mmdit.config.as_released and "t2t" in c["tasks"]
+        learned = {"t2t": text, "t2i": flags["cfg_drop"], "it2t": text}
         model = Cola(text_vae, image_vae, mmdit, Tokenizer.from_dict(found["tokenizer"]),
                      c["block_len"], tuple(c["image_hw"]), c["image_loc"], c["first_block"],
-                     tuple(c["tasks"]), tuple(
-                         task for task, learned in (
-                             ("t2t", flags["cfg_drop_text"] or mmdit.config.as_released),
-                             ("t2i", flags["cfg_drop"]), ("it2t", flags["cfg_drop_text"]))
-                         if learned))
+                     tuple(c["tasks"]), tuple(task for task in c["tasks"] if learned[task]))
         modules = nn.ModuleDict(model.parts()).eval()
         modules.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
     except (KeyError, TypeError, RuntimeError) as error:

@@ -65,7 +65,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("procs", 0, (0, 4096), RUN, "workers on a CPU, one thread each; 0 is one per core"),
         Flag("fsdp", False, None, RUN, "shard stage 2 over GPUs (FSDP2) if one cannot hold it"),
         Flag("compile", False, None, RUN, "torch.compile the prior: slow to start, then faster"),
-        Flag("attention", "auto", BACKENDS, RUN, "auto: padded; on a GPU the fastest"),
+        Flag("attention", "auto", BACKENDS, RUN, "auto: padded; in training on a GPU, the fastest"),
         Flag("bf16", "auto", ("auto", "on", "off"), DATA, "bfloat16 products; auto: where faster"),
         Flag("save_every", 500, COUNT, RUN, "steps between checkpoints: what a crash can lose"),
     ],
@@ -105,8 +105,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("image_vae_steps", 1200, COUNT, RECIPE, "steps of stage 1b"),
         Flag("image_vae_batch", 32, SIZE, RECIPE, "images per step"),
         Flag("image_vae_lr", 4e-3, RATE, RECIPE, "peak learning rate of AdamW"),
-        Flag("image_posterior", "mean", ("mean", "sample"), RECIPE, "what of its posterior the "
-             "prior learns from; the paper writes samples"),
+        Flag("image_posterior", "mean", ("mean", "sample"), RECIPE, "what the prior "
+             "learns from: the posterior's mean or, as in the paper, a sample"),
     ],
     "prior (stage 2)": [
         Flag("width", 128, SIZE, MODEL, "width D; the release has 2048"),
@@ -265,7 +265,8 @@ def check(a: Namespace) -> None:
              f"--vae_block_len {a.vae_block_len}: expected a divisor of --block_len {a.block_len}"),
             (a.seq_len < blocks * a.block_len * a.text_patch, f"--seq_len {a.seq_len}: expected "
              f"at least {blocks} x --block_len x --text_patch tokens"),
-            (a.w_repa and "t2i" not in task_shares(a.tasks), "--w_repa is for the task t2i"),
+            (a.w_repa and "t2i" not in task_shares(a.tasks),
+             f"--w_repa {a.w_repa}: it needs the task t2i; give 0 without it"),
             (a.w_repa and a.repa_layer >= a.layers,
              f"--repa_layer {a.repa_layer}: expected a layer before the last"),
             (a.repa_features and a.aspect, "--repa_features is for images of one size"),

@@ -43,7 +43,7 @@ from workers import Worker
 
 GROUP_SIZE = 128                                # scenes that are sampled together
 RANK_STEPS = 4                                  # rk4 steps of a log p
-NO_INTERVAL = ("t2t.length", "t2t.sentence")    # a ratio; sentences that depend on each other
+NO_INTERVAL = "t2t.length", "t2t.sentence", "t2t.wrong"    # a ratio; sentences, not independent
 Verdicts = Iterator[tuple[str, bool | float]]   # name of a rate, is this sample right?
 Cells = list[tuple[np.ndarray, str]]       # images uint8 (H, W, 3) with their texts
 
@@ -81,7 +81,8 @@ def judge_images(model: Cola, group: Group, settings: sample.Settings) -> Verdic
 
 
 def judge_answers(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
-    """IT2T: whether a description is exact, whether it is true, and whether an answer is true."""
+    """IT2T: whether a description is exact, whether it is true, and whether an answer is true, also
+    by the kind of its question."""
     images = [pictures.render(scene, model.image_hw) for scene in group.scenes]
     ask = partial(sample.generate_text, model, [""] * len(images), images=images,
                   settings=settings, first=group.numbers[0])
@@ -98,7 +99,8 @@ def judge_answers(model: Cola, group: Group, settings: sample.Settings) -> Verdi
 
 def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
     """T2T: whether what follows the first sentences of a story does not contradict them, also by
-    the number of sentences said, and of each sentence, whether it contradicts nothing before it.
+    the number of sentences said, and of each sentence, whether it contradicts nothing before it, or
+    what is wrong with it.
     length: sentences said, over those that the data have after such prefixes."""
     prefixes, rest = [], []
     for scene, words in zip(group.scenes, group.rngs(Purpose.WINDOW)):
@@ -212,16 +214,16 @@ def table(metrics: dict) -> str:
         if path not in metrics["samples"]:
             return ""
         rate = reduce(dict.__getitem__, path.split("."), metrics)
-        if path.endswith(NO_INTERVAL) or ".wrong." in path:
+        if any(name in path for name in NO_INTERVAL):
             return f"{rate:.3f}"
         low, high = wilson(rate, metrics["samples"][path])
         return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
 
-    lines = [f"{'rate [95 % interval]':26s}{'seen':24s}held-out"]
+    lines = [f"{'rate [95 % interval]':32s}{'seen':24s}held-out"]
     names = {path.removeprefix("seen.").removeprefix("heldout.") for path in metrics["samples"]}
     for name in sorted(names, key=lambda name: (name.startswith("ceiling"), name)):
         seen = cell(name if name.startswith("ceiling") else f"seen.{name}")
-        lines.append(f"{name.replace('.', ' '):26s}{seen:24s}{cell(f'heldout.{name}')}".rstrip())
+        lines.append(f"{name.replace('.', ' '):32s}{seen:24s}{cell(f'heldout.{name}')}".rstrip())
     return "\n".join(lines)
 
 # ---- Pictures ----------------------------------------------------------------------------------

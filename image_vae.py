@@ -136,7 +136,7 @@ class ImageVAE(nn.Module):
         """z -> z_bar, with mean 0 and variance 1 per channel. Both (B, C, h, w)."""
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
-    def posterior_std(self) -> Tensor:
+    def normalized_posterior_std(self) -> Tensor:
         """Standard deviation of q(z_bar | x), (C,)."""
         return self.config.posterior_std / self.latent_std
 

@@ -101,8 +101,8 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
     if is_guided:
         task = masks.TASKS[layout.task[0]]
         if task not in context.model.unconditional:
-            data.warn_once(f"guidance of {task}: this model has not learned it without condition; "
-                           "train with --cfg_drop for images, --cfg_drop_text for texts")
+            data.warn_once(f"guidance of {task}: this model was not trained without its condition, "
+                           "which takes --cfg_drop for images, --cfg_drop_text for texts")
         # Every sample twice, the second time without context: one pass gives v_c and v_u.
         both = masks.duplicate(layout)
         double = torch.cat([t_index, t_index]), both, context.plan(both)

@@ -22,8 +22,8 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -354,6 +354,21 @@ def fit(run: Run, name: str, stage: nn.Module, steps: int, make: Callable[[int],
 
 # ---- The three stages --------------------------------------------------------------------------
 
+@contextmanager
+def attention_of(run: Run, make_step: Callable[[int], list[Batch]]) -> Iterator[None]:
+    """The backend of stage 2: where --attention auto has a GPU, the fastest on the first batch, for
+    all workers that of worker 0. Afterwards, the backend of before."""
+    before, c, worker = cuda_attention.default_backend, run.model.mmdit.config, run.worker
+    if run.args.attention == "auto" and worker.device.type == "cuda":
+        layout = make_step(0)[0].layout.to(worker.device)
+        best, line = choose(layout, c.heads, c.head_dim, c.layers, run.args.bf16 == "on")
+        cuda_attention.default_backend = worker.gather([best])[0]
+        if worker.rank == 0:
+            print(line)
+    yield
+    cuda_attention.default_backend = before
+
+
 def train(run: Run) -> None:
     """Stage 1, 1b and 2, as far as they are open."""
     a, worker, model, make = run.args, run.worker, run.model, run.batches
@@ -388,12 +403,8 @@ def train(run: Run) -> None:
             work = worker.share(batches.step_samples(a, step))
             passes = a.micro_steps if a.accumulate else 1
             return [make.prior(work[i::passes]) for i in range(passes)]
-        if a.attention == "auto" and worker.device.type == "cuda":
-            line = choose(make_step(0)[0].layout.to(worker.device), model.mmdit.config.heads,
-                          model.mmdit.config.head_dim, a.bf16 == "on")
-            if worker.rank == 0:
-                print(line)
-        fit(run, "mmdit", stage, config.steps(a, "mmdit"), make_step, a.lr, muon, a.ema > 0)
+        with attention_of(run, make_step):
+            fit(run, "mmdit", stage, config.steps(a, "mmdit"), make_step, a.lr, muon, a.ema > 0)
 
 # ---- Main --------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ masks.py defines which keys these are. The backends agree up to rounding:
 Shapes: Nq, Nk query and key positions, nh heads, hd head width.
 """
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,14 @@ from cuda_attention.tiles import make_tiles
 from masks import RULES, Layout, allowed, dense
 
 BACKENDS = ("auto", "reference", "padded", "flex", "cuda")
-default_backend = "auto"       # of `attention`; changed by set_backend (--attention)
-compile_once = functools.cache(torch.compile)
+default_backend = "auto"       # of `attention`; set by set_backend (--attention) or choose.py
+
+
+@functools.cache
+def compiled_flex() -> Callable:
+    """FlexAttention, compiled anew for each kind of inputs: more often than Dynamo allows."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention)
 
 # ---- Plans -------------------------------------------------------------------------------------
 
@@ -113,7 +120,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None =
         return reference_attention(q, k, v, plan)
     if backend == "flex":
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))               # (1, nh, N, hd)
-        run = flex_attention if q.device.type == "cpu" else compile_once(flex_attention)
+        run = flex_attention if q.device.type == "cpu" else compiled_flex()
         return run(q, k, v, block_mask=plan.block_mask)[0].transpose(0, 1)
     if backend == "cuda":
         return ops.forward(*(x.contiguous() for x in (q, k, v)), plan.tiles)[0]

@@ -43,8 +43,8 @@ losses() {
     run start --device cpu --procs 1 --bf16 off --heads 2 --text_vae_steps 50 \
         --image_vae_steps 50 --steps 1 &&
         run fp32 "${start[@]}" --device cpu --procs 1 --bf16 off &&
-        run tf32 "${start[@]}" --device cuda --bf16 off &&
-        run bf16 "${start[@]}" --device cuda --bf16 on &&
+        run tf32 "${start[@]}" --device cuda --bf16 off --attention padded &&
+        run bf16 "${start[@]}" --device cuda --bf16 on --attention padded &&
         run kernels "${start[@]}" --device cuda --bf16 on --attention cuda &&
         "$python" - "$runs" <<'PY'
 import sys

@@ -149,7 +149,7 @@ ASK_RELATION = re.compile(rf"is {THE} {RELATION} {THE}\?")
 
 
 def question_kind(asked: str) -> str:
-    """"background", or "what color", "what shape", "how many", "what is" or "is the"."""
+    """The first two words of a question, such as "how many", or "background"."""
     return "background" if asked == ASK_BACKGROUND else " ".join(asked.split()[:2])
 
 
@@ -274,7 +274,8 @@ VALUES = {"size": set(SIZES), "color": set(COLORS), "shape": set(SHAPES)}
 KIND = {word: kind for kind, words in VALUES.items() for word in words}
 
 
-# A sentence is not in the grammar, names an object wrongly, or contradicts one of these facts.
+# A sentence is not in the grammar, refers to no object or to several, introduces one that may have
+# been mentioned before, contradicts a fact of these names, or relates an object to itself.
 WRONG = ("grammar", "no such object", "several such objects", "mentioned before", "background",
          "count", "size", "color", "left of", "above", "relation to itself")
 
@@ -395,12 +396,12 @@ def propose(kind: str, o: Object, scene: Scene, mentioned: dict, rng) -> str | N
 
 
 def tell(facts: Facts, text: str) -> list[str]:
-    """Adds the sentences of a text to the facts. Of each: "new" or "known" if it is true, else what
-    is WRONG with it; then it adds nothing."""
+    """Adds the sentences of a text to the facts. Of each: "new", "known" if it follows from those
+    before, or what is WRONG with it; then it adds nothing."""
     told = []
     for sentence in re.split(r"(?<=\.) ", text.strip()) if text.strip() else []:
         try:
-            is_new = facts.add(sentence.removesuffix(".") if sentence.endswith(".") else "")
+            is_new = facts.add(sentence[:-1] if sentence.endswith(".") else "")
             told.append("new" if is_new else "known")
         except ValueError as error:
             told.append(str(error))

@@ -266,6 +266,10 @@ def test_image_latents_as_posterior_samples(made):
     difference = sampled.prior(work).z_image - mean                            # (Li, Cz)
     assert difference.std().item() == pytest.approx(model.image_vae.config.posterior_std / 4,
                                                     rel=0.05)
+    batch = sampled.prior(work)
+    both = torch.stack([difference.flatten(), batch.eps_image.flatten()])
+    assert abs(torch.corrcoef(both)[0, 1]) < 0.05                              # own noise
+    assert len(batch.t) == len(batch.t_index.unique())                         # no unused times
     assert abs(difference.mean()) < 0.002                                      # of 10,240 numbers
     torch.testing.assert_close(sampled.prior(work[7:8]).z_image, (mean + difference)[112:128],
                                atol=1e-5, rtol=1e-5)

@@ -160,6 +160,8 @@ def test_build_gives_back_the_system(saved):
         again = cola.build(found, weights)
         assert again.config() == model.config() and again.tasks == ("t2t", "t2i")
         assert again.unconditional == ("t2i",)
+        dropped = found | {"args": {"cfg_drop": 0.0, "cfg_drop_text": 0.1}}
+        assert cola.build(dropped, weights).unconditional == ("t2t",)      # it2t: not a task
         assert again.tokenizer.to_dict() == model.tokenizer.to_dict()
         for name, part in again.parts().items():
             assert not part.training

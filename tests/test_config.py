@@ -122,7 +122,7 @@ def test_dual_layers():
     "--aspect --data photos --image_size 32 64", "--width 30 --heads 4",
     "--text_vae_width 30 --text_vae_heads 4", "--vae_block_len 3 --block_len 4",
     "--seq_len 8 --block_len 16", "--seq_len 128 --block_len 128 --first_block right",
-    "--repa_layer 4 --w_repa 0.5",
+    "--repa_layer 4 --w_repa 0.5", "--w_repa 0.5 --tasks t2t:1,it2t:1",
     "--repa_features a.npy --aspect --data photos", "--vae_interval 0 5",
     "--attention flex --device cpu",
     "--text_vae_steps 0 --lambda_ref 0", "--text_vae_steps 0 --vae_lr_ratio 1",

@@ -201,33 +201,43 @@ def test_set_backend_falls_back_to_padded(monkeypatch):
 # ---- The choice of auto ------------------------------------------------------------------------
 
 def test_auto_takes_the_fastest_right_backend(monkeypatch):
-    """On a CPU, with stand-ins: cuda is fast and wrong, flex cannot be built, padded is right."""
+    """On a CPU, with stand-ins: flex cannot be built, another has wrong outputs or gradients."""
     real, layout = cuda_attention.attention, pack([Sample(T2T, clean=6, noisy=6)], 2)
-    monkeypatch.setattr(cuda_attention, "default_backend", "auto")
 
     def stand_in(q, k, v, plan, backend):
         if backend == "flex":
             raise RuntimeError("no compiler\nand more lines")
-        return real(q, k, v, plan, "padded") * (1.1 if backend == wrong else 1.0)
-
+        o = real(q, k, v, plan, "reference" if backend == "reference" else "padded")
+        extra = 0.1 * o if backend == wrong else 0 * o
+        return o + (extra if what == "o" else extra - extra.detach())
     monkeypatch.setattr(cuda_attention, "attention", stand_in)
-    for bf16 in (False, True):
+    monkeypatch.setattr(choose, "milliseconds", lambda name, *_: {"cuda": 1.0}.get(name, 2.0))
+    for bf16, what in ((False, "o"), (True, "o"), (False, "dq"), (True, "dq")):
         for wrong, taken in (("cuda", "padded"), ("padded", "cuda"), ("none", "cuda")):
-            monkeypatch.setattr(choose, "milliseconds", lambda name, *_: {"cuda": 1.0}.get(name, 2))
-            line = choose.choose(layout, 2, 64, bf16)
-            assert line.endswith(f"taken: {taken}") and line.count("\n") == 0
-            assert cuda_attention.default_backend == taken
+            best, line = choose.choose(layout, 2, 64, 4, bf16)
+            assert best == taken and line.endswith(f"taken: {taken}") and "\n" not in line
             assert "flex left out (no compiler)" in line
-            assert (f"{wrong} left out (its o is wrong by" in line) == (wrong != "none")
+            assert (f"{wrong} left out (its {what} is wrong by" in line) == (wrong != "none")
     monkeypatch.setattr(cuda_attention.ops, "supports", lambda q, k: False)
     assert "cuda left out (no kernels for heads of 16 in torch.float32)" in choose.choose(
-        layout, 2, 16, False)
+        layout, 2, 16, 4, False)[1]
 
 
-def test_auto_times_the_real_backends(monkeypatch):
+def test_auto_times_the_real_backends():
     """flex has no gradients on a CPU."""
-    monkeypatch.setattr(cuda_attention, "default_backend", "auto")
     layout = pack([Sample(T2T, clean=6, noisy=6)] * 2, 2)
-    line = choose.choose(layout, 2, 16, False)
+    best, line = choose.choose(layout, 2, 16, 2, False)
     assert re.fullmatch(r"attention: cuda [\d.]+ ms, flex left out \(.+\), padded [\d.]+ ms; "
-                        r"taken: (cuda|padded)", line), line
+                        f"taken: {best}", line), line
+
+
+def test_samples_without_queries_have_no_rows():
+    q, k = (pack([Sample(T2T, **x) for x in kind], 2)
+            for kind in ([{}, {"noisy": 2}, {}], [{"clean": 4}, {"clean": 4, "noisy": 2}, {}]))
+    rows = make_plan(q, k).rows
+    assert [m.shape for m in rows.mask] == [(1, 1, 2, 6)]
+    x = torch.randn(len(k), 2, 16)
+    inputs = torch.randn(2, 2, 16), x, x
+    close = torch.testing.assert_close
+    close(attention(*inputs, make_plan(q, k), "padded"), attention(*inputs, make_plan(q, k),
+                                                                  "reference"))

@@ -212,6 +212,19 @@ def test_partial_repaint(model, calls):
     assert write(prefixes) == texts + write(prefixes[1:], 1)
 
 
+def test_a_finished_text_takes_no_more_work(model, calls, monkeypatch):
+    """Its blocks neither join the context nor are generated."""
+    end = model.tokenizer.end
+    tokens = iter([[end] * BLOCK, [5], [5] * BLOCK, [end] * BLOCK])    # of the texts in turn
+    monkeypatch.setattr(sample, "likeliest", lambda *given: next(tokens))
+    prefix = prefix_of(model, BLOCK + 3)
+    texts = sample.generate_text(model, ["", prefix], settings=S)
+    assert texts == ["", model.tokenizer.decode([5] * (1 + BLOCK))]
+    joined, made = ([len(layout) // BLOCK for *_, layout, commit in calls if commit == joins]
+                    for joins in (True, False))
+    assert joined == [1, 1, 1] and made == [2] * S.steps + [1] * 2 * S.steps
+
+
 @pytest.mark.parametrize("snap", (False, True))
 @pytest.mark.parametrize("extra", (0, 3), ids=["whole block", "inside a block"])
 def test_finished_blocks_join_the_context(model, calls, latents, snap, extra):
@@ -319,6 +332,12 @@ def test_guidance_of_a_model_that_never_dropped_conditions_warns(model, capsys):
         assert capsys.readouterr().err.count("guidance of t2t") == text_lines
         sample.generate_images(own, CAPTIONS, settings)
         assert capsys.readouterr().err.count("guidance of t2i") == image_lines
+
+
+def test_a_missing_release_is_one_line(capsys):
+    assert sample.main(["t2t", "cat", "--official", "no_folder"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sample.py: ") and "no_folder" in err and err.count("\n") == 1
 
 # ---- Guidance, times, noise --------------------------------------------------------------------
 

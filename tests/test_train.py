@@ -13,6 +13,7 @@ import torch
 
 import cola
 import config
+import cuda_attention
 import data
 import masks
 import sample
@@ -21,7 +22,9 @@ from batches import Batches
 from checkpoint import new_model
 from conftest import TINY
 from masks import IT2T, T2I, T2T
+from mmdit import MMDiTConfig
 from test_data import image_folder
+from workers import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = {"seconds", "data_seconds"}
@@ -229,6 +232,26 @@ def test_sampling_asks_what_training_taught(system, task):
     moving = b.text_moves[now[is_text]]
     assert len(times) == args.block_len and moving.any()
     torch.testing.assert_close(got[moving], v[now[is_text]][moving], atol=1e-4, rtol=1e-4)
+
+# ---- Attention on a GPU ------------------------------------------------------------------------
+
+def test_stage_2_takes_the_fastest_attention(monkeypatch, capsys):
+    """Where --attention auto has a GPU, for which a stand-in does; for all workers, that of the
+    first; and until the stage ends."""
+    monkeypatch.setattr(train, "choose", lambda *given: seen.append(given) or ("cuda", "a line"))
+    layout, seen = argparse.Namespace(to=lambda device: "layout"), []
+    run = argparse.Namespace(args=args_for("--bf16", "on"), worker=Worker(
+        device=torch.device("cuda"), world=2), model=argparse.Namespace(
+        mmdit=argparse.Namespace(config=MMDiTConfig())))
+    monkeypatch.setattr(Worker, "gather", lambda self, mine: ["flex", *mine])
+    with train.attention_of(run, lambda step: [argparse.Namespace(layout=layout)]):
+        assert cuda_attention.default_backend == "flex"
+    assert cuda_attention.default_backend != "flex" and seen == [("layout", 8, 16, 4, True)]
+    assert capsys.readouterr().out == "a line\n"
+    for run.args.attention, run.worker.device in (("auto", torch.device("cpu")),
+                                                  ("padded", torch.device("cuda"))):
+        with train.attention_of(run, None):
+            assert cuda_attention.default_backend != "flex" and len(seen) == 1
 
 # ---- Muon --------------------------------------------------------------------------------------
 
