@@ -139,7 +139,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("lambda_ref", 0.01, WEIGHT, RECIPE, "weight of KL(q || q_ref): holds a text VAE that "
              "trains in stage 2 to the encoder it began with"),
         Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
-        Flag("w_filler", 1.0, WEIGHT, RECIPE, "weight in L_text of the latents behind the first "
+        Flag("w_filler", 0.3, WEIGHT, RECIPE, "weight in L_text of the latents behind the first "
              "end token of a text, which fill its last block; at 0, likelihoods mean nothing"),
         Flag("w_answer", 3.5, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
         Flag("w_repa", 0.0, WEIGHT, DATA, "weight of L_REPA: 0.5 in the literature, 0 is off"),

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Of each baseline: the flags of training, and the flags of sampling.
 BASES = {
     "stories": ("--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 1000 --bf16 off "
-                "--block_len 16 --text_loc 1 --vae_lr_ratio 1 --lambda_ref 0.01 "
+                "--block_len 16 --w_filler 1 --text_loc 1 --vae_lr_ratio 1 --lambda_ref 0.01 "
                 "--vae_logsnr learned --cfg_drop_text 0.1",
                 "--procs 1 --text_temperature 1 --no-text_snap --text_shift 1 --text_guidance 1"),
     "tasks": ("--steps 1000 --image_vae_steps 600 --bf16 off", "--procs 1 --sample_steps 8"),

@@ -34,7 +34,7 @@ def batches_for(*flags):
 
 @pytest.fixture(scope="module")
 def made():
-    return batches_for("--cfg_drop_text", "0.1")
+    return batches_for("--cfg_drop_text", "0.1", "--w_filler", "1")
 
 
 def with_flags(made, *flags, model=None):
