@@ -3,9 +3,11 @@
 Images, captions, answers and stories are generated for scenes that training never drew, of seen and
 of held-out compositions. The hand-written readers of scenes/ judge them, without a network.
 
-    metrics.json  {"n", "seen": {"t2i": {"scene": rate}}, "heldout", "ceiling", "seconds", "config"}
-                  "ceiling": what the VAEs alone keep; "config": all flags of the run;
-                  "samples": how many are behind a rate
+    metrics.json  {"n", "seen": {"t2i": {"scene": rate}}, "heldout", "ceiling", "samples", ..}
+                  "ceiling": what the VAEs alone keep; "samples": how many are behind a rate;
+                  by_kind, by_count, by_sentences: a rate by the kind of question, the number of
+                  objects, the sentences said; wrong: the share of sentences with an error;
+                  ranked: --rank_samples; also "seconds" of training, "config", all flags
     samples.png   images drawn for captions; captions and answers given to images
     loss.png      every loss in log.jsonl
 
@@ -98,9 +100,8 @@ def judge_answers(model: Cola, group: Group, settings: sample.Settings) -> Verdi
 
 
 def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
-    """T2T: whether what follows the first sentences of a story does not contradict them, also by
-    the number of sentences said, and of each sentence, whether it contradicts nothing before it, or
-    what is wrong with it.
+    """T2T: whether what follows the first sentences of a story is right (language.is_right), also
+    by the number of sentences said; whether each sentence is right, or what is wrong with it.
     length: sentences said, over those that the data have after such prefixes."""
     prefixes, rest = [], []
     for scene, words in zip(group.scenes, group.rngs(Purpose.WINDOW)):
@@ -209,8 +210,8 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
 
 
 def table(metrics: dict) -> str:
-    """Lines of text: every rate with its interval. What is wrong with sentences is in metrics.json
-    alone."""
+    """Lines of text: every rate, most with their interval. What is wrong with sentences is in
+    metrics.json alone."""
     def cell(path: str) -> str:
         if path not in metrics["samples"]:
             return ""
@@ -268,12 +269,14 @@ def loss_plot(stage: str, entries: list[dict]) -> Image.Image:
 # ---- The report of a run -----------------------------------------------------------------------
 
 def report(args: Namespace, worker: Worker, found: dict, dataset=None) -> None:
-    """Evaluates the averaged weights (--ema 0: the others) of the checkpoint `found`. All workers
-    call it and share the samples; worker 0 writes what there is to write into out_dir, and prints
-    the rates."""
+    """Evaluates the weights of the checkpoint `found`, or with --ema above 0 their averages. All
+    workers call it and share the samples; worker 0 writes what there is to write into out_dir, and
+    prints the rates. ValueError if there are no averages."""
     out, tasks = Path(args.out_dir), set(config.task_shares(args.tasks))
     metrics, cells, lines = {}, [], []
     if found["progress"]["mmdit"]:
+        if args.ema and not found["ema"]:
+            raise ValueError(f"--ema {args.ema}: the checkpoint has no averaged weights; give 0")
         model = cola.build(found, "ema" if args.ema else "model").to(worker.device)
         if (args.eval_samples or args.rank_samples) and not (args.data or args.text):
             metrics = rates(model, args, tasks, worker)
@@ -283,7 +286,7 @@ def report(args: Namespace, worker: Worker, found: dict, dataset=None) -> None:
                 dataset = open_data(Namespace(**vars(args) | {"seed": SEEDS + args.seed}))
             cells, lines = draw(model, args, tasks, dataset or open_data(args))
     if worker.rank == 0:
-        if args.eval_samples and metrics:
+        if metrics:
             (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         if cells:
             captioned_grid(cells).save(out / "samples.png")

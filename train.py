@@ -365,8 +365,10 @@ def attention_of(run: Run, make_step: Callable[[int], list[Batch]]) -> Iterator[
         cuda_attention.default_backend = worker.gather([best])[0]
         if worker.rank == 0:
             print(line)
-    yield
-    cuda_attention.default_backend = before
+    try:
+        yield
+    finally:
+        cuda_attention.default_backend = before
 
 
 def train(run: Run) -> None:

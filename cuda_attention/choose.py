@@ -41,7 +41,7 @@ def check(backend: str, heads: int, width: int, dtype: torch.dtype, device: torc
 
 
 def milliseconds(backend: str, layout: Layout, inputs: list[Tensor], layers: int) -> float:
-    """Median of a step."""
+    """Median time of a plan and of all layers, forward and backward."""
     times = []
     for _ in range(8):
         began = time.perf_counter()

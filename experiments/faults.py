@@ -38,7 +38,7 @@ SMALL = ("--text_vae_width 24 --text_vae_heads 2 --text_vae_layers 1 --text_vae_
          "--text_vae_batch 8 --image_vae_width 16 --image_vae_steps 3 --image_vae_batch 8 "
          "--width 32 --heads 2 --layers 2 --block_len 4 --batch_size 4 --micro_steps 3 --pool 64 "
          "--procs 1 --device cpu --vocab_size 300 --bf16 off --muon_lr 0.002 --eval_samples 0 "
-         "--save_every 1 --resume auto").split()
+         "--save_every 1 --resume auto --ema 0.9999").split()
 
 
 def start(out: Path, steps: int, log: TextIO, *flags: str, launcher: tuple[str, ...] = (),

@@ -2,7 +2,7 @@
 
     python -m experiments.growth --out growth.png     two idle cores: 15 minutes
 
-step        a training step of the default prior, over packed positions: seconds, MiB at its peak
+step        forward and backward of a batch, over its packed positions: seconds, added MiB
 cached      the prior generates a text with its KV cache, over tokens
 uncached    the same with the whole text as input of every solver step
 text        sample.generate_text, with the text VAE: it decodes and encodes the text at every token
@@ -164,9 +164,11 @@ def measure(function: Callable, size: int) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default="growth.png", help="the picture to write")
+    parser.add_argument("--out", type=Path, default="growth.png", help="the PNG file to write")
     parser.add_argument("--most", type=float, default=math.inf, help="leave out larger sizes")
     args = parser.parse_args()
+    if args.out.suffix != ".png" or not args.out.parent.is_dir() or args.most < 2000:
+        parser.error("--out: expected a .png in a folder that exists; --most: at least 2000")
     curves: dict[str, list[tuple[float, float]]] = {}
     for function, sizes in SIZES.items():
         for size in sizes:

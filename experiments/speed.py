@@ -71,7 +71,6 @@ class Step:
         for group in (group for o in self.optimizers for group in o.param_groups):
             group["lr"] = 0.0              # the same work, and weights that stay finite
         self.weights = {name: p for name, p in self.stage.named_parameters() if p.requires_grad}
-        self.ema = {name: p.detach().clone() for name, p in self.weights.items()}
         self.autocast = workers.autocast(self.stage, args.bf16 == "on", worker.device.type)
 
     def make(self, step: int) -> list[Batch]:
@@ -79,11 +78,6 @@ class Step:
         work = batches.step_samples(self.args, step)
         passes = self.args.micro_steps if self.args.accumulate else 1
         return [self.batches.prior(work[i::passes]) for i in range(passes)]
-
-    def finish(self, step: int) -> None:
-        """What follows the gradients: clipping and the averaged weights."""
-        nn.utils.clip_grad_norm_(self.weights.values(), self.args.clip)
-        train.update_average(self.ema, self.weights, self.args.ema, step)
 
     def parts(self, step: int, clock: Clock) -> Counter[str]:
         """Seconds of each part of one step."""
@@ -99,8 +93,8 @@ class Step:
                 loss, _ = self.stage(batch, counts)
             with clock.part("backward"):
                 loss.backward()
-        with clock.part("clipping, average"):
-            self.finish(step)
+        with clock.part("clipping"):
+            nn.utils.clip_grad_norm_(self.weights.values(), self.args.clip)
         for optimizer in self.optimizers:
             with clock.part(f"optimizer {type(optimizer).__name__}"):
                 optimizer.step()
@@ -113,7 +107,7 @@ class Step:
         steps = range(WARMUP + STEPS)
         for step, micro, _ in batches.ahead(self.make, steps, self.worker.device):
             terms, _ = train.forward_backward(self.stage, micro, self.worker, self.autocast)
-            self.finish(step)
+            nn.utils.clip_grad_norm_(self.weights.values(), self.args.clip)
             self.worker.sum(terms)
             for optimizer in self.optimizers:
                 optimizer.step()

@@ -274,10 +274,12 @@ VALUES = {"size": set(SIZES), "color": set(COLORS), "shape": set(SHAPES)}
 KIND = {word: kind for kind, words in VALUES.items() for word in words}
 
 
-# A sentence is not in the grammar, refers to no object or to several, introduces one that may have
-# been mentioned before, contradicts a fact of these names, or relates an object to itself.
-WRONG = ("grammar", "no such object", "several such objects", "mentioned before", "background",
-         "count", "size", "color", "left of", "above", "relation to itself")
+# What can be wrong with a sentence.
+WRONG = ("grammar",                                       # it has no form that we know
+         "no such object", "several such objects",        # its "the .." fits none, or several
+         "mentioned before",                              # its "a .." may be one of those before
+         "background", "count", "size", "color", "left of", "above",    # it contradicts such a fact
+         "relation to itself")
 
 
 class Facts:
@@ -396,8 +398,8 @@ def propose(kind: str, o: Object, scene: Scene, mentioned: dict, rng) -> str | N
 
 
 def tell(facts: Facts, text: str) -> list[str]:
-    """Adds the sentences of a text to the facts. Of each: "new", "known" if it follows from those
-    before, or what is WRONG with it; then it adds nothing."""
+    """Adds the sentences of a text to the facts. Returns for each "new", "known" (it follows from
+    those before) or what is WRONG with it; a wrong sentence adds nothing."""
     told = []
     for sentence in re.split(r"(?<=\.) ", text.strip()) if text.strip() else []:
         try:
@@ -409,7 +411,7 @@ def tell(facts: Facts, text: str) -> list[str]:
 
 
 def is_right(told: list[str]) -> bool:
-    """Whether sentences, as `tell` judged them, are all true and one is new."""
+    """Whether sentences, as `tell` judged them, are all right and at least one is new."""
     return {*told} <= {"new", "known"} and "new" in told
 
 

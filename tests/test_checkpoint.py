@@ -55,7 +55,7 @@ def test_a_joint_run_resumes_bit_for_bit(tmp_path):
     """With a text VAE that rests in step 3, a reference encoder and L_REPA; at a constant learning
     rate 2 steps, 1 and 1 are 4, so a finished run can be extended."""
     flags = [*QUIET, *("--vae_lr_ratio 1 --vae_interval 2 1 --lambda_ref 0.1 --w_repa 0.5 "
-                       "--repa_layer 1 --repa_until 1 --warmup 0 --cooldown 0").split()]
+                       "--repa_layer 1 --repa_until 1 --warmup 0 --cooldown 0 --ema 0").split()]
     straight, out = trained(tmp_path / "straight", *flags), tmp_path / "out"
     found = [cola.read(trained(out, *flags, "--resume", "auto", "--steps", n) / "ckpt.pt")
              for n in "234"]
@@ -104,6 +104,14 @@ def test_a_resumed_run_keeps_its_flags_and_names_those_that_change(tiny, copied,
     shown = capsys.readouterr().out
     assert "--seed 7 (was 0)" in shown and "--steps 5 (was 4)" in shown
     assert "changed: --out_dir" not in shown
+
+
+def test_a_run_can_drop_its_averages(copied, capsys):
+    """Then only the weights can be evaluated."""
+    trained(copied, *RESUMED, "--ema", "0", "--steps", "5")
+    assert cola.read(copied / "ckpt.pt")["ema"] == {}
+    argv = ["--out_dir", str(copied), "--procs", "1", "--device", "cpu"]
+    fails([*argv, "--ema", "0.5"], capsys, "no averaged weights", main=evaluate.main)
 
 
 def test_tasks_of_a_model_are_those_of_all_its_runs(tmp_path):

@@ -84,6 +84,7 @@ def test_flags_in_a_file():
             paper.block_len, paper.lr, paper.text_vae_lr) == \
         (1408, 2048, 24, 16, 16, 1.5e-4, 1.5e-4)
     assert paper.warmup * paper.steps == 5000 and paper.schedule == "cosine" and not paper.ema
+    assert paper.w_filler == 1
     assert flags("@paper.flags --width 64").width == 64
     assert flags("--width 64 @paper.flags").width == 2048
     with pytest.raises(SystemExit, match="2"):
