@@ -208,21 +208,40 @@ def compile_blocks(mmdit: nn.Module) -> None:
         block.post_attention = torch.compile(block.post_attention, dynamic=True)
 
 
-def bf16_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """A linear map with products in bfloat16, (n, in) -> (n, out) fp32. n is padded to a multiple
-    of 64, because oneDNN compiles a kernel, which takes milliseconds, for each new shape."""
-    with torch.autocast("cpu", torch.bfloat16):
-        padded = F.pad(x, (0, 0, 0, -len(x) % 64))
-        return F.linear(padded, module.weight, module.bias)[:len(x)].float()
+class BF16Linear(torch.autograd.Function):
+    """A linear map with products in bfloat16: x (n, in), weight (out, in), bias (out,) or None, all
+    fp32 -> (n, out) fp32. Autocast would make a copy of its own for each conversion and padding."""
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x16, w16 = padded_bf16(x), weight.bfloat16()
+        ctx.save_for_backward(x16, w16)
+        ctx.dtype = weight.dtype
+        return F.linear(x16, w16, None if bias is None else bias.bfloat16())[:len(x)].float()
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x16, w16), g16 = ctx.saved_tensors, padded_bf16(g)
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return ((g16 @ w16)[:len(g)].float() if need_x else None,
+                (g16.mT @ x16).to(ctx.dtype) if need_weight else None,
+                g.sum(0).to(ctx.dtype) if need_bias else None)
+
+
+def padded_bf16(x: Tensor) -> Tensor:
+    """x (n, d) in bfloat16, with n padded by zeros to a multiple of 64: oneDNN compiles a kernel,
+    which takes milliseconds, for each new shape."""
+    out = torch.empty(len(x) + -len(x) % 64, x.shape[1], dtype=torch.bfloat16)
+    out[:len(x)], out[len(x):] = x, 0
+    return out
 
 
 def autocast(stage: nn.Module, bf16: bool, device: str) -> torch.autocast:
     """The autocast context of a stage. On a CPU it would slow attention down: there the linear maps
-    of the stage are replaced by bf16_linear, for good, and the context does nothing."""
+    of the stage are replaced by BF16Linear, for good, and the context does nothing."""
     if bf16 and device == "cpu":
         for module in stage.modules():
             if isinstance(module, nn.Linear):
-                module.forward = functools.partial(bf16_linear, module)
+                module.forward = lambda x, m=module: BF16Linear.apply(x, m.weight, m.bias)
     return torch.autocast(device, torch.bfloat16, enabled=bf16 and device != "cpu")
 
 
