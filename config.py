@@ -124,7 +124,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("accumulate", False, None, RECIPE, "as many passes as groups: slower, less memory"),
         Flag("optimizer", "muon", ("muon", "adamw"), RECIPE, "for the matrices inside the blocks"),
         Flag("muon_lr", 0.02, RATE, RECIPE, "peak learning rate of Muon, also in stage 1b"),
-        Flag("lr", 5e-3, RATE, RECIPE, "peak learning rate of AdamW; lower it for a wide prior"),
+        Flag("lr", 3e-3, RATE, RECIPE, "peak learning rate of AdamW; lower it for a wide prior"),
         Flag("weight_decay", 0.01, WEIGHT, RECIPE, "decoupled; a larger one limits overfitting"),
         Flag("schedule", "linear", ("linear", "cosine"), RECIPE, "how learning rates fall: in the "
              "last share --cooldown of the steps, or along the paper's cosine in all of them"),
