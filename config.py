@@ -57,7 +57,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("out_dir", "out", None, RUN, "folder for ckpt.pt, log.jsonl, metrics.json and plots"),
         Flag("stage", "all", (*STAGES, "all"), RUN, "train one stage alone, to tune it"),
         Flag("resume", "never", ("never", "auto"), RUN, "auto continues the run in --out_dir"),
-        Flag("init_from", "", None, RUN, "start from the weights of a checkpoint, or its averages"),
+        Flag("init_from", "", None, RUN, "start from this checkpoint (averages, if it has them)"),
         Flag("init_official", "", None, RUN, "start from the folder of a public Cola DLM release"),
         Flag("dry_run", False, None, RUN, "print what would be trained, and write nothing"),
         Flag("seed", 0, (0, SEEDS - 1), RECIPE, "of all random numbers: another shows what varies"),
@@ -115,7 +115,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("dual_layers", None, (0, 1 << 16), MODEL, "first layers with separate weights for "
              "text and images (default: a third of --layers)"),
         Flag("as_released", False, None, MODEL, "the architecture of the release, to export to it: "
-             "no position embedding at the input, no norm of the time embedding"),
+             "no position embedding, no norm of the time embedding, tanh GELU"),
         Flag("block_len", 1, SIZE, RECIPE, "text latents generated together; release: 16"),
         Flag("steps", 3800, COUNT, RECIPE, "steps of stage 2"),
         Flag("scale", 1.0, RATE, DATA, "multiplies the steps of every stage, to train longer"),
@@ -131,8 +131,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("warmup", 0.03, SHARE, RECIPE, "first share of steps, with rising learning rates"),
         Flag("cooldown", 0.5, SHARE, RECIPE, "last share of steps, in which the linear ones fall"),
         Flag("clip", 1.0, RATE, RECIPE, "largest gradient norm: lower it if losses jump"),
-        Flag("ema", 0.0, SHARE, RECIPE, "largest decay of averaged weights, such as 0.9999; 0: no "
-             "average, or, in evaluate.py, the weights themselves"),
+        Flag("ema", 0.0, SHARE, RECIPE, "above 0, such as 0.9999: weights are averaged with this "
+             "largest decay, and evaluate.py takes the averages"),
         Flag("vae_lr_ratio", 0.0, WEIGHT, RECIPE, "text VAE's rate in stage 2 / --lr; 0: frozen"),
         Flag("vae_interval", [1, 0], STEPS, RECIPE, "steps that the text VAE trains, then rests"),
         Flag("lambda_vae", 1.0, WEIGHT, RECIPE, "weight of the text VAE's own loss in stage 2"),
@@ -141,7 +141,7 @@ FLAGS: dict[str, list[Flag]] = {
              "trains in stage 2 to the encoder it began with"),
         Flag("w_text", 1.0, WEIGHT, RECIPE, "weight of L_text relative to L_image"),
         Flag("w_filler", 0.3, WEIGHT, RECIPE, "weight in L_text of the latents behind the first "
-             "end token, which fill the last block; none at --block_len 1; at 0 no likelihoods"),
+             "end token of a text, which fill its last block; at 0, likelihoods mean nothing"),
         Flag("w_answer", 3.5, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
         Flag("w_repa", 0.0, WEIGHT, DATA, "weight of L_REPA: 0.5 in the literature, 0 is off"),
         Flag("repa_features", "", None, DATA, ".npy that L_REPA aligns images with, in the order "
@@ -161,7 +161,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("time_per", "block", ("block", "sample"), RECIPE, "a time per text block, or one"),
     ],
     "evaluation": [
-        Flag("eval_samples", 512, STEPS, RUN, "samples per rate; 0: no rates"),
+        Flag("eval_samples", 512, STEPS, RUN, "samples per rate; 0: none of these rates"),
         Flag("rank_samples", 0, STEPS, RUN, "scenes in which the right answer and caption are "
              "ranked among wrong ones by likelihood; seconds each"),
         Flag("guidance", 2.0, REAL, RUN, "for images: more follows captions, varies less"),

@@ -286,7 +286,7 @@ def report(args: Namespace, worker: Worker, found: dict, dataset=None) -> None:
                 dataset = open_data(Namespace(**vars(args) | {"seed": SEEDS + args.seed}))
             cells, lines = draw(model, args, tasks, dataset or open_data(args))
     if worker.rank == 0:
-        if metrics:
+        if metrics.get("samples"):
             (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         if cells:
             captioned_grid(cells).save(out / "samples.png")
@@ -296,8 +296,8 @@ def report(args: Namespace, worker: Worker, found: dict, dataset=None) -> None:
         if stages:
             plots = [loss_plot(stage, entries) for stage, entries in stages.items()]
             Image.fromarray(np.hstack(plots)).save(out / "loss.png")
-        print(table(metrics) if metrics else "no rates: they need a trained prior, generated "
-              "scenes and --eval_samples")
+        print(table(metrics) if metrics.get("samples") else "no rates: they need a trained prior, "
+              "generated scenes and --eval_samples or --rank_samples")
         print(*lines, f"{found['seconds'] / 60:.1f} minutes of training; see {out}", sep="\n")
         print(f"next: python sample.py --help; its flag: --checkpoint {out}/ckpt.pt")
 

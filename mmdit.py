@@ -38,7 +38,7 @@ class MMDiTConfig:
     expand_ratio: int = 4              # MLP width / D
     emb_dim: int = 128                 # E
     rope_dim: int = 16                 # channels of a head that RoPE rotates
-    as_released: bool = False          # public release: no PositionEmbedding, no RMS norm of emb
+    as_released: bool = False          # release: no PositionEmbedding, no RMS norm, tanh GELU
     qk_bias: bool = False              # biases in attention's projections (the release's name)
     norm_eps: float = 1e-5
 
@@ -135,7 +135,7 @@ class Block(nn.Module):
             proj_out=nn.Linear(inner, c.width, bias=c.qk_bias)))
         self.mlp = nn.Sequential(OrderedDict(
             proj_in=nn.Linear(c.width, hidden),
-            gelu=nn.GELU("tanh" if c.as_released else "none"),     # exact: faster on a CPU
+            gelu=nn.GELU("tanh" if c.as_released else "none"),
             proj_out=nn.Linear(hidden, c.width)))
 
     def pre_attention(self, x: Tensor, emb: Tensor, t_index: Tensor, rope: Tensor) -> tuple:

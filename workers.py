@@ -10,6 +10,7 @@ Run: python workers.py   (CPU, 5 s: two workers share a sum)
 import contextlib
 import fcntl
 import functools
+import functools
 import os
 import signal
 import socket
@@ -209,22 +210,26 @@ def compile_blocks(mmdit: nn.Module) -> None:
 
 
 class BF16Linear(torch.autograd.Function):
-    """A linear map with products in bfloat16: x (n, in), weight (out, in), bias (out,) or None, all
-    fp32 -> (n, out) fp32. Autocast would make a copy of its own for each conversion and padding."""
+    """A linear map with products in bfloat16. It converts and pads in one copy, autocast in two."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (n, in), weight (out, in), bias (out,) or None -> (n, out) fp32"""
         x16, w16 = padded_bf16(x), weight.bfloat16()
         ctx.save_for_backward(x16, w16)
-        ctx.dtype = weight.dtype
         return F.linear(x16, w16, None if bias is None else bias.bfloat16())[:len(x)].float()
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        """g (n, out) -> gradients of x, weight and bias, which autograd casts to their types."""
         (x16, w16), g16 = ctx.saved_tensors, padded_bf16(g)
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        return ((g16 @ w16)[:len(g)].float() if need_x else None,
-                (g16.mT @ x16).to(ctx.dtype) if need_weight else None,
-                g.sum(0).to(ctx.dtype) if need_bias else None)
+        return ((g16 @ w16)[:len(g)] if need_x else None, g16.mT @ x16 if need_weight else None,
+                g.sum(0) if need_bias else None)
+
+
+def bf16_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """The forward method of a linear map with products in bfloat16."""
+    return BF16Linear.apply(x, module.weight, module.bias)
 
 
 def padded_bf16(x: Tensor) -> Tensor:
@@ -237,11 +242,11 @@ def padded_bf16(x: Tensor) -> Tensor:
 
 def autocast(stage: nn.Module, bf16: bool, device: str) -> torch.autocast:
     """The autocast context of a stage. On a CPU it would slow attention down: there the linear maps
-    of the stage are replaced by BF16Linear, for good, and the context does nothing."""
+    of the stage are replaced by bf16_linear, for good, and the context does nothing."""
     if bf16 and device == "cpu":
         for module in stage.modules():
             if isinstance(module, nn.Linear):
-                module.forward = lambda x, m=module: BF16Linear.apply(x, m.weight, m.bias)
+                module.forward = functools.partial(bf16_linear, module)
     return torch.autocast(device, torch.bfloat16, enabled=bf16 and device != "cpu")
 
 

@@ -95,8 +95,7 @@ def set_backend(name: str, device: torch.device) -> str:
             default_backend = "padded"
             return f"attention: padded, because the kernels cannot be built: {error}"
         return "attention: cuda for heads of 64 or 128 in bfloat16, padded for others"
-    fastest = ", in training the fastest" if device.type == "cuda" else ""
-    return f"attention: padded{fastest}" if name == "auto" else f"attention: {name}"
+    return f"attention: {'padded' if name == 'auto' else name}"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ablations: the paper's tables and figures on generated stories; the default and what differs.
+"""Ablations: the paper's tables and figures on generated stories; one setting at a time.
 
 Trains and evaluates what is missing in the folder --out, then prints the tables in Markdown.
 
@@ -40,8 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASES = {
     "stories": ("--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 1000 --bf16 off "
                 "--block_len 16 --w_filler 1 --text_loc 1 --vae_lr_ratio 1 --lambda_ref 0.01 "
-                "--vae_logsnr learned --cfg_drop_text 0.1 --ema 0.9999 "
-                "--lr 0.005",
+                "--vae_logsnr learned --cfg_drop_text 0.1 --ema 0.9999 --lr 0.005",
                 "--procs 1 --text_temperature 1 --no-text_snap --text_shift 1 --text_guidance 1"),
     "tasks": ("--steps 1000 --image_vae_steps 600 --bf16 off --ema 0.9999 --lr 0.005",
               "--procs 1 --sample_steps 8"),

@@ -9,7 +9,7 @@ text        sample.generate_text, with the text VAE: it decodes and encodes the 
 intake      opening a folder of captioned pictures, over their number
 
 The exponent a of size^a is a least-squares fit of the logarithms. Every size runs in a process of
-its own, on one thread. A step and the intake should grow linearly. A text cannot: its attention
+its own, on one thread. The first and the last should grow linearly. A text cannot: its attention
 reads all tokens before.
 """
 from __future__ import annotations
@@ -167,8 +167,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default="growth.png", help="the PNG file to write")
     parser.add_argument("--most", type=float, default=math.inf, help="leave out larger sizes")
     args = parser.parse_args()
-    if args.out.suffix != ".png" or not args.out.parent.is_dir() or args.most < 2000:
-        parser.error("--out: expected a .png in a folder that exists; --most: at least 2000")
+    if args.out.suffix != ".png" or not args.out.parent.is_dir():
+        parser.exit(2, f"growth.py: --out {args.out}: expected a .png in a folder that exists\n")
+    if not args.most >= 3000:              # two sizes of everything
+        parser.exit(2, f"growth.py: --most {args.most}: expected at least 3000\n")
     curves: dict[str, list[tuple[float, float]]] = {}
     for function, sizes in SIZES.items():
         for size in sizes:

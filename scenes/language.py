@@ -275,7 +275,7 @@ KIND = {word: kind for kind, words in VALUES.items() for word in words}
 
 
 # What can be wrong with a sentence.
-WRONG = ("grammar",                                       # it has no form that we know
+WRONG = ("grammar",                                       # not a form of the grammar
          "no such object", "several such objects",        # its "the .." fits none, or several
          "mentioned before",                              # its "a .." may be one of those before
          "background", "count", "size", "color", "left of", "above",    # it contradicts such a fact

@@ -18,7 +18,7 @@ def test_the_padded_prior_without_cache_gives_the_same():
     for targets in (None, (index, make_plan(layout.select(index), layout))):
         assert_close(run(padded, layout, z, targets=targets)[0],
                      run(model, layout, z, targets=targets)[0])
-    caches, layout = (Cache(), Cache()), pack([Sample(T2T, clean=4, noisy=6)], 2)
+    caches, layout = (Cache(), Cache()), pack([Sample(T2T, clean=n, noisy=6) for n in (2, 4)], 2)
     z, clean, last = latents(layout), layout.segment == masks.C, layout.block == 2
     for chosen in (clean & (layout.block == 0), clean & (layout.block == 1), last):
         part = layout.select(chosen)
