@@ -124,7 +124,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("accumulate", False, None, RECIPE, "as many passes as groups: slower, less memory"),
         Flag("optimizer", "muon", ("muon", "adamw"), RECIPE, "for the matrices inside the blocks"),
         Flag("muon_lr", 0.02, RATE, RECIPE, "peak learning rate of Muon, also in stage 1b"),
-        Flag("lr", 3e-3, RATE, RECIPE, "peak learning rate of AdamW; lower it for a wide prior"),
+        Flag("lr", 5e-3, RATE, RECIPE, "peak learning rate of AdamW; lower it for a wide prior"),
         Flag("weight_decay", 0.01, WEIGHT, RECIPE, "decoupled; a larger one limits overfitting"),
         Flag("schedule", "linear", ("linear", "cosine"), RECIPE, "how learning rates fall: in the "
              "last share --cooldown of the steps, or along the paper's cosine in all of them"),
@@ -169,7 +169,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("text_temperature", 0.3, WEIGHT, RUN, "scale of text's first noise: less, likelier"),
         Flag("text_shift", 3.0, RATE, RUN, "larger: more of text's solver steps are near noise"),
         Flag("text_snap", True, None, RUN, "condition on re-encoded tokens: errors do not add up"),
-        Flag("sample_steps", 16, COUNT, RUN, "solver steps: more are slower and more exact"),
+        Flag("sample_steps", 8, COUNT, RUN, "solver steps: more are slower and more exact"),
         Flag("repaint_share", 1.0, SHARE, RUN, "for repaint: share of steps that reset the prefix"),
         Flag("repaint_cycles", 1, COUNT, RUN, "how often each of these steps is repeated"),
     ],

@@ -13,7 +13,7 @@ to hold to, so beta keeps the latents apart: beta = 1.6 / channels, which has th
 relative to L_FM (a mean over channels) at every width. Stories are sampled as in the paper:
 temperature 1, no snapping, an even time grid; but guidance 1. Table "D" changes one setting at a
 time for all tasks: the default with 1,000 steps, half the steps of the image VAE and of the solver.
-All runs average their weights (--ema 0.9999) and have a learning rate of 0.005.
+All runs average their weights (--ema 0.9999).
 
 A rate is the mean over seen and held-out compositions and over the seeds, with Wilson's 95 %
 interval of all samples. Training itself varies more: the last line says by how much two rows must
@@ -40,9 +40,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BASES = {
     "stories": ("--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 1000 --bf16 off "
                 "--block_len 16 --w_filler 1 --text_loc 1 --vae_lr_ratio 1 --lambda_ref 0.01 "
-                "--vae_logsnr learned --cfg_drop_text 0.1 --ema 0.9999 --lr 0.005",
+                "--vae_logsnr learned --cfg_drop_text 0.1 --ema 0.9999",
                 "--procs 1 --text_temperature 1 --no-text_snap --text_shift 1 --text_guidance 1"),
-    "tasks": ("--steps 1000 --image_vae_steps 600 --bf16 off --ema 0.9999 --lr 0.005",
+    "tasks": ("--steps 1000 --image_vae_steps 600 --bf16 off --ema 0.9999",
               "--procs 1 --sample_steps 8"),
 }
 SCRATCH = "--text_vae_steps 0 --lambda_ref 0 --beta"

@@ -98,7 +98,7 @@ def test_a_resumed_run_keeps_its_flags_and_names_those_that_change(tiny, copied,
     for path in tiny.iterdir():
         assert (copied / path.name).read_bytes() == path.read_bytes() or path.suffix == ".png"
     args, found = checkpoint.begin({"out_dir": str(copied), "resume": "auto", "lr": 0.5})
-    assert (args.width, args.batch_size, args.lr) == (32, 4, 0.5) and found["args"]["lr"] == 0.003
+    assert (args.width, args.batch_size, args.lr) == (32, 4, 0.5) and found["args"]["lr"] == 0.005
     fails(["--out_dir", str(copied), "--resume", "auto", "--width", "64"], capsys, "--width 64")
     trained(copied, *RESUMED, "--seed", "7", "--steps", "5")
     shown = capsys.readouterr().out
