@@ -195,7 +195,10 @@ def parse(argv: list[str], prog: str = "train.py", only: set[str] | None = None)
         for flag in flags:
             if only is None or flag.name in only:
                 group.add_argument(f"--{flag.name}", **as_argparse(flag))
-    return vars(parser.parse_args(argv))
+    try:
+        return vars(parser.parse_args(argv))
+    except RecursionError:
+        parser.error("a file of flags names itself")
 
 
 def as_argparse(flag: Flag) -> dict[str, Any]:

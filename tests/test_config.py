@@ -77,7 +77,7 @@ def test_help_and_unknown_flags(capsys):
     with pytest.raises(SystemExit):
         parse(["--lr", "1"], "evaluate.py", config.EVALUATE)
 
-def test_flags_in_a_file():
+def test_flags_in_a_file(tmp_path):
     """Several in a line, comments, and explicit flags behind it that win."""
     paper = flags("@paper.flags")
     assert (paper.batch_size * paper.micro_steps, paper.width, paper.layers, paper.heads,
@@ -87,6 +87,9 @@ def test_flags_in_a_file():
     assert paper.w_filler == 1
     assert flags("@paper.flags --width 64").width == 64
     assert flags("--width 64 @paper.flags").width == 2048
+    (loop := tmp_path / "loop.flags").write_text(f"@{loop}")
+    with pytest.raises(SystemExit, match="2"):
+        flags(f"@{loop}")
     with pytest.raises(SystemExit, match="2"):
         parse(["@none.flags"])
 
