@@ -55,8 +55,8 @@ class Settings:
 
 # Guiding an image below t = 0.6 makes colors bleed into each other (cf. 2404.07724). Text at
 # temperature 1 has outliers, at 0 it repeats one story.
-IMAGE = Settings(steps=8, guidance=2.0, interval=(0.6, 1.0))
-TEXT = Settings(steps=8, shift=3.0, temperature=0.3)
+IMAGE = Settings(guidance=2.0, interval=(0.6, 1.0))
+TEXT = Settings(shift=1.0, temperature=0.4)
 RELEASED = Settings(guidance=7.0, shift=1.0, snap=False, repetition_penalty=1.1,
                     stop="<|im_end|>")                         # of the public release
 

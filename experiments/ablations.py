@@ -43,7 +43,7 @@ BASES = {
                 "--vae_logsnr learned --cfg_drop_text 0.1 --ema 0.9999",
                 "--procs 1 --text_temperature 1 --no-text_snap --text_shift 1 --text_guidance 1"),
     "tasks": ("--steps 1000 --image_vae_steps 600 --bf16 off --ema 0.9999",
-              "--procs 1 --sample_steps 8"),
+              "--procs 1 --sample_steps 8 --text_shift 3 --text_temperature 0.3"),
 }
 SCRATCH = "--text_vae_steps 0 --lambda_ref 0 --beta"
 
