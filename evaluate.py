@@ -286,7 +286,7 @@ def report(args: Namespace, worker: Worker, found: dict, dataset=None) -> None:
                 dataset = open_data(Namespace(**vars(args) | {"seed": SEEDS + args.seed}))
             cells, lines = draw(model, args, tasks, dataset or open_data(args))
     if worker.rank == 0:
-        if metrics.get("samples"):
+        if args.eval_samples and metrics:    # a ranking alone does not replace the rates
             (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         if cells:
             captioned_grid(cells).save(out / "samples.png")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import checkpoint
 import cola
+import config
 import masks
 import train
 import workers
@@ -114,7 +115,8 @@ class Plain(Unpacked):
 def main() -> int:
     """The exit status of train.py."""
     (kind, *flags), kinds = sys.argv[1:] or [""], {"unpacked": Unpacked, "plain": Plain}
-    if kind not in kinds or {"--w_repa", "--compile", "--fsdp", "--device"} & {*flags}:
+    given = config.parse(flags, "baseline.py") if kind in kinds else {}
+    if kind not in kinds or {"w_repa", "compile", "fsdp", "device"} & given.keys():
         print(f"baseline.py: expected one of {', '.join(kinds)}, then flags of train.py, without "
               "--w_repa, --compile, --fsdp and --device", file=sys.stderr)
         return 2
