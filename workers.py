@@ -10,7 +10,6 @@ Run: python workers.py   (CPU, 5 s: two workers share a sum)
 import contextlib
 import fcntl
 import functools
-import functools
 import os
 import signal
 import socket
