@@ -8,10 +8,10 @@
 
 Everything random about sample k is drawn from (seed, k, purpose): it depends neither on its batch
 nor on the number of workers, and a resumed run draws the same. DROP: the dropped condition, the cut
-of a text, the predicted caption. TIME: normal draws, which flow.sample_time turns into flow times.
-NOISE: eps of the image, then of the text, then the image's posterior sample. POSTERIOR: that of the
-text. MASK: tokens that the masking loss hides. In stages 1 and 1b: TASK, the task of text k; PICK,
-image k.
+of a text, the predicted caption. TIME: the cells of its times. NOISE: eps of the image, then of the
+text, then the image's posterior sample. POSTERIOR: that of the text. MASK: tokens that the masking
+loss hides. In stages 1 and 1b: TASK, the task of text k; PICK, image k. For step k of stage 2:
+TASK, its tasks; GRID, where times lie in their cells.
 
 Shapes: T tokens, Lv latents of all texts; L positions of the prior, Lt text, Li image; U times; Dz,
 Cz text and image channels; B images, H x W pixels, h x w latents.    Run: python batches.py
@@ -38,6 +38,10 @@ from image_vae import ImageVAE, ImageVAEConfig
 from masks import I, IT2T, N, T2I, T2T, TASKS, Layout
 from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
+
+# Texts and images of a step have at most this many different times each, evenly distributed: the
+# adaLN maps are computed once for each time.
+TIMES = 64
 
 # ---- What the three stages train on ------------------------------------------------------------
 
@@ -106,7 +110,7 @@ class Example:
     source: np.ndarray                 # (text positions,) which latent of these texts stands there
     clean: np.ndarray                  # (positions of N,) bool, t = 0: a given part of the text
     weight: np.ndarray                 # (positions of N,) in L_text
-    normal: np.ndarray                 # (1 + blocks,) draws for the image's and each block's time
+    u: np.ndarray                      # (1 + blocks,) uniform, for the image's and blocks' times
     eps_text: np.ndarray               # (positions of N, Dz) noise
     eps_image: np.ndarray              # (positions of I, Cz) noise
     image_noise: np.ndarray            # (positions of I, Cz) of the image's posterior sample
@@ -193,16 +197,18 @@ class Batches:
         end token of the predicted text; source (n,): the number of each of its latents among those
         of `texts`; clean (n,) bool: whether it is clean in N."""
         (h, w), kept = sample.image, slice(sample.skip, sample.noisy)
-        normal = self.rng(k, Purpose.TIME).standard_normal(1 + len(source) // self.block_len)
+        cell = self.rng(k, Purpose.TIME).integers(TIMES, size=1 + len(source) // self.block_len)
         if self.args.time_per == "sample":
-            normal[1:] = normal[-1]
+            cell[1:] = cell[-1]
+        step = k // (self.args.batch_size * self.args.micro_steps)
+        u = (cell + self.rng(step, Purpose.GRID).random()) / TIMES
         noise = self.rng(k, Purpose.NOISE)
         eps_image = noise.standard_normal((h * w, self.cz), np.float32)
         eps_text = noise.standard_normal((sample.noisy, self.dz), np.float32)[kept]
         image_noise = noise.standard_normal((h * w, self.cz), np.float32)
         source = np.concatenate([np.arange(sample.prompt), source[:sample.clean], source[kept]])
         weight = np.where(np.arange(len(clean)) > end, self.args.w_filler, 1.0)
-        return Example(sample, texts, image, source, clean[kept], (weight * ~clean)[kept], normal,
+        return Example(sample, texts, image, source, clean[kept], (weight * ~clean)[kept], u,
                        eps_text, eps_image, image_noise, *self.vae_noise(k, texts))
 
     def end_of(self, ids: list[int]) -> int:
@@ -324,17 +330,17 @@ class Batches:
         weight[layout.segment == N] = join("weight").float()
         ids, lengths = self.packed([text for e in examples for text in e.texts])
         first_latent = torch.tensor([0, *(len(e.posterior_noise) for e in examples[:-1])]).cumsum(0)
-        # The times: t[0] = 0, then of each example that of its image and those of its blocks.
-        first_time = torch.tensor([0, *(len(e.normal) for e in examples[:-1])]).cumsum(0)
-        own_time = 1 + first_time[layout.sample] + torch.where(is_image, 0, 1 + layout.block)
-        normal = join("normal").float()                                       # (U - 1,)
-        loc, shift = torch.full_like(normal, self.text_loc), torch.ones_like(normal)
+        # Of each example the time of its image, then those of its blocks.
+        first_time = torch.tensor([0, *(len(e.u) for e in examples[:-1])]).cumsum(0)
+        own_time = first_time[layout.sample] + torch.where(is_image, 0, 1 + layout.block)
+        u = join("u")                                                         # float64
+        loc, shift = torch.full_like(u, self.text_loc), torch.ones_like(u)
         loc[first_time] = self.model.image_loc
-        shift[first_time] = torch.tensor([flow.image_shift(e.eps_image.size) for e in examples])
-        t = flow.sample_time(normal, self.args.time_law, loc, self.args.time_scale, shift)
-        # About half of these times belong to no moving position: they are not embedded.
-        index = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(moving, own_time, 0)])
-        used, t_index = index.unique(return_inverse=True)
+        image_shifts = [flow.image_shift(e.eps_image.size) for e in examples]
+        shift[first_time] = torch.tensor(image_shifts, dtype=u.dtype)
+        t = flow.sample_time(u, self.args.time_law, loc, self.args.time_scale, shift).float()
+        t = torch.where(moving, t[own_time], 0)                               # (L,)
+        t, t_index = torch.cat([torch.zeros(1), t]).unique(return_inverse=True)
         return Batch(
             ids, lengths, join("posterior_noise"), join("masked"), layout, moving.nonzero()[:, 0],
             source=first_latent[layout.sample[~is_image]] + join("source"),
@@ -342,7 +348,7 @@ class Batches:
             text_weight=weight[~is_image], eps_text=eps_text[~is_image],
             z_image=z_image, image_moves=moving[is_image],
             eps_image=join("eps_image"), features=features,
-            t=torch.cat([torch.zeros(1), t])[used], t_index=t_index[1:])
+            t=t, t_index=t_index[1:])
 
     def packed(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Tokens (T,) of all texts, and latents of each but the empty ones (a dropped caption)."""

@@ -72,14 +72,14 @@ FLAGS: dict[str, list[Flag]] = {
     "data": [
         Flag("data", [], None, DATA, "folders, .jsonl, .tar of captioned images; else scenes"),
         Flag("text", [], None, DATA, "files for T2T: .txt or .jsonl, also .gz; else captions"),
-        Flag("tasks", "t2t:3,t2i:4,it2t:5", None, RECIPE, "task:ratio of samples, for any tasks"),
+        Flag("tasks", "t2t:4,t2i:4,it2t:5", None, RECIPE, "task:ratio of samples, for any tasks"),
         Flag("image_size", [32], (8, 1 << 12), RECIPE, "pixels: one number, or height and width"),
         Flag("aspect", False, None, DATA, "keep aspect ratios from 1:2 to 2:1 instead of cropping"),
         Flag("seq_len", 128, SIZE, RECIPE, "longest text in tokens; longer captions are refused"),
         Flag("vocab_size", 512, COUNT, MODEL, "tokens of the trained BPE; more shorten sequences"),
         Flag("tokenizer", "", None, MODEL, "a tiktoken encoding instead, such as cl100k_base"),
         Flag("pool", 20000, COUNT, RECIPE, "different scenes; a small pool is memorized"),
-        Flag("questions", 0.75, SHARE, RECIPE, "share of questions in IT2T; others: descriptions"),
+        Flag("questions", 0.85, SHARE, RECIPE, "share of questions in IT2T; others: descriptions"),
     ],
     "text VAE (stage 1)": [
         Flag("text_latent_dim", 16, SIZE, MODEL, "channels: more keep more detail of the text"),
@@ -112,8 +112,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("width", 128, SIZE, MODEL, "width D; the release has 2048"),
         Flag("layers", 4, SIZE, MODEL, "blocks; the release has 24"),
         Flag("heads", 8, SIZE, MODEL, "attention heads; the release has 16"),
-        Flag("dual_layers", None, (0, 1 << 16), MODEL, "first layers with separate weights for "
-             "text and images (default: a third of --layers)"),
+        Flag("dual_layers", 4, (0, 1 << 16), MODEL, "first layers with separate weights for text "
+             "and images, at most all: fewer save memory"),
         Flag("as_released", False, None, MODEL, "the architecture of the release, to export to it: "
              "no position embedding, no norm of the time embedding, tanh GELU"),
         Flag("block_len", 1, SIZE, RECIPE, "text latents generated together; release: 16"),
@@ -225,8 +225,6 @@ def merge(given: dict[str, Any], found: dict[str, Any] | None = None, start: str
         if FLAG[name].kind == MODEL and given.get(name, value) != value:
             raise ValueError(f"{in_words(name, given[name])}: {source} has {value}; leave it out")
     a = Namespace(**DEFAULTS | found | given)
-    if a.dual_layers is None:
-        a.dual_layers = max(1, round(a.layers / 3))
     check(a)
     if not found and not a.text_vae_steps and (not a.vae_lr_ratio * a.lambda_vae or a.lambda_ref):
         # The text VAE would never be trained, or would be held to where it began, untrained.
@@ -264,7 +262,6 @@ def check(a: Namespace) -> None:
             (a.width % (2 * a.heads), f"--width {a.width}: expected a multiple of 2 x --heads"),
             (a.text_vae_width % (2 * a.text_vae_heads),
              f"--text_vae_width {a.text_vae_width}: expected a multiple of 2 x --text_vae_heads"),
-            (a.dual_layers > a.layers, f"--dual_layers {a.dual_layers}: more than --layers"),
             (a.block_len % a.vae_block_len,
              f"--vae_block_len {a.vae_block_len}: expected a divisor of --block_len {a.block_len}"),
             (a.seq_len < blocks * a.block_len * a.text_patch, f"--seq_len {a.seq_len}: expected "
@@ -340,9 +337,8 @@ def in_words(name: str, value: Any) -> str:
 
 def show(a: Namespace) -> str:
     """The flags that differ from their defaults, as the command line gives them."""
-    usual = DEFAULTS | {"dual_layers": max(1, round(a.layers / 3))}
     return " ".join(in_words(name, value) for name, value in vars(a).items()
-                    if value != usual[name]) or "all as by default"
+                    if value != DEFAULTS[name]) or "all as by default"
 
 
 if __name__ == "__main__":

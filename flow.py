@@ -52,15 +52,15 @@ def shift_time(t: Tensor, shift: float | Tensor) -> Tensor:
     return shift * t / (shift * t + (1 - t))
 
 
-def sample_time(normal: Tensor, law: str = "logit_normal", loc: float | Tensor = 1.0,
+def sample_time(u: Tensor, law: str = "logit_normal", loc: float | Tensor = 1.0,
                 scale: float = 1.0, shift: float | Tensor = 1.0) -> Tensor:
-    """Training times in [0, 1], made from standard normal numbers of any shape.
+    """Training times in [0, 1], made from uniform numbers in [0, 1] of any shape.
 
     law: "logit_normal" (paper, Eq. 16.5, 16.6), where a larger loc trains noisier inputs, or
-    "uniform" without loc and scale. loc and shift: numbers, or tensors like normal."""
+    "uniform" without loc and scale. loc and shift: numbers, or tensors like u."""
     if law == "uniform":
-        return shift_time(torch.special.ndtr(normal), shift)      # the normal CDF makes it uniform
-    return shift_time(torch.sigmoid(loc + scale * normal), shift)
+        return shift_time(u, shift)
+    return shift_time(torch.sigmoid(loc + scale * torch.special.ndtri(u)), shift)
 
 
 def text_loc(channels: int, block_len: int) -> float:

@@ -34,7 +34,7 @@ class MMDiTConfig:
     heads: int = 8                     # nh
     head_dim: int = 16                 # hd
     layers: int = 4
-    dual_layers: int = 1               # first layers with separate weights for text and image
+    dual_layers: int = 4               # first layers with separate weights for text and image
     expand_ratio: int = 4              # MLP width / D
     emb_dim: int = 128                 # E
     rope_dim: int = 16                 # channels of a head that RoPE rotates
@@ -45,8 +45,8 @@ class MMDiTConfig:
     def __post_init__(self) -> None:
         if self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim:
             raise ValueError(f"rope_dim {self.rope_dim}: expected an even number <= head_dim")
-        if not self.image_channels:
-            self.dual_layers = 0       # a text-only model has no second set of weights
+        # A text-only model has no second set of weights.
+        self.dual_layers = min(self.dual_layers, self.layers) if self.image_channels else 0
 
 
 @dataclass

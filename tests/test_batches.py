@@ -215,6 +215,21 @@ def test_a_text_has_a_time_for_each_block_or_one(made):
     torch.testing.assert_close(torch.cat(times("--time_law", "uniform")), even, atol=1e-4, rtol=0)
 
 
+def test_a_step_has_few_times_on_an_even_grid(made):
+    """One offset for a step and another for the next; every cell of the grid is used."""
+    made, offsets = with_flags(made, "--batch_size", "80", "--micro_steps", "2",
+                               "--time_law", "uniform"), []
+    for step in range(2):
+        b = made.prior([(T2T, k) for k in range(160 * step, 160 * (step + 1))])
+        assert b.t[0] == 0 and len(b.t) == 1 + batches.TIMES
+        offset = b.t[1:] * batches.TIMES - torch.arange(batches.TIMES)
+        torch.testing.assert_close(offset, offset[:1].expand(batches.TIMES), atol=1e-4, rtol=0)
+        offsets.append(float(offset[0]))
+        counts = b.t_index[b.t_index > 0].bincount()[1:] / (b.t_index > 0).sum()
+        assert counts.min() > 0.4 / batches.TIMES and counts.max() < 2 / batches.TIMES
+    assert 0 <= min(offsets) < max(offsets) - 0.01 and max(offsets) < 1
+
+
 @pytest.fixture(scope="module")
 def two_sizes(tmp_path_factory):
     """Pictures of two aspect ratios."""

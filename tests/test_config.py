@@ -39,7 +39,7 @@ def test_every_row_is_whole():
 
 
 def test_defaults_are_allowed_and_those_of_sampling():
-    assert merge({}) == merge(parse([])) and merge({}).dual_layers == 1
+    assert merge({}) == merge(parse([]))
     assert DEFAULTS["guidance"] == sample.IMAGE.guidance
     text = {"text_guidance": "guidance", "text_temperature": "temperature", "text_shift": "shift",
             "text_snap": "snap"} | {name: name for name in ("repaint_share", "repaint_cycles")}
@@ -109,15 +109,6 @@ def test_a_flag_comes_from_where_its_kind_says(name, start, monkeypatch):
     else:
         assert getattr(merge(given, found, start), name) == given[name]
     assert bool(config.changes(given, found)) == (kind != RUN)
-
-
-def test_dual_layers():
-    for layers, dual in ((1, 1), (2, 1), (4, 1), (6, 2), (24, 8)):
-        assert flags(f"--layers {layers}").dual_layers == dual
-    assert flags("--layers 4 --dual_layers 0").dual_layers == 0
-    release = {"width": 128, "layers": 24, "text_vae_steps": 0}            # has no --dual_layers
-    assert merge({"dual_layers": 3}, release, "init").dual_layers == 3
-    assert merge({}, release, "init").dual_layers == 8
 
 # ---- Values that do not go together ------------------------------------------------------------
 

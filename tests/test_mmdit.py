@@ -103,6 +103,11 @@ def test_the_size_of_the_time_embedding_matters_to_the_release_alone(as_released
 
 # ---- The stack ---------------------------------------------------------------------------------
 
+def test_dual_layers_are_at_most_all():
+    assert [MMDiTConfig(layers=n, dual_layers=4).dual_layers for n in (1, 4, 6)] == [1, 4, 4]
+    assert MMDiTConfig(image_channels=0, dual_layers=4).dual_layers == 0
+
+
 @torch.no_grad()
 def test_dual_layers_with_equal_weights_are_single_layers():
     layout = pack(EXAMPLES, 2)
