@@ -168,8 +168,9 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
 
 def settings(args: Namespace, seed: int = 0) -> tuple[sample.Settings, sample.Settings]:
     """How images and how texts are generated, by the flags of the run."""
-    image = replace(sample.IMAGE, steps=args.sample_steps, seed=seed, guidance=args.guidance)
-    text = replace(sample.TEXT, steps=args.sample_steps, seed=seed, guidance=args.text_guidance,
+    image = replace(sample.IMAGE, steps=args.image_steps, seed=seed, guidance=args.guidance,
+                    temperature=args.image_temperature)
+    text = replace(sample.TEXT, steps=args.text_steps, seed=seed, guidance=args.text_guidance,
                    shift=args.text_shift, temperature=args.text_temperature, snap=args.text_snap,
                    repaint_share=args.repaint_share, repaint_cycles=args.repaint_cycles)
     return image, text

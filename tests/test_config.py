@@ -40,9 +40,11 @@ def test_every_row_is_whole():
 
 def test_defaults_are_allowed_and_those_of_sampling():
     assert merge({}) == merge(parse([]))
-    assert DEFAULTS["guidance"] == sample.IMAGE.guidance
+    image = {"guidance": "guidance", "image_temperature": "temperature", "image_steps": "steps"}
+    assert all(DEFAULTS[name] == getattr(sample.IMAGE, ours) for name, ours in image.items())
     text = {"text_guidance": "guidance", "text_temperature": "temperature", "text_shift": "shift",
-            "text_snap": "snap"} | {name: name for name in ("repaint_share", "repaint_cycles")}
+            "text_snap": "snap", "text_steps": "steps"}
+    text |= {name: name for name in ("repaint_share", "repaint_cycles")}
     assert all(DEFAULTS[name] == getattr(sample.TEXT, ours) for name, ours in text.items())
 
 

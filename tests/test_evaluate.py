@@ -153,7 +153,8 @@ def test_the_command_repeats_the_report_of_the_run(tiny, tmp_path):
     argv = changed(tiny, out, "args", "bf16", "on")
     shutil.copy(tiny / "log.jsonl", out)
     before = (out / "ckpt.pt").read_bytes()
-    assert evaluate.main([*argv, "--eval_samples", "2", "--sample_steps", "2"]) == 0
+    few = "--eval_samples 2 --image_steps 2 --text_steps 2".split()
+    assert evaluate.main([*argv, *few]) == 0
     again, first = (json.loads((folder / "metrics.json").read_text()) for folder in (out, tiny))
     assert all(again[key] == first[key] for key in ("n", "seen", "heldout", "ceiling"))
     assert again["config"]["bf16"] == "on" and again["config"]["width"] == 32
