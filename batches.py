@@ -6,12 +6,13 @@
     it2t   [P][I] instruction and image,       [N] each block of the answer    [N]
            [C] the answer before each block
 
-Everything random about sample k is drawn from (seed, k, purpose): it depends neither on its batch
-nor on the number of workers, and a resumed run draws the same. DROP: the dropped condition, the cut
-of a text, the predicted caption. TIME: the cells of its times. NOISE: eps of the image, then of the
-text, then the image's posterior sample. POSTERIOR: that of the text. MASK: tokens that the masking
-loss hides. In stages 1 and 1b: TASK, the task of text k; PICK, image k. For step k of stage 2:
-TASK, its tasks; GRID, where times lie in their cells.
+Everything random about sample k, but for the offset of its times, which belongs to the step, is
+drawn from (seed, k, purpose): it depends neither on its batch nor on the number of workers, and a
+resumed run draws the same. DROP: the dropped condition, the cut of a text, the predicted caption.
+TIME: the cells of its times (TIMES). NOISE: eps of the image, then of the text, then the image's
+posterior sample. POSTERIOR: that of the text. MASK: tokens that the masking loss hides. In stages 1
+and 1b: TASK, the task of text k; PICK, image k. For step k of stage 2: TASK, its tasks; GRID, the
+offset of its times in their cells.
 
 Shapes: T tokens, Lv latents of all texts; L positions of the prior, Lt text, Li image; U times; Dz,
 Cz text and image channels; B images, H x W pixels, h x w latents.    Run: python batches.py
@@ -39,7 +40,8 @@ from masks import I, IT2T, N, T2I, T2T, TASKS, Layout
 from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
 
-# Texts and images of a step have at most this many different times each, evenly distributed: the
+# [0, 1] has this many cells. The uniform numbers behind the times of a step have one value in each
+# cell, all at the same offset. So texts have few different times, and images of one size, too: the
 # adaLN maps are computed once for each time.
 TIMES = 64
 
@@ -333,14 +335,14 @@ class Batches:
         # Of each example the time of its image, then those of its blocks.
         first_time = torch.tensor([0, *(len(e.u) for e in examples[:-1])]).cumsum(0)
         own_time = first_time[layout.sample] + torch.where(is_image, 0, 1 + layout.block)
-        u = join("u")                                                         # float64
+        u = join("u")              # float64: numbers of one cell become the same float32 time
         loc, shift = torch.full_like(u, self.text_loc), torch.ones_like(u)
         loc[first_time] = self.model.image_loc
         image_shifts = [flow.image_shift(e.eps_image.size) for e in examples]
         shift[first_time] = torch.tensor(image_shifts, dtype=u.dtype)
-        t = flow.sample_time(u, self.args.time_law, loc, self.args.time_scale, shift).float()
-        t = torch.where(moving, t[own_time], 0)                               # (L,)
-        t, t_index = torch.cat([torch.zeros(1), t]).unique(return_inverse=True)
+        drawn = flow.sample_time(u, self.args.time_law, loc, self.args.time_scale, shift).float()
+        of_position = torch.where(moving, drawn[own_time], 0)                 # (L,)
+        t, t_index = torch.cat([torch.zeros(1), of_position]).unique(return_inverse=True)
         return Batch(
             ids, lengths, join("posterior_noise"), join("masked"), layout, moving.nonzero()[:, 0],
             source=first_latent[layout.sample[~is_image]] + join("source"),

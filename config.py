@@ -112,8 +112,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("width", 128, SIZE, MODEL, "width D; the release has 2048"),
         Flag("layers", 4, SIZE, MODEL, "blocks; the release has 24"),
         Flag("heads", 8, SIZE, MODEL, "attention heads; the release has 16"),
-        Flag("dual_layers", 4, (0, 1 << 16), MODEL, "first layers with separate weights for text "
-             "and images, at most all: fewer save memory"),
+        Flag("dual_layers", 4, (0, 1 << 16), MODEL, "layers, from the first, with separate "
+             "weights for images (at most all layers): fewer save memory"),
         Flag("as_released", False, None, MODEL, "the architecture of the release, to export to it: "
              "no position embedding, no norm of the time embedding, tanh GELU"),
         Flag("block_len", 1, SIZE, RECIPE, "text latents generated together; release: 16"),
@@ -165,13 +165,13 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("rank_samples", 0, STEPS, RUN, "scenes in which the right answer and caption are "
              "ranked among wrong ones by likelihood; seconds each"),
         Flag("guidance", 2.0, REAL, RUN, "for images: more follows captions, varies less"),
-        Flag("image_temperature", 0.7, WEIGHT, RUN, "scale of images' first noise: less, cleaner"),
-        Flag("image_steps", 8, COUNT, RUN, "solver steps of images: more are slower, more exact"),
+        Flag("image_temperature", 0.7, WEIGHT, RUN, "scale of first noise: lower is cleaner"),
+        Flag("image_steps", 8, COUNT, RUN, "solver steps of an image: more are slower"),
         Flag("text_guidance", 1.0, REAL, RUN, "for text; 1: none; others need --cfg_drop_text"),
         Flag("text_temperature", 0.4, WEIGHT, RUN, "scale of text's first noise: less, likelier"),
         Flag("text_shift", 1.0, RATE, RUN, "larger: more of text's solver steps are near noise"),
         Flag("text_snap", True, None, RUN, "condition on re-encoded tokens: errors do not add up"),
-        Flag("text_steps", 16, COUNT, RUN, "solver steps of a text block: the same"),
+        Flag("text_steps", 16, COUNT, RUN, "solver steps of a text block: more are slower"),
         Flag("repaint_share", 1.0, SHARE, RUN, "for repaint: share of steps that reset the prefix"),
         Flag("repaint_cycles", 1, COUNT, RUN, "how often each of these steps is repeated"),
     ],

@@ -54,7 +54,8 @@ def shift_time(t: Tensor, shift: float | Tensor) -> Tensor:
 
 def sample_time(u: Tensor, law: str = "logit_normal", loc: float | Tensor = 1.0,
                 scale: float = 1.0, shift: float | Tensor = 1.0) -> Tensor:
-    """Training times in [0, 1], made from uniform numbers in [0, 1] of any shape.
+    """Training times in [0, 1], made from uniform numbers u in [0, 1] of any shape. Their normal
+    quantiles are n in the formula above.
 
     law: "logit_normal" (paper, Eq. 16.5, 16.6), where a larger loc trains noisier inputs, or
     "uniform" without loc and scale. loc and shift: numbers, or tensors like u."""

@@ -45,7 +45,7 @@ class MMDiTConfig:
     def __post_init__(self) -> None:
         if self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim:
             raise ValueError(f"rope_dim {self.rope_dim}: expected an even number <= head_dim")
-        # A text-only model has no second set of weights.
+        # At most all layers; a text-only model has no second set of weights.
         self.dual_layers = min(self.dual_layers, self.layers) if self.image_channels else 0
 
 

@@ -54,7 +54,8 @@ class Settings:
 
 
 # Guiding an image below t = 0.6 makes colors bleed into each other (cf. 2404.07724). At temperature
-# 1 more images are refused by the reader and texts have outliers; at 0 a text repeats one story.
+# 1 the reader of scenes refuses more images. Text at temperature 1 has outliers, at 0 it repeats
+# one story.
 IMAGE = Settings(steps=8, guidance=2.0, interval=(0.6, 1.0), temperature=0.7)
 TEXT = Settings(shift=1.0, temperature=0.4)
 RELEASED = Settings(guidance=7.0, shift=1.0, snap=False, repetition_penalty=1.1,

@@ -8,7 +8,7 @@ at every step. They train with AdamW and with PyTorch's autocast.
 
     unpacked   the same MMDiT
     plain      nn.TransformerEncoder with a float mask; the embedded time is added to its input. Its
-               layers have 7 % more parameters
+               layers have as many parameters
 
 Shapes: L positions, of which Lt text; S samples of W positions; D width; U distinct times.
 """
