@@ -218,8 +218,8 @@ def test_a_text_has_a_time_for_each_block_or_one(made):
 def test_a_step_has_few_times_on_an_even_grid(made):
     """One offset for a step and another for the next; every cell of the grid is used. Images are on
     it, too."""
-    made, offsets = with_flags(made, "--batch_size", "80", "--micro_steps", "2",
-                               "--time_law", "uniform"), []
+    size, offsets = ("--batch_size", "80", "--micro_steps", "2"), []
+    usual, made = with_flags(made, *size), with_flags(made, *size, "--time_law", "uniform")
     for step in range(2):
         b = made.prior([(T2T, k) for k in range(160 * step, 160 * (step + 1))])
         assert b.t[0] == 0 and len(b.t) == 1 + batches.TIMES
@@ -231,7 +231,6 @@ def test_a_step_has_few_times_on_an_even_grid(made):
         images = made.prior([(T2I, k) for k in range(160 * step, 160 * (step + 1))]).t
         assert set(images.tolist()) <= set(b.t.tolist())               # t2i's captions stay clean
     assert 0 <= min(offsets) < max(offsets) - 0.01 and max(offsets) < 1
-    usual = with_flags(made, "--time_law", "logit_normal")
     work = [(task, k) for k in range(160) for task in (T2T, T2I, IT2T)]
     assert 65 < len(usual.prior(work).t) <= 1 + 2 * batches.TIMES
 
