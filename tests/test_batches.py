@@ -219,7 +219,8 @@ def test_a_step_has_few_times_on_an_even_grid(made):
     """One offset for a step and another for the next; every cell of the grid is used. Images are on
     it, too."""
     size, offsets = ("--batch_size", "80", "--micro_steps", "2"), []
-    usual, made = with_flags(made, *size), with_flags(made, *size, "--time_law", "uniform")
+    usual = with_flags(made, *size, "--text_loc", "2")     # images have 1
+    made = with_flags(made, *size, "--time_law", "uniform")
     for step in range(2):
         b = made.prior([(T2T, k) for k in range(160 * step, 160 * (step + 1))])
         assert b.t[0] == 0 and len(b.t) == 1 + batches.TIMES
