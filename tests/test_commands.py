@@ -105,8 +105,8 @@ def test_large_models_of_the_readme_build_at_reduced_size(argv, tmp_path, monkey
         release.save(system(Tokenizer.train(["a red circle"] * 3, 300)), tmp_path / "R")
         words[words.index("DIR")] = str(tmp_path / "R")
     else:
-        small += ("--width 64 --layers 3 --heads 2 --text_vae_width 32 "
-                  "--text_vae_heads 2 --tokenizer= --text_vae_batch 2").split()
+        small += ("--width 64 --layers 3 --heads 2 --text_vae_width 32 --text_vae_heads 2 "
+                  "--tokenizer= --text_vae_batch 2").split()
     assert train.main([*words, *small]) == 0
     shown = capsys.readouterr().out
     assert "--lr 0.00015" in shown and "cosine" in shown and "it2t, the first of them P" in shown
