@@ -29,7 +29,7 @@ from masks import TASKS
 from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
 
-FORMAT = "unified-cola-5"       # the "format" entry of a checkpoint
+FORMAT = "unified-cola-6"       # the "format" entry of a checkpoint
 
 # What happens to a prefix that ends inside a block (paper, Sec. 5.2 and Table 5):
 #   clean     the prefix keeps its part of the block: latents at t = 0, never predicted

@@ -84,7 +84,7 @@ class Scenes:
     questions: share of IT2T samples that ask for one fact; the others ask for a caption."""
     tasks = {"t2t", "t2i", "it2t"}
 
-    def __init__(self, seed: int, hw: Shape = (32, 32), pool: int = 20000, questions: float = 0.85):
+    def __init__(self, seed: int, hw: Shape = (32, 32), pool: int = 20000, questions: float = 0.75):
         self.seed, self.hw, self.num_images, self.questions = seed, hw, pool, questions
         self.scene_of = cache(lambda i: pictures.sample_scene(rng(seed, i, Purpose.SCENE)))
         self._pixels = lru_cache(CACHE_BYTES // (3 * math.prod(hw)))(

@@ -101,6 +101,23 @@ def test_the_size_of_the_time_embedding_matters_to_the_release_alone(as_released
     moved = (run(model, layout, latents(layout))[0] - before).abs().max()
     assert moved > 0.1 if as_released else moved < 1e-3
 
+
+@torch.no_grad()
+def test_neighbors_of_an_image_are_as_far_apart_as_eight_positions_of_a_text():
+    """Row 1, column 1 of an image has the sinusoids of position 8 of a text; segments differ."""
+    embed = mmdit.PositionEmbedding(32)
+    layout = pack([Sample(T2I, clean=9, image=(2, 2))], 1)
+    place = embed(layout) - embed.segment(layout.segment)
+    text, image = place[layout.segment == masks.C], place[layout.segment == masks.I]
+    torch.testing.assert_close(image[[0, 3]], text[[0, 8]])
+    assert (image[1] - image[2]).abs().max() > 0.1         # row and column differ
+
+
+def test_places_begin_with_three_times_the_usual_weights():
+    torch.manual_seed(0)
+    std = MMDiT(MMDiTConfig()).position.proj.weight.std().item()
+    assert std == pytest.approx(3 * 64 ** -0.5, rel=0.05)
+
 # ---- The stack ---------------------------------------------------------------------------------
 
 def test_dual_layers_are_at_most_all():

@@ -48,9 +48,9 @@ def test_workers_share_every_task_within_one_sample():
 
 
 @pytest.mark.parametrize("flags, most", [
-    ([], 32), (["--stage", "mmdit"], 60), (["--accumulate"], 10), (["--batch_size", "1"], 6)])
+    ([], 32), (["--stage", "mmdit"], 120), (["--accumulate"], 20), (["--batch_size", "1"], 6)])
 def test_fewer_samples_than_workers(flags, most, monkeypatch, capsys, tmp_path):
-    """Ten and more workers may share the micro-steps of ten samples."""
+    """Twenty and more workers may share the micro-steps of twenty samples."""
     monkeypatch.setenv("WORLD_SIZE", str(most + 1))
     monkeypatch.setenv("RANK", "0")
     fails([*flags, "--device", "cpu", "--out_dir", str(tmp_path / "o")], capsys,
