@@ -168,7 +168,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("image_temperature", 0.7, WEIGHT, RUN, "scale of first noise: lower is cleaner"),
         Flag("image_steps", 8, COUNT, RUN, "solver steps of an image: more are slower"),
         Flag("text_guidance", 1.0, REAL, RUN, "for text; 1: none; others need --cfg_drop_text"),
-        Flag("text_temperature", 0.2, WEIGHT, RUN, "scale of text's first noise: less, likelier"),
+        Flag("text_temperature", 0.4, WEIGHT, RUN, "scale of text's first noise: less, likelier"),
         Flag("text_shift", 1.0, RATE, RUN, "larger: more of text's solver steps are near noise"),
         Flag("text_snap", True, None, RUN, "condition on re-encoded tokens: errors do not add up"),
         Flag("text_steps", 4, COUNT, RUN, "solver steps of a text block: more are slower"),

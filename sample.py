@@ -57,7 +57,7 @@ class Settings:
 # 1 the reader of scenes refuses more images. Text at temperature 1 has outliers, at 0 it repeats
 # one story.
 IMAGE = Settings(steps=8, guidance=2.0, interval=(0.6, 1.0), solver="ab2", temperature=0.7)
-TEXT = Settings(steps=4, solver="ab2", shift=1.0, temperature=0.2)
+TEXT = Settings(steps=4, solver="ab2", shift=1.0, temperature=0.4)
 RELEASED = Settings(guidance=7.0, shift=1.0, snap=False, repetition_penalty=1.1,
                     stop="<|im_end|>")                         # of the public release
 
