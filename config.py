@@ -67,7 +67,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("compile", False, None, RUN, "torch.compile the prior: slow to start, then faster"),
         Flag("attention", "auto", BACKENDS, RUN, "auto: padded; in training on a GPU, the fastest"),
         Flag("bf16", "auto", ("auto", "on", "off"), DATA, "bfloat16 products; auto: where faster"),
-        Flag("save_every", 500, COUNT, RUN, "steps between checkpoints: what a crash can lose"),
+        Flag("save_every", 250, COUNT, RUN, "steps between checkpoints: what a crash can lose"),
     ],
     "data": [
         Flag("data", [], None, DATA, "folders, .jsonl, .tar of captioned images; else scenes"),
@@ -171,7 +171,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("text_temperature", 0.4, WEIGHT, RUN, "scale of text's first noise: less, likelier"),
         Flag("text_shift", 1.0, RATE, RUN, "larger: more of text's solver steps are near noise"),
         Flag("text_snap", True, None, RUN, "condition on re-encoded tokens: errors do not add up"),
-        Flag("text_steps", 4, COUNT, RUN, "solver steps of a text block: more are slower"),
+        Flag("text_steps", 4, COUNT, RUN, "solver steps of a block of text; blocks of 16: 16"),
         Flag("repaint_share", 1.0, SHARE, RUN, "for repaint: share of steps that reset the prefix"),
         Flag("repaint_cycles", 1, COUNT, RUN, "how often each of these steps is repeated"),
     ],

@@ -81,7 +81,7 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, layout: masks.Layout) -> Tensor:
         place = torch.stack([layout.row, layout.col], -1)[..., None]             # (L, 2, 1)
-        # Images have few rows and columns: the sinusoids of neighbors must differ more.
+        # A small grid of latents has few rows and columns: their sinusoids must differ more.
         is_image = layout.segment == masks.I
         place = torch.where(is_image[:, None, None], 8 * place, place)
         angle = place * 10.0 ** -torch.linspace(0, 2, 16, device=place.device)   # (L, 2, 16)
@@ -202,7 +202,7 @@ class MMDiT(nn.Module):
 
         Gates start at 1; from 0 (adaLN-Zero) they would grow slowly. Matrices of blocks have
         variance 1 / (3 inputs), divided by 2 x layers where a branch ends. Places begin with three
-        times the usual weights: else it takes long to learn where in an image a thing is."""
+        times the usual weights, so that they stand out from the content of a latent."""
         for name, p in self.named_parameters():
             if names is not None and name not in names:
                 continue
@@ -212,7 +212,8 @@ class MMDiT(nn.Module):
             elif "ada" in name or name.startswith(("text_out", "image_out", "position.segment")):
                 nn.init.zeros_(p)
             else:
-                inside, gain = "blocks." in name, 3 if name.startswith("position.proj") else 1
+                inside = "blocks." in name
+                gain = 3 if name.startswith("position.proj") else 1
                 branches = 2 * self.config.layers if inside and "proj_out" in name else 1
                 std = gain * (p.shape[1] * (3 if inside else 1) * branches) ** -0.5
                 nn.init.normal_(p, std=std)

@@ -56,8 +56,8 @@ class Settings:
 # Guiding an image below t = 0.6 makes colors bleed into each other (cf. 2404.07724). At temperature
 # 1 the reader of scenes refuses more images. Text at temperature 1 has outliers, at 0 it repeats
 # one story.
-IMAGE = Settings(steps=8, guidance=2.0, interval=(0.6, 1.0), solver="ab2", temperature=0.7)
-TEXT = Settings(steps=4, solver="ab2", shift=1.0, temperature=0.4)
+IMAGE = Settings(steps=8, guidance=2.0, interval=(0.6, 1.0), temperature=0.7)
+TEXT = Settings(steps=4, shift=1.0, temperature=0.4)
 RELEASED = Settings(guidance=7.0, shift=1.0, snap=False, repetition_penalty=1.1,
                     stop="<|im_end|>")                         # of the public release
 
@@ -309,7 +309,7 @@ def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespac
         p.add_argument("--n", type=COUNT, default=1, help="samples to draw")
         p.add_argument("--steps", type=COUNT, help="solver steps; fewer is faster and coarser")
         p.add_argument("--guidance", type=within(-1e6, 1e6), help="w; texts need --cfg_drop_text")
-        p.add_argument("--solver", choices=flow.SOLVERS, help="ab2: order 2; rk4: 4 calls a step")
+        p.add_argument("--solver", choices=flow.SOLVERS, help="heun, rk4: 2 and 4 calls a step")
         p.add_argument("--temperature", type=within(0, 1e6), help="scale of the initial noise")
         p.set_defaults(**asdict(settings))
     args = parser.parse_args(argv)

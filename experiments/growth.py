@@ -62,7 +62,7 @@ def system(**flags):
 # ---- What is measured: size -> {curve: (size as it came out, number)} ---------------------------
 
 def step(size: int) -> dict[str, tuple[float, float]]:
-    args, dataset, model = system(batch_size=max(1, size // 216))      # 36 positions a sample
+    args, dataset, model = system(batch_size=max(1, size // 216))      # about 36 positions a sample
     run, times = Step(args, Worker(), model, dataset), []
     [batch] = run.make(0)
     counts, before = Counter(batch.counts()), peak()

@@ -30,7 +30,8 @@ from experiments.ablations import call
 from scenes import language, pictures
 from scenes.pictures import Scene
 
-RUN = "--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 6000 --procs 1 --bf16 off"
+RUN = ("--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 6000 --muon_lr 0.02 --procs 1 "
+       "--bf16 off")
 
 
 def checkpoint_of(out: Path, patch: int, seed: int, scale: float) -> Path:
