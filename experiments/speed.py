@@ -1,6 +1,6 @@
 """Speed: where the time of a training step of stage 2 goes, and what masked attention costs.
 
-    python -m experiments.speed                                   (CPU, one thread: 15 s)
+    python -m experiments.speed                                   (CPU, one thread: 80 s)
     python -m experiments.speed --device cuda --batch_size 64     any flags of train.py
 
 One process, fresh weights, the batches of the run, learning rates of 0. Every number is a median
