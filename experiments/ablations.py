@@ -14,8 +14,7 @@ relative to L_FM (a mean over channels) at every width. Stories are sampled as i
 temperature 1, no snapping, an even time grid; but guidance 1. Table "D" changes one setting at a
 time for all tasks: 1,000 steps of 60 samples, half the default's steps of the image VAE, fp32, one
 dual layer, fewer stories; images sampled at temperature 1, texts at 0.3 with shift 3, both in 8
-steps.
-All runs average their weights (--ema 0.9999).
+steps. All runs average their weights (--ema 0.9999).
 
 A rate is the mean over seen and held-out compositions and over the seeds, with Wilson's 95 %
 interval of all samples. Training itself varies more: the last line says by how much two rows must
@@ -43,12 +42,12 @@ BASES = {
     "stories": ("--tasks t2t:1 --batch_size 24 --micro_steps 1 --steps 1000 --bf16 off "
                 "--muon_lr 0.02 --block_len 16 --w_filler 1 --text_loc 1 --vae_lr_ratio 1 "
                 "--lambda_ref 0.01 --vae_logsnr learned --cfg_drop_text 0.1 --ema 0.9999",
-                "--procs 1 --text_steps 16 --text_temperature 1 --no-text_snap "
-                "--text_shift 1 --text_guidance 1"),
+                "--procs 1 --text_steps 16 --text_temperature 1 --no-text_snap --text_shift 1 "
+                "--text_guidance 1"),
     "tasks": ("--batch_size 10 --steps 1000 --image_vae_steps 600 --bf16 off --muon_lr 0.02 "
               "--ema 0.9999 --dual_layers 1 --tasks t2t:3,t2i:4,it2t:5 --questions 0.75",
-              "--procs 1 --image_temperature 1 --image_steps 8 --text_steps 8 "
-              "--text_shift 3 --text_temperature 0.3"),
+              "--procs 1 --image_temperature 1 --image_steps 8 --text_steps 8 --text_shift 3 "
+              "--text_temperature 0.3"),
 }
 SCRATCH = "--text_vae_steps 0 --lambda_ref 0 --beta"
 

@@ -93,7 +93,7 @@ class Plain(Unpacked):
                 nn.init.xavier_uniform_(p)
         self.time = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.position = PositionEmbedding(c.width)
-        nn.init.normal_(self.position.proj.weight, std=3 / 8)      # as in the MMDiT
+        self.reset_parameters({"position.proj.weight"})    # as in the MMDiT
         self.text_in = nn.Linear(c.text_channels, c.width)
         self.image_in = nn.Linear(c.image_channels, c.width)
         self.text_out = nn.Linear(c.width, c.text_channels)
