@@ -5,6 +5,8 @@
     t2i    [C] the caption                     [I] the image, sometimes [N]    [I]
     it2t   [P][I] instruction and image,       [N] each block of the answer    [N]
            [C] the answer before each block
+    ii,    [P] its text, [I] the images        [J] each image                  [I][J] without text,
+    vid    before it                                                           [P][J], or [J]
 
 Everything random about sample k, but for the offset of its times, which belongs to the step, is
 drawn from (seed, k, purpose): it depends neither on its batch nor on the number of workers, and a
@@ -36,7 +38,7 @@ from cola import Cola, Tokenizer, pad_to_multiple, to_float
 from cuda_attention import make_plan
 from data import Purpose
 from image_vae import ImageVAE, ImageVAEConfig
-from masks import I, IT2T, N, T2I, T2T, TASKS, Layout
+from masks import II, IT2T, T2I, T2T, TASKS, VID, C, J, Layout, N
 from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
 
@@ -106,16 +108,16 @@ class Batch(TextBatch):
 @dataclass
 class Example:
     """One sample, before it is packed."""
-    sample: masks.Sample               # its task, and the number of positions in each segment
+    turns: list[masks.Sample]          # its task, and the number of positions in each segment
     texts: list[list[int]]             # tokens of the texts that the text VAE encodes for it
-    image: int                         # number of its image in the dataset; -1: none
+    images: list[int]                  # numbers in the dataset of its images, one for each J and I
     source: np.ndarray                 # (text positions,) which latent of these texts stands there
     clean: np.ndarray                  # (positions of N,) bool, t = 0: a given part of the text
     weight: np.ndarray                 # (positions of N,) in L_text
-    u: np.ndarray                      # (1 + blocks,) uniform, for the image's and blocks' times
+    u: np.ndarray                      # (turns + blocks,) uniform, for times of images and blocks
     eps_text: np.ndarray               # (positions of N, Dz) noise
-    eps_image: np.ndarray              # (positions of I, Cz) noise
-    image_noise: np.ndarray            # (positions of I, Cz) of the image's posterior sample
+    eps_image: np.ndarray              # (positions of J and I, Cz) noise
+    image_noise: np.ndarray            # (positions of J and I, Cz) of the posterior samples
     posterior_noise: np.ndarray        # (latents of its texts, Dz)
     masked: np.ndarray                 # (tokens of its texts,) bool
 
@@ -169,7 +171,7 @@ class Batches:
         # No position sees the last block of C.
         sample = masks.Sample(T2T, clean=0 if dropped else n - self.block_len, noisy=n, skip=skip)
         clean = self.model.stays_clean(index, cut, padded)
-        return self.complete(k, sample, max(cut, self.end_of(ids)), texts, source, clean)
+        return self.complete(k, [sample], max(cut, self.end_of(ids)), texts, source, clean)
 
     def t2i(self, k: int) -> Example:
         """A share aux_caption of the samples also predicts the caption, block by block."""
@@ -179,8 +181,8 @@ class Batches:
         ids = [] if dropped else self.text_ids(caption)
         n = len(ids) // self.patch_size
         sample = masks.Sample(T2I, image=self.grid(image), clean=n, noisy=n if auxiliary else 0)
-        return self.complete(k, sample, self.end_of(ids), [ids], np.arange(n), np.zeros(n, bool),
-                             image)
+        return self.complete(k, [sample], self.end_of(ids), [ids], np.arange(n), np.zeros(n, bool),
+                             [image])
 
     def it2t(self, k: int) -> Example:
         """Without its condition, an answer keeps the coordinates it has behind the instruction."""
@@ -189,28 +191,51 @@ class Batches:
         p, n = len(prompt_ids) // self.patch_size, len(ids) // self.patch_size
         sample = masks.Sample(IT2T, p, self.grid(image), clean=n - self.block_len, noisy=n, start=p)
         if self.rng(k, Purpose.DROP).random() < self.args.cfg_drop_text:
-            sample, prompt_ids, image = masks.Sample(IT2T, noisy=n, start=p), [], -1
-        return self.complete(k, sample, self.end_of(ids), [prompt_ids, ids],
-                             sample.prompt + np.arange(n), np.zeros(n, bool), image)
+            sample, prompt_ids, image = masks.Sample(IT2T, noisy=n, start=p), [], None
+        return self.complete(k, [sample], self.end_of(ids), [prompt_ids, ids],
+                             sample.prompt + np.arange(n), np.zeros(n, bool),
+                             [] if image is None else [image])
 
-    def complete(self, k: int, sample: masks.Sample, end: int, texts: list[list[int]],
-                 source: np.ndarray, clean: np.ndarray, image: int = -1) -> Example:
+    def ii(self, k: int, task: int = II) -> Example:
+        """Each image that is drawn is predicted from its text and the clean images before it. Texts
+        and images are dropped independently, each for a guidance of its own."""
+        found = (self.dataset.ii if task == II else self.dataset.vid)(k)
+        chances = self.args.cfg_drop, self.args.cfg_drop / 2
+        no_text, no_images = self.rng(k, Purpose.DROP).random(2) < chances
+        turns, texts, images = [], [], []
+        for turn, (text, image, drawn) in enumerate(found):
+            grid, ids = self.grid(image), [] if no_text else self.model.ids(text, end=False)
+            given = not no_images and turn < len(found) - 1        # the last one is drawn
+            turns.append(masks.Sample(task, len(ids) // self.patch_size, grid if given else (0, 0),
+                                      turn=turn, drawn=grid if drawn else (0, 0)))
+            texts.append(ids)
+            images += [image] * (drawn + given)
+        nothing = np.arange(0)
+        return self.complete(k, turns, 0, texts, nothing, nothing == 0, images)
+
+    def vid(self, k: int) -> Example:
+        return self.ii(k, VID)
+
+    def complete(self, k: int, turns: list[masks.Sample], end: int, texts: list[list[int]],
+                 source: np.ndarray, clean: np.ndarray, images: list[int] = []) -> Example:
         """Adds the weights, the noise and the draws for the times. end: the latent with the first
         end token of the predicted text; source (n,): the number of each of its latents among those
         of `texts`; clean (n,) bool: whether it is clean in N."""
-        (h, w), kept = sample.image, slice(sample.skip, sample.noisy)
-        cell = self.rng(k, Purpose.TIME).integers(TIMES, size=1 + len(source) // self.block_len)
+        sample, count = turns[-1], len(turns)
+        prompts, kept = sum(s.prompt for s in turns), slice(sample.skip, sample.noisy)
+        pixels = sum(math.prod(s.drawn) + math.prod(s.image) for s in turns)
+        cell = self.rng(k, Purpose.TIME).integers(TIMES, size=count + len(source) // self.block_len)
         if self.args.time_per == "sample":
-            cell[1:] = cell[-1]
+            cell[count:] = cell[-1]
         step = k // (self.args.batch_size * self.args.micro_steps)
         u = (cell + self.rng(step, Purpose.GRID).random()) / TIMES
         noise = self.rng(k, Purpose.NOISE)
-        eps_image = noise.standard_normal((h * w, self.cz), np.float32)
+        eps_image = noise.standard_normal((pixels, self.cz), np.float32)
         eps_text = noise.standard_normal((sample.noisy, self.dz), np.float32)[kept]
-        image_noise = noise.standard_normal((h * w, self.cz), np.float32)
-        source = np.concatenate([np.arange(sample.prompt), source[:sample.clean], source[kept]])
+        image_noise = noise.standard_normal((pixels, self.cz), np.float32)
+        source = np.concatenate([np.arange(prompts), source[:sample.clean], source[kept]])
         weight = np.where(np.arange(len(clean)) > end, self.args.w_filler, 1.0)
-        return Example(sample, texts, image, source, clean[kept], (weight * ~clean)[kept], u,
+        return Example(turns, texts, images, source, clean[kept], (weight * ~clean)[kept], u,
                        eps_text, eps_image, image_noise, *self.vae_noise(k, texts))
 
     def end_of(self, ids: list[int]) -> int:
@@ -265,12 +290,13 @@ class Batches:
     @torch.no_grad()
     def image_latents(self, images: list[int]) -> Tensor:
         """Clean latents of these images, packed (Li, Cz), on the CPU; one pass per size."""
-        pixels, latents = self.dataset.images(images) if images else [], {}
-        for hw in {x.shape[:2] for x in pixels}:
-            group = [i for i, x in enumerate(pixels) if x.shape[:2] == hw]
+        different, latents = sorted({*images}), {}
+        pixels = dict(zip(different, self.dataset.images(different) if images else []))
+        for hw in {x.shape[:2] for x in pixels.values()}:
+            group = [i for i, x in pixels.items() if x.shape[:2] == hw]
             z = self.model.encode_images([pixels[i] for i in group])              # (B h w, Cz)
             latents |= zip(group, z.cpu().chunk(len(group)))
-        return torch.cat([torch.zeros(0, self.cz), *(latents[i] for i in range(len(images)))])
+        return torch.cat([torch.zeros(0, self.cz), *(latents[i] for i in images)])
 
     def text(self, numbers: range) -> TextBatch:
         """Texts for stage 1: those that the text VAE will encode in stage 2, in the same shares."""
@@ -281,6 +307,9 @@ class Batches:
                 new = [self.cut_text(self.dataset.t2t(k), self.rng(k, Purpose.DROP))[0]]
             elif task == T2I:
                 new = [self.text_ids(self.dataset.t2i(k)[0])]
+            elif task in (II, VID):
+                turns = (self.dataset.ii if task == II else self.dataset.vid)(k)
+                new = [self.model.ids(turn.text, end=False) for turn in turns]
             else:
                 prompt, _, answer = self.dataset.it2t(k)
                 new = [self.text_ids(answer), self.model.ids(prompt, end=False)]
@@ -310,12 +339,12 @@ class Batches:
 
     def prior(self, work: list[tuple[int, int]]) -> Batch:
         """The packed batch of these samples, each a task and a number."""
-        examples = [(self.t2t, self.t2i, self.it2t)[task](k) for task, k in work]
+        examples = [getattr(self, TASKS[task])(k) for task, k in work]
 
         def join(name: str) -> Tensor:
             return torch.from_numpy(np.concatenate([getattr(e, name) for e in examples]))
 
-        images = [e.image for e in examples if e.image >= 0]
+        images = [image for e in examples for image in e.images]
         features = self.features
         if features is not None:
             features = features[images].reshape(-1, features.shape[-1])       # (Li, F)
@@ -323,23 +352,27 @@ class Batches:
         z_image = self.image_latents(images)                                  # (Li, Cz)
         if self.args.image_posterior == "sample":
             z_image += join("image_noise") * self.model.image_vae.normalized_posterior_std().cpu()
-        layout = masks.pack([e.sample for e in examples], self.block_len)
-        task, is_image = layout.task[layout.sample], layout.segment == I      # (L,) each
-        moving = is_image & (task == T2I)                                     # t > 0
+        layout = masks.pack([e.turns for e in examples], self.block_len)
+        task, is_image = layout.task[layout.sample], masks.is_image(layout.segment)   # (L,) each
+        moving = is_image & (task == T2I) | (layout.segment == J)             # t > 0
         moving[layout.segment == N] = ~join("clean")
         eps_text, weight = torch.zeros(len(layout), self.dz), torch.zeros(len(layout))
         eps_text[layout.segment == N] = join("eps_text")
         weight[layout.segment == N] = join("weight").float()
         ids, lengths = self.packed([text for e in examples for text in e.texts])
         first_latent = torch.tensor([0, *(len(e.posterior_noise) for e in examples[:-1])]).cumsum(0)
-        # Of each example the time of its image, then those of its blocks.
-        first_time = torch.tensor([0, *(len(e.u) for e in examples[:-1])]).cumsum(0)
-        own_time = first_time[layout.sample] + torch.where(is_image, 0, 1 + layout.block)
+        # Of each example the times of its images, then those of its blocks.
+        times, turns = torch.tensor([(len(e.u), len(e.turns)) for e in examples]).T
+        first_time = times.cumsum(0) - times
+        in_block = (layout.segment == C) | (layout.segment == N)
+        own_time = (first_time[layout.sample] + layout.block
+                    + torch.where(in_block, turns[layout.sample], 0))
         u = join("u")              # float64: numbers of one cell become the same float32 time
-        loc, shift = torch.full_like(u, self.text_loc), torch.ones_like(u)
-        loc[first_time] = self.model.image_loc
-        image_shifts = [flow.image_shift(e.eps_image.size) for e in examples]
-        shift[first_time] = torch.tensor(image_shifts, dtype=u.dtype)
+        of_image = torch.cat([torch.arange(len(e.u)) < len(e.turns) for e in examples])
+        sizes = (e.eps_image.size // max(len(e.images), 1) for e in examples)
+        shifts = torch.tensor([flow.image_shift(size) for size in sizes], dtype=u.dtype)
+        loc = torch.where(of_image, self.model.image_loc, self.text_loc)
+        shift = torch.where(of_image, shifts.repeat_interleave(times), 1)
         drawn = flow.sample_time(u, self.args.time_law, loc, self.args.time_scale, shift).float()
         of_position = torch.where(moving, drawn[own_time], 0)                 # (L,)
         t, t_index = torch.cat([torch.zeros(1), of_position]).unique(return_inverse=True)

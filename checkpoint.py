@@ -201,12 +201,12 @@ def moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor])
 def restore_moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor],
                     saved: dict) -> None:
     """The inverse of `moments`. A parameter begins anew if its tensors are missing, or are those
-    of another optimizer."""
+    of another optimizer or of another size."""
     for optimizer in optimizers:
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         key = "exp_avg" if isinstance(optimizer, torch.optim.AdamW) else "momentum"
         for name, p in weights.items():
-            if p in mine and key in saved.get(name, {}):
+            if p in mine and saved.get(name, {}).get(key, p.new_empty(0)).shape == p.shape:
                 optimizer.state[p] = {key: like(x, p) if x.shape == p.shape else
                                       x.to(p.device, copy=True) for key, x in saved[name].items()}
 

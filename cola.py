@@ -273,19 +273,29 @@ def read(path: str | Path) -> dict:
     return found
 
 
+def before_turns(state: dict[str, Tensor]) -> None:
+    """Adds to weights from before there were turns: none, and for J the row of I."""
+    rows = state.get("mmdit.position.segment.weight")
+    if rows is not None and len(rows) == len("PCIN"):
+        state["mmdit.position.segment.weight"] = torch.cat([rows, rows[2:3]])
+        state["mmdit.position.turn.weight"] = rows.new_zeros(rows.shape[1], 32)
+
+
 def build(found: dict, weights: str = "ema") -> Cola:
     """The system of a checkpoint in eval mode, with copies of the weights: "model" are those in
     training, "ema" their averages if there are any. ValueError, one line, if they do not fit."""
     try:
         c, flags = found["config"], found["args"]
         state = found["model"] | (found["ema"] if weights == "ema" else {})
+        before_turns(state)
         with torch.device("meta"):                          # takes no memory and no random numbers
             text_vae = TextVAE(TextVAEConfig(**c["text_vae"]))
             image_vae = ImageVAE(ImageVAEConfig(**c["image_vae"])) if "image_vae" in c else None
             mmdit = MMDiT(MMDiTConfig(**c["mmdit"]))
         # Without position embedding, an answer without its condition is a first block of T2T.
         text = flags["cfg_drop_text"] or mmdit.config.as_released and "t2t" in c["tasks"]
-        learned = {"t2t": text, "t2i": flags["cfg_drop"], "it2t": text}
+        image = flags["cfg_drop"]
+        learned = {"t2t": text, "t2i": image, "it2t": text, "ii": image, "vid": image}
         model = Cola(text_vae, image_vae, mmdit, Tokenizer.from_dict(found["tokenizer"]),
                      c["block_len"], tuple(c["image_hw"]), c["image_loc"], c["first_block"],
                      tuple(c["tasks"]), tuple(task for task in c["tasks"] if learned[task]))

@@ -273,6 +273,8 @@ def check(a: Namespace) -> None:
             (a.w_repa and a.repa_layer >= a.layers,
              f"--repa_layer {a.repa_layer}: expected a layer before the last"),
             (a.repa_features and a.aspect, "--repa_features is for images of one size"),
+            (a.repa_features and not a.data and {"ii", "vid"} & task_shares(a.tasks).keys(),
+             "--repa_features: edited scenes have none; leave out the tasks ii and vid"),
             (not a.vae_interval[0], "--vae_interval 0: it never trains; use --vae_lr_ratio 0")):
         if wrong:
             raise ValueError(why)

@@ -4,10 +4,11 @@
     permutation(seed, k // n, n)[k % n]    the item of sample k of files: each in n successive k
 
 So a resumed run, or one with another number of workers, reads the same samples. A dataset has the
-methods below, but of t2t, t2i and it2t only those in `tasks`. An image is an index < num_images.
+methods below, but of those named as a task only those in `tasks`. An image is an index.
 
     t2t(k) -> text               it2t(k) -> prompt, image, answer    image_hw(image) -> (H, W)
     t2i(k) -> caption, image     images([image, ...]) -> pixels, uint8 (H, W, 3) each
+    ii(k), vid(k) -> turns: images in sequence, each with its text
     corpus(n) -> texts to train a tokenizer on    captions() -> (name, caption), to be checked
 
 Run: python data.py   (CPU, 2 s)
@@ -36,7 +37,7 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.ContainerIO import ContainerIO
 from tqdm import tqdm
 
-from scenes import language, pictures
+from scenes import edits, language, pictures
 
 # ---- Randomness --------------------------------------------------------------------------------
 
@@ -47,7 +48,7 @@ class Purpose(IntEnum):
     """What a random number is for. Append new ones: another value changes every run."""
     TASK, ORDER, SCENE, PICK, CAPTION, WINDOW, CORPUS, DROP = range(8)
     TIME, NOISE, POSTERIOR, MASK = range(8, 12)
-    EVAL, SAMPLE, GRID = 13, 14, 15
+    EVAL, SAMPLE, GRID, EDIT = range(13, 17)
 
 
 class Key(tuple, np.random.bit_generator.ISeedSequence):
@@ -81,17 +82,22 @@ DESCRIBE = ("describe the image.", "describe the picture.",
 
 class Scenes:
     """Generated scenes, none held out, drawn with replacement; (seed, i) determines scene i < pool.
-    questions: share of IT2T samples that ask for one fact; the others ask for a caption."""
-    tasks = {"t2t", "t2i", "it2t"}
+    questions: share of IT2T samples that ask for one fact; the others ask for a caption.
+    Images from `pool` on belong to sequences (edits.Sequences)."""
+    tasks = {"t2t", "t2i", "it2t", "ii", "vid"}
 
     def __init__(self, seed: int, hw: Shape = (32, 32), pool: int = 20000, questions: float = 0.75):
         self.seed, self.hw, self.num_images, self.questions = seed, hw, pool, questions
-        self.scene_of = cache(lambda i: pictures.sample_scene(rng(seed, i, Purpose.SCENE)))
+        self._scene = cache(lambda i: pictures.sample_scene(rng(seed, i, Purpose.SCENE)))
         self._pixels = lru_cache(CACHE_BYTES // (3 * math.prod(hw)))(
             lambda i: pictures.render(self.scene_of(i), self.hw))
+        self._sequences = edits.Sequences(pool, self._scene, lambda i: rng(seed, i, Purpose.EDIT))
         # One story per scene: writing a new one takes longer than the rest of a sample.
         self._story = cache(
             lambda i: language.story(self.scene_of(i), rng(seed, i, Purpose.CAPTION)))
+
+    def scene_of(self, index: int) -> pictures.Scene:
+        return self._scene(index) if index < self.num_images else self._sequences.scene(index)
 
     def image_hw(self, index: int) -> Shape:
         return self.hw
@@ -119,8 +125,15 @@ class Scenes:
         style = int(words.integers(len(DESCRIBE)))          # the prompt sets the caption's wording
         return DESCRIBE[style], index, language.caption(self.scene_of(index), words, style)
 
+    def ii(self, k: int) -> list[edits.Turn]:
+        return self._sequences.edits(*self._pick(k))
+
+    def vid(self, k: int) -> list[edits.Turn]:
+        return self._sequences.clip(self._pick(k)[0])
+
     def corpus(self, n: int) -> list[str]:
-        return [*DESCRIBE, *language.corpus(rng(self.seed, 0, Purpose.CORPUS), n)]
+        words = rng(self.seed, 0, Purpose.CORPUS)
+        return [*DESCRIBE, *language.corpus(words, n), *edits.corpus(words, n // 4)]
 
     def captions(self) -> Iterator[tuple[str, str]]:
         return (("a generated scene", self.t2i(k)[0]) for k in range(256))    # lengths vary little
@@ -294,9 +307,16 @@ def file_part(root: str, name: str) -> Part:
     return Part(name, real, 0, os.path.getsize(real))
 
 
-def find_pictures(path: str) -> Iterator[tuple[Part, str]]:
-    """(picture, caption) of a .jsonl, a .tar or a folder, always in the same order.
-    .jsonl   rows {"file_name" or "file": name in its folder, "text" or "caption": text}
+class Row(NamedTuple):
+    task: str           # t2i; ii: the last picture is made of those before it; vid: a clip
+    pictures: list      # a Part each; later their numbers
+    text: str           # a caption, or for ii an instruction
+
+
+def find_pictures(path: str) -> Iterator[Row]:
+    """The rows of a .jsonl, a .tar or a folder, always in the same order.
+    .jsonl   rows {"file_name" or "file": name in its folder, "text" or "caption": text}, for ii
+             with "source": a name or a list of names; a folder as file_name has a clip's frames
     .tar     a shard of WebDataset, uncompressed: 7.jpg and 7.txt or 7.json are a sample
     folder   its metadata.jsonl or captions.jsonl; without one, its .tar shards; without those,
              pictures with a .txt of the same name, also in subfolders"""
@@ -304,7 +324,14 @@ def find_pictures(path: str) -> Iterator[tuple[Part, str]]:
         root = os.path.realpath(os.path.dirname(path))
         with open(path, "rb") as file:
             for row, text in json_rows(file, path):
-                yield file_part(root, str(row.get("file_name", row.get("file", "")))), text
+                source, name = row.get("source", []), str(row.get("file_name", row.get("file", "")))
+                names = [*(source if isinstance(source, list) else [source]), name]
+                task, folder = "ii" if len(names) > 1 else "t2i", file_part(root, name).path
+                if os.path.isdir(folder):
+                    frames = filter(is_picture, os.listdir(folder))
+                    frames = sorted(frames, key=lambda x: (len(x), x))     # 2.png before 10.png
+                    task, names = "vid", [f"{name}/{frame}" for frame in frames or ["a picture"]]
+                yield Row(task, [file_part(root, str(name)) for name in names], text)
     elif path.endswith(".tar"):
         yield from with_captions(tar_parts(path))
     elif os.path.isdir(path):
@@ -316,22 +343,26 @@ def find_pictures(path: str) -> Iterator[tuple[Part, str]]:
         if not tables and not shards:
             files = sorted(Path(root).rglob("*"), key=lambda file: (file.parent, file.name))
             yield from with_captions(file_part(root, str(file.relative_to(root))) for file in files
-                                     if file.suffix.lower() in (*IMAGE_NAMES, ".txt"))
+                                     if is_picture(file.name) or file.suffix.lower() == ".txt")
     else:
         raise ValueError(f"{path} is no folder, no .jsonl and no uncompressed .tar")
 
 
-def with_captions(parts: Iterable[Part]) -> Iterator[tuple[Part, str]]:
+def is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_NAMES
+
+
+def with_captions(parts: Iterable[Part]) -> Iterator[Row]:
     """Each picture with the text of the .txt or .json of the same name, "" if there is none."""
     named = {part.name: part for part in parts}
     for name, part in named.items():
-        stem, ending = os.path.splitext(name)
-        if ending.lower() in IMAGE_NAMES:
+        stem = os.path.splitext(name)[0]
+        if is_picture(name):
             text = named.get(stem + ".txt") or named.get(stem + ".json")
             caption = clean_text(text.read(), text.name) if text else ""
             if text and text.name.endswith(".json"):
                 [(_, caption)] = json_rows([caption.encode()], text.name)
-            yield part, caption
+            yield Row("t2i", [part], caption)
 
 
 def tar_parts(path: str) -> Iterator[Part]:
@@ -361,33 +392,41 @@ class ImageText:
     """Captioned pictures on disk, from the paths that find_pictures reads. They have the shape hw
     or, with aspect, the nearest of buckets(H, multiple). T2T has the captions, or `texts`.
     Pictures without a header, or without a file for the caption, are left out; ValueError if none
-    is left. A picture found damaged later is replaced by the next of its shape."""
-    tasks = {"t2t", "t2i", "it2t"}
-
+    is left. If a picture is found damaged later, another row is taken."""
     def __init__(self, paths: Sequence[str], seed: int = 0, hw: Shape = (32, 32),
                  aspect: bool = False, multiple: int = 8, texts: TextFiles | None = None):
         shapes = buckets(hw[0], multiple) if aspect else [hw]
         self.seed, self._texts = seed, texts
-        self._parts, self._captions, self._hw, left_out = [], [], [], []
-        found = (pair for path in paths for pair in find_pictures(str(path)))
-        for part, caption in tqdm(found, "indexing images", leave=False, delay=2):
+        self._parts, self._hw, left_out = [], [], []
+        self._rows: dict[str, list[Row]] = {"t2i": [], "ii": [], "vid": []}
+        found = (row for path in paths for row in find_pictures(str(path)))
+        for task, parts, caption in tqdm(found, "indexing images", leave=False, delay=2):
             try:
+                hws = [self._shape(part, shapes) for part in parts]
                 if not caption:
                     raise ValueError("no caption")
-                with open(part.path, "rb") as file:
-                    content = ContainerIO(file, part.start, part.size)
-                    self._hw.append(decode_picture(content, shapes, header_only=True))
-                self._parts.append(part)
-                self._captions.append(caption)
+                if len({*hws}) > 1:
+                    raise ValueError("its pictures have different shapes")
+                numbers = range(len(self._parts), len(self._parts) + len(parts))
+                self._rows[task].append(Row(task, [*numbers], caption))
+                self._parts += parts
+                self._hw += hws
             except ValueError as error:
-                left_out.append(f"{part.name!r} ({error})")
-        self.num_images = len(self._parts)
+                left_out.append(f"{parts[-1].name!r} ({error})")
+        rows, self.num_images = sum(map(len, self._rows.values())), len(self._parts)
         if left_out:
-            warn_once(f"left out: {len(left_out)} images of {len(left_out) + self.num_images}: "
+            warn_once(f"left out: {len(left_out)} images of {len(left_out) + rows}: "
                       + ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3))
         if not self._parts:
             raise ValueError(f"no captioned image that can be used in {', '.join(map(str, paths))}")
+        self.tasks = {task for task, found in self._rows.items() if found}
+        self.tasks |= {"t2t", "it2t"} if "t2i" in self.tasks else {"t2t"} if texts else set()
         self._picture = lru_cache(CACHE_BYTES // (3 * math.prod(hw)))(self._load)
+
+    def _shape(self, part: Part, shapes: list[Shape]) -> Shape:
+        with open(part.path, "rb") as file:
+            content = ContainerIO(file, part.start, part.size)
+            return decode_picture(content, shapes, header_only=True)
 
     def _load(self, index: int) -> tuple[int, np.ndarray]:
         """The image or, if its pixels are damaged, the next of its shape: index, (H, W, 3)."""
@@ -409,11 +448,26 @@ class ImageText:
     def t2t(self, k: int) -> str:
         if self._texts:
             return self._texts.t2t(k)
-        return self._captions[order(self.seed, k, self.num_images)]
+        rows = self._rows["t2i"]
+        return rows[order(self.seed, k, len(rows))].text
 
     def t2i(self, k: int) -> tuple[str, int]:
-        index, _ = self._picture(order(self.seed, k, self.num_images))
-        return self._captions[index], index
+        _, (index,), caption = self._whole("t2i", k)
+        return caption, index
+
+    def ii(self, k: int) -> list[edits.Turn]:
+        _, (*sources, last), text = self._whole("ii", k)
+        return [*(edits.Turn("", i, False) for i in sources), edits.Turn(text, last, True)]
+
+    def vid(self, k: int) -> list[edits.Turn]:
+        _, frames, text = self._whole("vid", k)
+        return [edits.Turn(text * (i == 0), image, True) for i, image in enumerate(frames)]
+
+    def _whole(self, task: str, k: int) -> Row:
+        """The row of sample k of a task, or the nearest before it without a damaged picture."""
+        rows, i = self._rows[task], order(self.seed, k, len(self._rows[task]))
+        is_whole = lambda row: all(self._picture(p)[0] == p for p in row.pictures)
+        return next(filter(is_whole, (rows[i - step] for step in range(len(rows)))), rows[i])
 
     def it2t(self, k: int) -> tuple[str, int, str]:
         caption, index = self.t2i(k)
@@ -421,11 +475,13 @@ class ImageText:
 
     def corpus(self, n: int) -> list[str]:
         count = n // 2 if self._texts else n            # of captions
-        captions = [self._captions[i] for i in permutation(self.seed, 0, self.num_images)[:count]]
+        rows = sum(self._rows.values(), [])
+        captions = [rows[i].text for i in permutation(self.seed, 0, len(rows))[:count]]
         return [DESCRIBE[0], *captions, *(self._texts.corpus(n - count) if self._texts else [])]
 
     def captions(self) -> Iterator[tuple[str, str]]:
-        return ((part.name, caption) for part, caption in zip(self._parts, self._captions))
+        return ((self._parts[row.pictures[-1]].name, row.text)
+                for rows in self._rows.values() for row in rows)
 
 
 def open_data(args: Namespace) -> Scenes | ImageText | TextFiles:

@@ -1,14 +1,16 @@
 """Evaluate: rates on generated scenes, a grid of samples, and the curves of the losses.
 
-Images, captions, answers and stories are generated for scenes that training never drew, of seen and
-of held-out compositions. The hand-written readers of scenes/ judge them, without a network.
+Images, captions, answers, stories, edits and clips are generated for scenes that training never
+drew, of seen and of held-out compositions. The hand-written readers of scenes/ judge them, without
+a network.
 
     metrics.json  {"n", "seen": {"t2i": {"scene": rate}}, "heldout", "ceiling", "samples", ..}
                   "ceiling": what the VAEs alone keep; "samples": how many are behind a rate;
                   by_kind, by_count, by_sentences: a rate by the kind of question, the number of
                   objects, the sentences said; wrong: the share of sentences with an error;
                   ranked: --rank_samples; also "seconds" of training, "config", all flags
-    samples.png   images drawn for captions; captions and answers given to images
+    samples.png   images drawn for captions; captions and answers given to images; sequences, each
+                  image with its text
     loss.png      every loss in log.jsonl
 
 Run: python evaluate.py --out_dir out   (CPU, a minute for the default model; train.py ends with it)
@@ -40,7 +42,8 @@ import workers
 from checkpoint import latest, read_log
 from cola import Cola
 from data import SEEDS, Purpose, open_data, rng
-from scenes import language, pictures
+from masks import TASKS, VID
+from scenes import edits, language, pictures
 from workers import Worker
 
 GROUP_SIZE = 128                                # scenes that are sampled together
@@ -55,6 +58,7 @@ class Group(NamedTuple):
     scenes: list[pictures.Scene]
     seed: int
     numbers: range
+    heldout: bool
 
     def rngs(self, purpose: Purpose) -> list[np.random.Generator]:
         return [rng(self.seed, k, purpose) for k in self.numbers]
@@ -66,7 +70,7 @@ class Group(NamedTuple):
 def draw_scenes(seed: int, numbers: range, heldout: bool) -> Group:
     """Scenes of one, two and three objects in turn, of seen or of held-out compositions."""
     return Group([pictures.sample_scene(rng(seed, k, Purpose.EVAL), heldout, 1 + k % 3)
-                  for k in numbers], seed, numbers)
+                  for k in numbers], seed, numbers, heldout)
 
 # ---- Judges: a verdict for each rate and sample ------------------------------------------------
 
@@ -121,6 +125,106 @@ def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdi
             yield "t2t.sentence", verdict not in language.WRONG
             yield from ((f"t2t.wrong.{name}", verdict == name) for name in language.WRONG)
         yield "t2t.length", len(said) * len(rest) / sum(rest)
+
+
+def judge_edits(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
+    """II: whether one edit of a picture is right (edits.judge), also by its kind."""
+    work = []
+    for k, words in zip(group.numbers, group.rngs(Purpose.EDIT)):
+        kind, found = edits.KINDS[k % len(edits.KINDS)], None
+        while not found:
+            scene = pictures.sample_scene(words, group.heldout)
+            found = edits.edit(scene, words, kind, group.heldout)
+        work.append((kind, scene, found))
+    results = sample.generate_turns(
+        model, [[pictures.render(scene, model.image_hw)] for _, scene, _ in work],
+        [["", edit.instruction] for _, _, edit in work], settings, first=group.numbers[0])
+    for (kind, scene, edit), (image,) in zip(work, results):
+        right = edits.judge(pictures.read_image(image), scene, edit)
+        for name in ("scene", "done") + ("kept",) * bool(edit.kept):
+            yield f"ii.{name}", right[name]
+        yield f"ii.by_kind.{kind}", right["scene"]
+
+
+def judge_references(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
+    """II: whether an object of one picture is put into another one as asked. both_orders: whether
+    two pictures of one object are combined rightly in either order, by the same instruction."""
+    scene = lambda words, count=None: pictures.sample_scene(words, group.heldout, count)
+    pairs = []
+    for words in group.rngs(Purpose.EDIT):
+        found = first = second = None
+        while not found:
+            a, b = scene(words), scene(words)
+            found = edits.reference(a, b, words, group.heldout)
+        while not (first and second):
+            c, d, rel = scene(words, 1), scene(words, 1), pictures.pick(words, pictures.INVERSE)
+            said = f"put the object of image 1 {rel} the object of image 2."
+            first, second = (edits.follow(said, *two, group.heldout) for two in ((c, d), (d, c)))
+        pairs += [(a, b, found), (c, d, first), (d, c, second)]
+    results = sample.generate_turns(
+        model, [[pictures.render(scene, model.image_hw) for scene in (a, b)] for a, b, _ in pairs],
+        [["", "", edit.instruction] for _, _, edit in pairs], settings, first=group.numbers[0])
+    right = [edits.judge(pictures.read_image(image), b, edit)["scene"]
+             for (_, b, edit), (image,) in zip(pairs, results)]
+    yield from (("ii.reference", x) for x in right[::3])
+    yield from (("ii.both_orders", x and y) for x, y in zip(right[1::3], right[2::3]))
+
+
+def judge_series(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
+    """II: an image drawn for a caption, and three edits in turn, each asked for by what the reader
+    sees in the image that the model has drawn last: whether all is right up to a turn."""
+    rngs, texts = group.rngs(Purpose.EDIT), [[caption] for caption in group.captions()]
+    images, read, right = [[] for _ in rngs], [[] for _ in rngs], [True] * len(rngs)
+    asked: list = [None] * len(rngs)
+    for turn in range(4):
+        first = group.numbers[0] + (turn << 32)            # noise of its own
+        drawn = sample.generate_turns(model, images, texts, settings, first=first)
+        for i, (image,) in enumerate(drawn):
+            found = pictures.read_image(image)
+            if turn == 0:
+                told = language.read_caption(texts[i][0])
+                right[i] = language.matches(found, told)["scene"]
+            elif right[i]:
+                right[i] = edits.judge(found, read[i][-1], asked[i])["scene"]
+            yield f"ii.turns.{turn}", right[i]
+            if right[i]:
+                before = read[i][-1] if turn else None
+                asked[i] = edits.next_edit(before, found, rngs[i], group.heldout)
+                read[i].append(found)
+            images[i].append(image)
+            texts[i].append(asked[i].instruction if right[i] else "")
+
+
+def judge_true_history(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
+    """II: whether edit 1, 2 and 3 of such a series is right if all images before it are true."""
+    series = [[edits.Edit(caption, scene, ()), *edits.episode(scene, words, group.heldout)]
+              for caption, scene, words in
+              zip(group.captions(), group.scenes, group.rngs(Purpose.EDIT))]
+    for turn in range(1, 4):
+        drawn = sample.generate_turns(
+            model, [[pictures.render(e.target, model.image_hw) for e in s[:turn]] for s in series],
+            [[e.instruction for e in s[:turn + 1]] for s in series], settings,
+            first=group.numbers[0] + (turn << 32))
+        for s, (image,) in zip(series, drawn):
+            right = edits.judge(pictures.read_image(image), s[turn - 1].target, s[turn])["scene"]
+            yield f"ii.true_history.{turn}", right
+            if s[turn].instruction == edits.PUT_BACK:
+                yield "ii.put_back", right
+
+
+def judge_clips(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
+    """VID: whether the frames of a clip are right (edits.judge_clip), drawn for its caption; and
+    whether its end is right if its first two frames are given."""
+    clips = [edits.clip(words, group.heldout) for words in group.rngs(Purpose.EDIT)]
+    frames = [[pictures.render(scene, model.image_hw) for scene in clip.frames] for clip in clips]
+    texts = [[clip.caption, *[""] * (edits.FRAMES - 1)] for clip in clips]
+    for given in (0, 2):
+        start = [images[:given] for images in frames]
+        drawn = sample.generate_turns(model, start, texts, settings, VID, group.numbers[0])
+        for clip, images in zip(clips, map(list.__add__, start, drawn)):
+            right = edits.judge_clip(list(map(pictures.read_image, images)), clip, given)
+            for name in ("prediction",) if given else right:
+                yield f"vid.{name}", right[name]
 
 
 def judge_likelihoods(model: Cola, group: Group) -> Verdicts:
@@ -183,10 +287,12 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
     same result."""
     seed, n = SEEDS + args.seed, args.eval_samples             # a seed that no run can have
     image, text = settings(args, seed)
-    judges = {"t2i": (partial(judge_images, settings=image), 3 * n),
-              "it2t": (partial(judge_answers, settings=text), n),
-              "t2t": (partial(judge_stories, settings=text), n)}         # judge, number of scenes
-    work = [(split, *judges[task]) for split in ("seen", "heldout") for task in sorted(tasks)]
+    judges = {"t2i": [(judge_images, image, 3 * n)], "it2t": [(judge_answers, text, n)],
+              "t2t": [(judge_stories, text, n)], "vid": [(judge_clips, image, n)],
+              "ii": [(judge_edits, image, 3 * n), *((judge, image, n) for judge in (
+                  judge_references, judge_series, judge_true_history))]}     # number of scenes
+    work = [(split, partial(judge, settings=s), count) for split in ("seen", "heldout")
+            for task in sorted(tasks) for judge, s, count in judges[task]]
     if "it2t" in tasks:
         work += [(split, judge_likelihoods, args.rank_samples) for split in ("seen", "heldout")]
     work.append(("ceiling", partial(judge_vaes, tasks=tasks), n))
@@ -315,6 +421,13 @@ def draw(model: Cola, args: Namespace, tasks: set[str], dataset) -> tuple[Cells,
             picture = dataset.images([index])[0]
             answer = sample.generate_text(model, [""], [prompt], [picture], text)[0]
             cells.append((picture, f"{prompt} {answer}"))
+    for task in sorted(tasks & {"ii", "vid"}):
+        for turns in map(getattr(dataset, task), numbers[:3]):
+            given = dataset.images(turn.image for turn in turns if not turn.drawn)
+            texts = [turn.text for turn in turns]
+            drawn = sample.generate_turns(model, [given], [texts], image, TASKS.index(task))[0]
+            cells += zip([*given, *drawn], texts)
+            cells += [(np.full((8, 8, 3), 255, np.uint8), "")] * (-len(cells) % 6)
     if "t2t" in tasks:
         for prefix in (" ".join(dataset.t2t(k).split()[:6]) for k in numbers[:3]):
             continuation = sample.generate_text(model, [prefix], settings=text)[0]

@@ -73,20 +73,25 @@ def timestep_embedding(t: Tensor) -> Tensor:
 
 
 class PositionEmbedding(nn.Module):
-    """Absolute position and segment: RoPE shows only the distances between positions."""
+    """Absolute position, turn and segment: RoPE shows only the distances inside a text or image."""
     def __init__(self, width: int):
         super().__init__()
         self.proj = nn.Linear(64, width, bias=False)
+        self.turn = nn.Linear(32, width, bias=False)
         self.segment = nn.Embedding(len(masks.SEGMENTS), width)
 
     def forward(self, layout: masks.Layout) -> Tensor:
         place = torch.stack([layout.row, layout.col], -1)[..., None]             # (L, 2, 1)
         # A small grid of latents has few rows and columns: their sinusoids must differ more.
-        is_image = layout.segment == masks.I
+        is_image = masks.is_image(layout.segment)
         place = torch.where(is_image[:, None, None], 8 * place, place)
         angle = place * 10.0 ** -torch.linspace(0, 2, 16, device=place.device)   # (L, 2, 16)
         sinusoids = torch.cat([angle.sin(), angle.cos()], -1).flatten(1)         # (L, 64)
-        return self.proj(sinusoids) + self.segment(layout.segment)               # (L, D)
+        in_turn = is_image | (layout.segment == masks.P)
+        turn = torch.where(in_turn, layout.block, 0)[:, None]                    # (L, 1)
+        angle = turn * 10.0 ** -torch.linspace(0, 1.5, 16, device=turn.device)   # (L, 16)
+        turns = torch.cat([angle.sin(), 1 - angle.cos()], -1)                    # (L, 32), 0 at 0
+        return self.proj(sinusoids) + self.turn(turns) + self.segment(layout.segment)      # (L, D)
 
 
 def rope_rotations(layout: masks.Layout, rope_dim: int) -> Tensor:
@@ -201,8 +206,8 @@ class MMDiT(nn.Module):
         """Initialize the parameters of these names, or all of them, so that v = 0.
 
         Gates start at 1; from 0 (adaLN-Zero) they would grow slowly. Matrices of blocks have
-        variance 1 / (3 inputs), divided by 2 x layers where a branch ends. Places begin with three
-        times the usual weights, so that they stand out from the content of a latent."""
+        variance 1 / (3 inputs), divided by 2 x layers where a branch ends. Places and turns begin
+        with three times the usual weights, so that they stand out from the content of a latent."""
         for name, p in self.named_parameters():
             if names is not None and name not in names:
                 continue
@@ -213,7 +218,7 @@ class MMDiT(nn.Module):
                 nn.init.zeros_(p)
             else:
                 inside = "blocks." in name
-                gain = 3 if name.startswith("position.proj") else 1
+                gain = 3 if name.startswith("position.") else 1
                 branches = 2 * self.config.layers if inside and "proj_out" in name else 1
                 std = gain * (p.shape[1] * (3 if inside else 1) * branches) ** -0.5
                 nn.init.normal_(p, std=std)
@@ -237,7 +242,7 @@ class MMDiT(nn.Module):
         targets: (n,) positions with a loss, and the plan from them to all; the last layer and the
             velocities are computed at these positions only.
         tap: the layer whose output to return, -1 for none; with targets, one before the last."""
-        is_image = layout.segment == masks.I
+        is_image = masks.is_image(layout.segment)
         at_text, at_image, order = split(is_image)
         x = self.text_in(text)                                                   # (Lt, D)
         if len(at_image):

@@ -3,6 +3,7 @@
     z_1 ~ temperature * N(0, I)                        noise
     dz/dt = v(z, t | context),  t from 1 to 0          transport (paper, Sec. 3.2.3, Eq. 10.2)
     v = v_u + w (v_c - v_u)                            guidance: v_c with the context, v_u without
+    v = v_u + w_I (v_I - v_u) + w (v_c - v_I)          v_I: with images, without text (2211.09800)
     x = argmax p(x | z_0)                              decode
 
 Clean context (instruction, input image, caption, text so far) passes through the prior once; its
@@ -32,7 +33,7 @@ import masks
 import release
 from cola import Cola
 from cuda_attention import Plan, make_plan
-from masks import IT2T, T2I, T2T, Layout, Sample, pack
+from masks import II, IT2T, T2I, T2T, VID, Layout, Sample, pack
 from mmdit import Cache
 
 
@@ -41,6 +42,7 @@ class Settings:
     """How to integrate the flow."""
     steps: int = 16                        # solver steps for an image, or for each block of text
     guidance: float = 1.0                  # w; 1 needs no unconditional velocity
+    image_guidance: float = 1.0            # w_I of the images before an image
     interval: tuple[float, float] = (0.0, 1.0)     # flow times at which guidance acts
     solver: str = "euler"                  # one of flow.SOLVERS; repainting always takes euler
     shift: float | None = None             # of the time grid; None: for images as in training
@@ -93,20 +95,20 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
     """Integrates noise z of one modality, (L, Dz) or (L, Cz), to clean latents of the same shape.
     known (L,) bool: positions of z that are clean already. They stay as they are or, if there is
     new_noise, which returns noise of z's shape, are repainted (flow.repaint)."""
-    is_image = bool((layout.segment == masks.I).any())
-    is_guided = s.guidance != 1.0 and context.cache.layout is not None
+    is_image = bool(masks.is_image(layout.segment).any())
+    weights = guidances(s, int(layout.task[0])) if context.cache.layout is not None else []
     t_index = torch.ones_like(layout.segment)                                        # (L,)
     if known is not None and new_noise is None:
         t_index[known] = 0                 # the network gets t = 0 there
     single = t_index, layout, context.plan(layout)                   # arguments of prior
-    if is_guided:
+    if weights:
         task = masks.TASKS[layout.task[0]]
         if task not in context.model.unconditional:
             data.warn_once(f"guidance of {task}: this model was not trained without its condition, "
                            "which takes --cfg_drop for images, --cfg_drop_text for texts")
-        # Every sample twice, the second time without context: one pass gives v_c and v_u.
-        both = masks.duplicate(layout)
-        double = torch.cat([t_index, t_index]), both, context.plan(both)
+        # Copies of every sample, the last of them without context: one pass gives all velocities.
+        copies = masks.repeat(layout, len(weights) + 1)
+        every = t_index.repeat(len(weights) + 1), copies, context.plan(copies)
 
     def prior(z: Tensor, t: float, positions: tuple[Tensor, Layout, Plan]) -> Tensor:
         text, image = (context.no_text, z) if is_image else (z, context.no_image)
@@ -114,15 +116,25 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
         return v_image if is_image else v_text
 
     def velocity(z: Tensor, t: float) -> Tensor:
-        if not is_guided or not s.interval[0] <= t <= s.interval[1]:
+        if not weights or not s.interval[0] <= t <= s.interval[1]:
             return prior(z, t, single)                                               # (L, Dz)
-        v_c, v_u = prior(torch.cat([z, z]), t, double).chunk(2)                      # (L, Dz) each
-        return flow.guide(v_c, v_u, s.guidance)
+        *with_context, v = prior(z.repeat(len(weights) + 1, 1), t, every).chunk(len(weights) + 1)
+        less = [*with_context[1:], v]
+        return v + sum(w * (a - b) for w, a, b in zip(weights, with_context, less))
 
     grid = flow.time_grid(s.steps, s.shift or 1.0)
     if new_noise is not None:
         return flow.repaint(velocity, z, grid, known, new_noise, s.repaint_share, s.repaint_cycles)
     return flow.solve(velocity, z, grid, s.solver, known)
+
+
+def guidances(s: Settings, task: int) -> list[float]:
+    """The weights of the conditions that are left out one after another, for guidance: the text
+    and, of images in sequence, the images before. No weight if all are 1."""
+    if task not in (II, VID):
+        return [s.guidance] if s.guidance != 1.0 else []
+    weights = [s.guidance, s.image_guidance]
+    return weights if s.image_guidance != 1.0 else weights[:1] if s.guidance != 1.0 else []
 
 
 def make_rngs(seed: int, first: int, count: int) -> list[np.random.Generator]:
@@ -155,6 +167,43 @@ def generate_images(model: Cola, captions: list[str], settings: Settings = IMAGE
         shift = math.exp(model.image_loc) * flow.image_shift(h * w * vae.channels)
         settings = replace(settings, shift=shift)
     return model.decode_images(transport(context, layout, noise, settings), (h, w))
+
+
+@torch.inference_mode()
+def generate_turns(model: Cola, given: list[list[np.ndarray]], texts: list[list[str]],
+                   settings: Settings = IMAGE, task: int = II, first: int = 0
+                   ) -> list[list[np.ndarray]]:
+    """Images in sequence, for B samples with the sample numbers first, first + 1, .. Each sample
+    has a text for every image, "" for none, and the first of its images, uint8 (H, W, 3), are
+    given, equally many in all samples. Returns the other images of each sample, drawn in turn. The
+    task VID takes them as frames of the first text."""
+    vae, context, count = model.image_vae, Context(model), len(texts)
+    hw = given[0][0].shape[:2] if given[0] else model.image_hw
+    h, w = (side // vae.downsample for side in hw)
+    rngs, drawn = make_rngs(settings.seed, first, count), []
+    shift = settings.shift or math.exp(model.image_loc) * flow.image_shift(h * w * vae.channels)
+    settings, copies = replace(settings, shift=shift), 1 + len(guidances(settings, task))
+    with_images = max(copies - 1, 1)       # copies for guidance: all, without text, without both
+
+    def lay(*samples: list[Sample]) -> masks.Layout:
+        """The layout of each copy's samples; further copies have none of these positions."""
+        rest = [Sample(task)] * (count * (copies - len(samples)))
+        return pack([*sum(samples, []), *rest], model.block_len, model.device)
+
+    for turn, words in enumerate(zip(*texts)):
+        if any(words):
+            z, lengths = model.encode_text([model.ids(text, end=False) for text in words])
+            context.add(z, context.no_image, lay([Sample(task, n, turn=turn) for n in lengths]))
+        if turn < len(given[0]):
+            z = model.encode_images([images[turn] for images in given])              # (B h w, Cz)
+        else:
+            layout = pack([Sample(task, turn=turn, drawn=(h, w))] * count, 1, model.device)
+            noise = settings.temperature * draw_noise(rngs, h * w, vae.channels).to(model.device)
+            z = transport(context, layout, noise, settings)
+            drawn.append(model.decode_images(z, (h, w)))
+        image = [Sample(task, image=(h, w), turn=turn)] * count
+        context.add(context.no_text, z.repeat(with_images, 1), lay(*[image] * with_images))
+    return list(map(list, zip(*drawn)))
 
 
 @torch.inference_mode()
@@ -288,7 +337,21 @@ def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespac
     tasks = parser.add_subparsers(dest="task", required=True)
     t2i = tasks.add_parser("t2i", help="text to image")
     t2i.add_argument("prompt", help="what to draw")
-    t2i.add_argument("--out", type=Path, default="sample.png", help="PNG file; --n numbers it")
+    edit = tasks.add_parser("edit", help="change a picture, or combine several")
+    edit.add_argument("images", nargs="+", help="pictures of any size: image 1, image 2, ..")
+    edit.add_argument("prompt", help="an instruction")
+    story = tasks.add_parser("story", help="draw a text, then change the image text by text")
+    story.add_argument("prompts", nargs="+", help="what to draw, then instructions")
+    video = tasks.add_parser("video", help="text to video, an animated GIF with a strip of frames")
+    video.add_argument("prompt", help="what to show")
+    video.add_argument("--images", nargs="+", default=[], help="the first frames, to be continued")
+    video.add_argument("--frames", type=COUNT, default=5, help="in all; the scenes have 5")
+    for p in (t2i, edit, story, video):
+        name = "sample.gif" if p is video else "sample.png"
+        p.add_argument("--out", type=Path, default=name, help="file to write; --n numbers it")
+    for p in (edit, story, video):
+        p.add_argument("--image_guidance", type=within(-1e6, 1e6), help="w_I: more holds closer to "
+                       "the images before")
     t2i.add_argument("--size", type=COUNT, nargs="+", metavar="PIXELS",
                      help="height and width, or one number for both; None is the trained size")
     it2t = tasks.add_parser("it2t", help="image and text to text")
@@ -304,27 +367,33 @@ def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespac
                        "generated before become less likely; the public release has 1.1")
         p.add_argument("--stop", help="a special token of the tokenizer that ends a text, as "
                        "<|im_end|> does in the public release")
-    for p, settings in ((t2i, IMAGE), (it2t, of_text), (t2t, of_text)):
+    for p in (t2i, edit, story, video, it2t, t2t):
         add_model_flags(p)
         p.add_argument("--n", type=COUNT, default=1, help="samples to draw")
         p.add_argument("--steps", type=COUNT, help="solver steps; fewer is faster and coarser")
         p.add_argument("--guidance", type=within(-1e6, 1e6), help="w; texts need --cfg_drop_text")
         p.add_argument("--solver", choices=flow.SOLVERS, help="heun, rk4: 2 and 4 calls a step")
         p.add_argument("--temperature", type=within(0, 1e6), help="scale of the initial noise")
-        p.set_defaults(**asdict(settings))
+        p.set_defaults(**asdict(of_text if p in (it2t, t2t) else IMAGE))
     args = parser.parse_args(argv)
     if args.official and of_text == TEXT:  # other defaults
         return parse(argv, RELEASED)
     args.settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
     if args.n > 1 and args.temperature == 0:
         raise ValueError(f"--n {args.n}: at temperature 0 all samples are equal; draw one")
-    if args.task == "t2i":
-        if not args.prompt.strip():
-            raise ValueError("the prompt is empty; say what to draw")
-        if args.size and len(args.size) > 2:
-            raise ValueError(f"--size {args.size}: expected one number, or height and width")
-        if args.out.is_dir() or not args.out.parent.is_dir():
-            raise ValueError(f"--out {args.out}: expected a file in a folder that exists")
+    if args.task in ("it2t", "t2t"):
+        return args
+    args.prompts = getattr(args, "prompts", None) or [args.prompt]
+    if not all(prompt.strip() for prompt in args.prompts):
+        raise ValueError("the prompt is empty; say what to draw")
+    if args.task == "t2i" and args.size and len(args.size) > 2:
+        raise ValueError(f"--size {args.size}: expected one number, or height and width")
+    if args.task == "video" and args.out.suffix != ".gif":
+        raise ValueError(f"--out {args.out}: expected a .gif")
+    if args.task == "video" and len(args.images) >= args.frames:
+        raise ValueError(f"--frames {args.frames}: expected more than the pictures given")
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: expected a file in a folder that exists")
     return args
 
 
@@ -345,21 +414,48 @@ def read_picture(path: str | Path, model: Cola) -> np.ndarray:
         raise ValueError(f"{path}: {error}") from None
 
 
+def draw(args: argparse.Namespace, model: Cola) -> list[list[np.ndarray]]:
+    """The images of each of args.n samples."""
+    if args.task == "t2i":
+        hw = (args.size[0], args.size[-1]) if args.size else None
+        images = generate_images(model, args.prompts * args.n, args.settings, hw)
+        return [[image] for image in images]
+    given = [read_picture(path, model) for path in getattr(args, "images", [])]
+    if args.task == "video":
+        texts = args.prompts + [""] * (args.frames - 1)
+        drawn = generate_turns(model, [given] * args.n, [texts] * args.n, args.settings, VID)
+        return [given + images for images in drawn]
+    texts = [""] * len(given) + args.prompts
+    return generate_turns(model, [given] * args.n, [texts] * args.n, args.settings)
+
+
+def write(path: Path, images: list[np.ndarray], caption: str, animated: bool) -> None:
+    """Writes images side by side as a PNG file, which contains the caption as text, and before
+    it, if they are animated, as a GIF."""
+    if animated:
+        frames = [Image.fromarray(image) for image in images]
+        frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
+        print(f"{path}  {len(frames)} frames  {caption}")
+        path = path.with_suffix(".png")
+    strip, info = np.hstack(images), PngImagePlugin.PngInfo()
+    info.add_text("caption", caption)
+    Image.fromarray(strip).save(path, "PNG", pnginfo=info)
+    print(f"{path}  {strip.shape[1]} x {strip.shape[0]}  {caption}")
+
+
 def run(args: argparse.Namespace) -> None:
-    """Prints texts, or writes PNG files, which contain their caption as text."""
-    model, prompts = open_model(args, args.task), [args.prompt] * args.n
+    """Prints texts, or writes image files."""
+    task = {"edit": "ii", "story": "ii", "video": "vid"}.get(args.task, args.task)
+    model = open_model(args, task)
     special, stop = model.tokenizer.special, args.settings.stop
     if stop not in ("", *special) and not (args.official and stop == RELEASED.stop):
         raise ValueError(f"--stop {stop}: expected one of {', '.join(special)}")
-    if args.task == "t2i":
-        hw = (args.size[0], args.size[-1]) if args.size else None
-        for i, image in enumerate(generate_images(model, prompts, args.settings, hw)):
+    if args.task not in ("it2t", "t2t"):
+        for i, images in enumerate(draw(args, model)):
             path = args.out.with_stem(f"{args.out.stem}_{i}") if args.n > 1 else args.out
-            info = PngImagePlugin.PngInfo()
-            info.add_text("caption", args.prompt)
-            Image.fromarray(image).save(path, "PNG", pnginfo=info)
-            print(f"{path}  {image.shape[1]} x {image.shape[0]}  {args.prompt}")
+            write(path, images, " ".join(args.prompts), args.task == "video")
         return
+    prompts = [args.prompt] * args.n
     prefixes, questions, images = prompts, None, None
     if args.task == "it2t":
         image = read_picture(args.image, model)

@@ -116,7 +116,7 @@ class PriorStage(nn.Module):
 
         # L_FM reaches the encoder through the noisy text (z_t and v); clean context is detached.
         z0 = vae.scale_latents(mean, logvar, b.posterior_noise).index_select(0, b.source)
-        is_image, t = b.layout.segment == masks.I, b.t[b.t_index]                  # (L,) each
+        is_image, t = masks.is_image(b.layout.segment), b.t[b.t_index]             # (L,) each
         z_t = flow.interpolate(z0, b.eps_text, t[~is_image])                       # (Lt, Dz)
         text = torch.where(b.text_moves[:, None], z_t, z0.detach())
         image = flow.interpolate(b.z_image, b.eps_image, t[is_image])              # (Li, Cz)

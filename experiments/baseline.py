@@ -67,7 +67,7 @@ class Unpacked(MMDiT):
         v_text = v_text[:len(text)][new[0]]
         v_image = (image if v_image is None else v_image)[new[1]]
         if targets is not None:                            # never with a cache
-            chosen, is_image = torch.zeros(len(layout), dtype=torch.bool), layout.segment == masks.I
+            chosen, is_image = torch.zeros(len(layout), dtype=torch.bool), masks.is_image(layout.segment)
             chosen[targets[0]] = True
             v_text, v_image = v_text[chosen[~is_image]], v_image[chosen[is_image]]
         return v_text, v_image if len(v_image) else None, None
@@ -101,7 +101,7 @@ class Plain(Unpacked):
 
     def velocity(self, text: Tensor, image: Tensor, t: Tensor, t_index: Tensor,
                  layout: Layout) -> tuple[Tensor, Tensor | None]:
-        is_image, samples = layout.segment == masks.I, len(layout.task)
+        is_image, samples = masks.is_image(layout.segment), len(layout.task)
         x = self.position(layout) + self.time(timestep_embedding(t))[t_index]            # (L, D)
         x[~is_image] += self.text_in(text).float()
         x[is_image] += self.image_in(image).float()

@@ -20,7 +20,7 @@ from batches import Batches
 from cola import FIRST_BLOCK
 from conftest import TINY
 from data import Purpose
-from masks import I, IT2T, N, T2I, T2T, TASKS
+from masks import II, IT2T, T2I, T2T, TASKS, VID, I, J, N, P
 from text_vae import TextVAE
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def texts_of(made, task, k):
 
 # ---- A batch against its samples ---------------------------------------------------------------
 
-@pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=TASKS)
+@pytest.mark.parametrize("task", [T2T, T2I, IT2T], ids=TASKS[:3])
 def test_batch_against_its_samples(made, task):
     """Every position, from the sample's own tokens, cut and draws: the same in another batch."""
     args, model, bl, seen = made.args, made.model, made.args.block_len, set()
@@ -93,6 +93,38 @@ def test_batch_against_its_samples(made, task):
     assert b.counts() == text | {
         "positions": len(b.t_index), "image": int(b.image_moves.sum()) * 32, "tokens": len(b.ids),
         "masked": int(b.masked.sum())}
+
+
+@pytest.mark.parametrize("task", [II, VID])
+def test_images_in_sequence_against_their_turns(made, task):
+    """Texts and images are dropped independently; every drawn image has a time of its own."""
+    made, seen = with_flags(made, "--cfg_drop", "0.4"), set()
+    b, work = made.prior([(task, k) for k in range(40)]), range(40)
+    segment, t, tokens = b.layout.segment, b.t[b.t_index], b.ids[b.source]
+    is_image = masks.is_image(segment)
+    assert torch.equal(t > 0, segment == J) and torch.equal((t > 0).nonzero()[:, 0], b.targets)
+    assert torch.equal(b.image_moves, segment[is_image] == J) and not b.text_moves.any()
+    bears_loss = int((t[b.layout.sample == 7] > 0).sum())
+    assert made.prior([(task, 7)]).counts()["image"] == bears_loss * 32
+    for k in work:
+        turns = getattr(made.dataset, TASKS[task])(k)
+        no_text, no_images = data.rng(0, k, Purpose.DROP).random(2) < (0.4, 0.2)
+        mine = b.layout.sample == k
+        for turn, (text, image, drawn) in enumerate(turns):
+            here = mine & (b.layout.block == turn)
+            found = {name: here & (segment == s) for name, s in (("P", P), ("I", I), ("J", J))}
+            ids = [] if no_text or not text else made.model.ids(text, end=False)
+            assert tokens[found["P"][~is_image]].tolist() == ids
+            given = not no_images and turn < len(turns) - 1
+            assert (int(found["J"].sum()), int(found["I"].sum())) == (16 * drawn, 16 * given)
+            assert len(t[found["J"]].unique()) == drawn
+            z = made.image_latents([image])
+            for name in ("I", "J"):
+                if found[name].any():
+                    torch.testing.assert_close(b.z_image[found[name][is_image]], z)
+        assert len(t[mine & (segment == J)].unique()) > 1 or sum(x.drawn for x in turns) == 1
+        seen.add((bool(no_text), bool(no_images)))
+    assert len(seen) == 4 and b.eps_image[b.image_moves].std() > 0.9
 
 
 @pytest.mark.parametrize("patch", (1, 2))

@@ -173,6 +173,14 @@ def test_build_gives_back_the_system(saved):
         assert torch.equal(again.mmdit.text_in.weight, model.mmdit.text_in.weight + 1)
     assert path.read_bytes() == before and torch.equal(torch.get_rng_state(), random_state)
 
+    place = "mmdit.position.segment.weight"                 # as before there were turns
+    for state in (found["model"], found["ema"]):
+        del state["mmdit.position.turn.weight"]
+        state[place] = state[place][:4]
+    old = cola.build(found).mmdit.position
+    assert torch.equal(old.segment.weight[4], old.segment.weight[2]) and not old.turn.weight.any()
+    assert torch.equal(old.segment.weight[:4], found["ema"][place])
+
     del found["config"]["image_vae"]                        # as in the public release
     found["model"] = {k: v for k, v in found["model"].items() if not k.startswith("image_vae.")}
     assert cola.build(found).image_vae is None

@@ -8,11 +8,18 @@ import torch
 import cuda_attention
 import masks
 from cuda_attention import attention, choose, make_plan, padded
-from masks import C, I, IT2T, N, P, T2I, T2T, Sample, pack
+from masks import II, IT2T, T2I, T2T, VID, C, I, J, N, P, Sample, pack
 
 
 def allowed(task, s_i, s_j, b_i, b_j):
-    """The blog's cases, literally."""
+    """The blog's cases, literally, and those of images in sequence."""
+    if task in (II, VID):
+        if s_i == P:
+            return s_j == P and b_j <= b_i or s_j == I and b_j < b_i
+        if s_i == I:
+            return s_j == I and b_j <= b_i
+        text = s_j == P and (b_j <= b_i if task == VID else b_j == b_i)
+        return s_i == J and (text or s_j == I and b_j < b_i or s_j == J and b_j == b_i)
     if task in (T2T, T2I):
         if s_i == C:
             return s_j == C and b_j <= b_i
@@ -39,6 +46,11 @@ def random_samples(g, count, most=8, side=4):
     return out
 
 
+def series(task, turns=3):
+    """A series of images with a text each, all of them drawn."""
+    return [Sample(task, 2, (1, 2), turn=turn, drawn=(1, 2)) for turn in range(turns)]
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -54,7 +66,7 @@ def brute_force(q, k):
 @pytest.mark.parametrize("block_len", [1, 2, 3])
 def test_dense_against_loops(seed, block_len):
     every = [Sample(T2T, clean=5, noisy=5), Sample(T2I, image=(2, 2), clean=5, noisy=5),
-             Sample(IT2T, 2, (2, 2), 5, 5, start=2), Sample(T2T, noisy=5)]
+             Sample(IT2T, 2, (2, 2), 5, 5, start=2), Sample(T2T, noisy=5), series(II), series(VID)]
     layout = pack(random_samples(generator(seed), 5) + every, block_len)
     assert torch.equal(masks.dense(layout, layout), brute_force(layout, layout))
 
@@ -73,11 +85,11 @@ def test_blog_example_and_its_picture():
 
 
 def test_a_new_task_needs_only_a_table():
-    """Image editing: the new image N sees the old image I and the instruction P; none sees N."""
-    a, e = masks.ALWAYS, masks.EQ
-    table = torch.tensor([[a, 0, a, 0], [0, 0, 0, 0], [a, 0, a, 0], [a, 0, a, e]]).byte()
+    """A text N that sees an image I and a prompt P, which do not see it."""
+    a, e, row = masks.ALWAYS, masks.EQ, [0] * 5
+    table = torch.tensor([[a, 0, a, 0, 0], row, [a, 0, a, 0, 0], [a, 0, a, e, 0], row]).byte()
     rules = torch.cat([masks.RULES, table[None]])
-    edit = Sample(3, prompt=2, image=(2, 2), noisy=4)
+    edit = Sample(len(masks.TASKS), prompt=2, image=(2, 2), noisy=4)
     layout = pack([edit, Sample(T2I, clean=2, image=(1, 2), noisy=2)], 4)
     mask = masks.dense(layout, layout, rules)
     first = layout.sample == 0
@@ -107,9 +119,38 @@ def test_pack_lays_out_segments_blocks_and_coordinates():
     assert len(pack([], 4)) == 0
 
 
-def test_concat_and_duplicate():
+def test_turns_are_blocks_of_one_sample():
+    layout = pack([Sample(T2I, image=(1, 1)), series(II, 2)], 1)
+    assert "".join(masks.SEGMENTS[s] for s in layout.segment) == "I" + "PPJJII" * 2
+    assert layout.sample.tolist() == [0] + [1] * 12 and layout.task.tolist() == [T2I, II]
+    assert layout.block.tolist() == [0] + [0] * 6 + [1] * 6
+    assert layout.row.tolist() == [0] + [0, 1, 0, 0, 0, 0] * 2
+    assert layout.col.tolist() == [0] + [0, 1, 0, 1, 0, 1] * 2
+
+
+@pytest.mark.parametrize("task", [II, VID])
+def test_no_image_learns_of_itself_or_of_later_ones_through_any_layers(task):
+    layout = pack([series(task, 4)], 1)
+    sees = masks.dense(layout, layout).float()
+    reaches = torch.linalg.matrix_power(sees + torch.eye(len(layout)), 8) > 0
+    for turn in range(4):
+        drawn = (layout.segment == J) & (layout.block == turn)
+        reached, found = reaches[drawn].any(0), set()
+        for s, b in zip(layout.segment[reached].tolist(), layout.block[reached].tolist()):
+            found.add((masks.SEGMENTS[s], b))
+        texts = {("P", b) for b in range(turn + 1)}
+        assert found == {("J", turn)} | texts | {("I", b) for b in range(turn)}
+    rules = masks.RULES.clone()
+    rules[II, I, P] = masks.ALWAYS         # an image that saw all instructions would tell of later
+    sees = masks.dense(layout, layout, rules).float()
+    reaches = torch.linalg.matrix_power(sees + torch.eye(len(layout)), 8) > 0
+    leaks = reaches[(layout.segment == J) & (layout.block == 1)][:, layout.block > 1].any()
+    assert leaks == (task == II)
+
+
+def test_concat_and_repeat():
     a, b = pack([Sample(T2T, clean=2)], 1), pack([Sample(T2T, clean=1), Sample(T2I, clean=2)], 1)
-    joined, again = masks.concat(a, b), masks.duplicate(b)
+    joined, again = masks.concat(a, b), masks.repeat(b, 2)
     assert joined.sample.tolist() == [0, 0, 0, 1, 1] and joined.task.tolist() == [T2T, T2I]
     assert again.sample.tolist() == [0, 1, 1, 2, 3, 3] and again.row.tolist() == [0, 0, 1] * 2
     assert again.task.tolist() == [T2T, T2I] * 2
