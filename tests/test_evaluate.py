@@ -10,7 +10,9 @@ import cola
 import data
 import evaluate
 import sample
-from scenes import language, pictures
+from masks import II, VID
+from scenes import edits, language, pictures
+from scenes.pictures import read_image, render
 from test_train import args_for, fails
 from workers import Worker
 
@@ -51,6 +53,56 @@ def test_right_answers_have_rate_1(tiny, monkeypatch):
         assert metrics[split]["t2t"].pop("wrong") == dict.fromkeys(language.WRONG, 0.0)
         assert {rate for rates in metrics[split].values() for rate in rates.values()} == {1.0}
     assert metrics["ceiling"].keys() == {"image", "text"} and metrics["ceiling"]["text"] < 1
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_edits_series_and_clips_are_judged(right, tiny, monkeypatch):
+    """Drawn by one who knows what every instruction asks for, or returns what was given."""
+    model, made = cola.load(tiny / "ckpt.pt"), {}
+    for name in ("edit", "follow", "next_edit"):
+        def record(*given, make=getattr(edits, name), **more):
+            found = make(*given, **more)
+            sources = given[1:3] if isinstance(given[0], str) else \
+                [given[0] if isinstance(given[1], np.random.Generator) else given[1]]
+            if found:
+                made[found.instruction, *map(content, sources)] = found.target
+            return found
+        monkeypatch.setattr(edits, name, record)
+    content = lambda scene: frozenset((o.attributes, edits.quadrant(o)) for o in scene.objects)
+    said, clip, clips = language.caption, edits.clip, {}
+    monkeypatch.setattr(language, "caption", lambda scene, *more: made.setdefault(
+        ((text := said(scene, *more)),), scene) and text)
+    monkeypatch.setattr(edits, "clip", lambda *given: clips.setdefault(
+        (c := clip(*given)).caption, c) and c)
+
+    def turns(model, given, texts, settings, task=II, first=0):
+        drawn = []
+        for images, own in zip(given, texts):
+            if not right:
+                count = edits.FRAMES - len(images) if task == VID else 1
+                drawn.append([np.zeros((32, 32, 3), np.uint8), *images][-1:] * count)
+            elif task == VID:
+                drawn.append([render(f) for f in clips[own[0]].frames[len(images):]])
+            else:
+                sources = images if own[-1].startswith("put the") else images[-1:]
+                before = map(content, map(read_image, sources))
+                drawn.append([render(made[own[-1], *before])])
+        return drawn
+
+    monkeypatch.setattr(sample, "generate_turns", turns)
+    args = args_for("--eval_samples", "8")
+    metrics = evaluate.rates(model, args, {"ii", "vid"}, Worker())
+    for split in ("seen", "heldout"):
+        found = metrics[split]
+        assert {*found["ii"].pop("by_kind")} == {*edits.KINDS}
+        kept, put_back = found["ii"].pop("kept"), found["ii"].pop("put_back", right)
+        assert found["vid"].keys() == {"first", "clip", "motion", "steady", "scene", "prediction"}
+        flat = [found["ii"].pop(name) for name in ("turns", "true_history")] + [found["ii"]]
+        assert [len(rates) for rates in flat] == [4, 3, 4] and kept == 1.0 and put_back == right
+        rates = {rate for rates in (*flat, found["vid"]) for rate in rates.values()}
+        assert rates == {float(right)}
+    n = metrics["samples"]
+    assert (n["seen.ii.scene"], n["seen.ii.by_kind.add"], n["seen.ii.turns.3"]) == (24, 3, 8)
 
 
 def test_stories_are_judged_by_sentence_and_length(monkeypatch):
