@@ -129,7 +129,7 @@ class Scenes:
         return self._sequences.edits(*self._pick(k))
 
     def vid(self, k: int) -> list[edits.Turn]:
-        return self._sequences.clip(self._pick(k)[0])
+        return self._sequences.clip(*self._pick(k))
 
     def corpus(self, n: int) -> list[str]:
         words = rng(self.seed, 0, Purpose.CORPUS)

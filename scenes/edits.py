@@ -285,11 +285,13 @@ class Sequences:
         said[0] = caption(self.scene_of(i), rng)
         return [Turn(text, turn * self.pool + i, True) for turn, text in enumerate(said)]
 
-    def clip(self, i: int) -> list[Turn]:
+    def clip(self, i: int, rng: np.random.Generator) -> list[Turn]:
         """The frames of clip i; the first has the caption. Each is drawn from true ones before it,
-        so a model of them continues given frames, too."""
+        so a model of them continues given frames, too. Half of the samples are the first frame
+        alone, which takes longer to learn."""
+        count = FRAMES if rng.random() < 0.5 else 1
         return [Turn(self._clip(i).caption * (frame == 0), (5 + frame) * self.pool + i, True)
-                for frame in range(FRAMES)]
+                for frame in range(count)]
 
 
 def corpus(rng: np.random.Generator, n: int) -> list[str]:

@@ -1,0 +1,125 @@
+"""Edits: what a model of edits must beat, and what it owes to its masks and its turns.
+
+    python -m experiments.edits baselines                    seconds; needs no model
+    python -m experiments.edits NAME --out_dir DIR           train.py under a change, any flags of it
+
+Baselines, of the edits that evaluate.py asks for: the source returned as it is; and a perfect
+drawer that knows a caption of the target alone, and so draws its objects at places of its own.
+
+    text_alone     J and P see no image: below the drawer with a caption
+    noisy_sources  I has a time of its own in training, without loss
+    no_turns       the images of a sample have no numbers
+    texts_so_far   J sees the texts of all turns, not of its own alone
+    single         single edits alone, to compare the next one with
+    prompt_aware   the same, and I sees the instruction, as in IT2T (with more turns this leaks)
+"""
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+import batches
+import config
+import masks
+import mmdit
+import train
+from data import SEEDS, Purpose, rng
+from masks import ALWAYS, II, LE, I, J, P
+from scenes import edits, language, pictures
+
+# ---- Baselines without a model -----------------------------------------------------------------
+
+def drawn_by_caption(target: pictures.Scene, words: np.random.Generator) -> pictures.Scene:
+    """A scene at other places for which a caption of the target is exact."""
+    told = language.read_caption(language.caption(target, words))
+    while True:
+        objects = pictures.reading_order(pictures.place(target.objects, words))
+        scene = pictures.Scene(target.background, objects)
+        if language.is_exact(told, scene):
+            return scene
+
+
+def baselines(n: int = 1536, seed: int = SEEDS) -> None:
+    """Prints the rates of both, of n edits of seen scenes."""
+    rates = defaultdict(list)
+    for k in range(n):
+        words, e = rng(seed, k, Purpose.EDIT), None
+        while not e:
+            scene = pictures.sample_scene(words)
+            e = edits.edit(scene, words, edits.KINDS[k % len(edits.KINDS)])
+        for name, found in (("source", scene), ("caption", drawn_by_caption(e.target, words))):
+            right = edits.judge(pictures.read_image(pictures.render(found)), scene, e)
+            for rate in ("scene", "done") + ("kept",) * bool(e.kept):
+                rates[name, rate].append(right[rate])
+    for (name, rate), right in rates.items():
+        print(f"{name:8} {rate:6} {np.mean(right):.3f} of {len(right)}")
+
+# ---- Changes -----------------------------------------------------------------------------------
+
+def change_rule(*cells: tuple[int, int, int]) -> None:
+    """Other relations in the table of II: (query segment, key segment, relation)."""
+    for query, key, relation in cells:
+        masks.RULES[II, query, key] = relation
+
+
+def noisy_sources() -> None:
+    prior = batches.Batches.prior
+
+    def with_noise(self, work: list[tuple[int, int]]) -> batches.Batch:
+        batch = prior(self, work)
+        task = batch.layout.task[batch.layout.sample]
+        clean = (batch.layout.segment == I) & (task == II)
+        number = batch.layout.sample * 16 + batch.layout.block        # of the image
+        words = torch.Generator().manual_seed(int(batch.ids.sum()))   # the same when resumed
+        times = torch.randint(1, len(batch.t), (int(number.max()) + 1,), generator=words)
+        return replace(batch, t_index=torch.where(clean, times[number], batch.t_index))
+    batches.Batches.prior = with_noise
+
+
+def no_turns() -> None:
+    embed = mmdit.PositionEmbedding.forward
+    mmdit.PositionEmbedding.forward = lambda self, layout: embed(
+        self, replace(layout, block=torch.zeros_like(layout.block)))
+
+
+def single() -> None:
+    every = edits.Sequences.edits
+    edits.Sequences.edits = lambda self, i, words: every(self, i, FixedNumber())
+
+
+class FixedNumber:
+    """Stands for the generator that picks a kind of sequence: always a single edit."""
+    def random(self) -> float:
+        return 0.5
+
+
+CHANGES = {
+    "text_alone": lambda: change_rule((J, I, 0), (P, I, 0)), "noisy_sources": noisy_sources,
+    "no_turns": no_turns, "texts_so_far": lambda: change_rule((J, P, LE)), "single": single,
+    "prompt_aware": lambda: (single(), change_rule((I, P, ALWAYS))),
+}
+
+
+def main() -> int:
+    """The exit status of train.py."""
+    name, *flags = sys.argv[1:] or [""]
+    if name == "baselines" and not flags:
+        baselines()
+        return 0
+    if name not in CHANGES:
+        print(f"edits.py: expected baselines or one of {', '.join(CHANGES)}", file=sys.stderr)
+        return 2
+    given = config.parse(flags, "edits.py")
+    if "ii" not in config.task_shares(given.get("tasks", config.DEFAULTS["tasks"])):
+        print("edits.py: --tasks needs the task ii", file=sys.stderr)
+        return 2
+    CHANGES[name]()
+    return train.main(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
