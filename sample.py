@@ -76,7 +76,10 @@ class Context:
     def plan(self, layout: Layout) -> Plan:
         """Attention plan of queries in this layout; the same for all their solver steps."""
         past = self.cache.layout
-        return make_plan(layout, layout if past is None else masks.concat(past, layout))
+        if past is None:
+            return make_plan(layout)
+        layout = replace(layout, task=max(layout.task, past.task, key=len))    # of all copies
+        return make_plan(layout, masks.concat(past, layout))
 
     def velocity(self, text: Tensor, image: Tensor, t: list[float], t_index: Tensor,
                  layout: Layout, plan: Plan) -> tuple[Tensor, Tensor | None]:
@@ -183,7 +186,7 @@ def generate_turns(model: Cola, given: list[list[np.ndarray]], texts: list[list[
     rngs, drawn = make_rngs(settings.seed, first, count), []
     shift = settings.shift or math.exp(model.image_loc) * flow.image_shift(h * w * vae.channels)
     settings, copies = replace(settings, shift=shift), 1 + len(guidances(settings, task))
-    with_images = max(copies - 1, 1)       # copies for guidance: all, without text, without both
+    with_images = min(copies, 2)           # copies for guidance: all, without text, without both
 
     def lay(*samples: list[Sample]) -> masks.Layout:
         """The layout of each copy's samples; further copies have none of these positions."""
