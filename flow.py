@@ -15,7 +15,7 @@ Shapes: Dz channels. z is (..., Dz); t has the leading dimensions of z, or is a 
 Run: python flow.py   (CPU, 2 s)
 """
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -154,10 +154,13 @@ def repaint(velocity_fn: Velocity, z: Tensor, grid: Tensor, known: Tensor,
     return z
 
 
-def guide(v_c: Tensor, v_u: Tensor, w: float) -> Tensor:
-    """Classifier-free guidance: w = 0 gives the unconditional velocity v_u, 1 the conditional v_c;
-    above 1, samples follow the condition more closely and vary less."""
-    return v_u + w * (v_c - v_u)
+def guide(velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Classifier-free guidance: v_n + sum of w_i (v_i - v_(i+1)). velocities: v_1 with all
+    conditions, then one condition less in each, v_n with none; weights: n - 1. With w_i = 0 the
+    velocity ignores condition i, with 1 it follows it; above 1, samples follow it more closely and
+    vary less. Two conditions: Brooks et al. 2211.09800, Eq. 3."""
+    pairs = zip(weights, pairwise(velocities), strict=True)
+    return velocities[-1] + sum(w * (v - less) for w, (v, less) in pairs)
 
 
 if __name__ == "__main__":

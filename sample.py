@@ -110,8 +110,9 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
             data.warn_once(f"guidance of {task}: this model was not trained without its condition, "
                            "which takes --cfg_drop for images, --cfg_drop_text for texts")
         # Copies of every sample, the last of them without context: one pass gives all velocities.
-        copies = masks.repeat(layout, len(weights) + 1)
-        every = t_index.repeat(len(weights) + 1), copies, context.plan(copies)
+        n = len(weights) + 1
+        copies = masks.repeat(layout, n)
+        every = t_index.repeat(n), copies, context.plan(copies)
 
     def prior(z: Tensor, t: float, positions: tuple[Tensor, Layout, Plan]) -> Tensor:
         text, image = (context.no_text, z) if is_image else (z, context.no_image)
@@ -121,9 +122,7 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
     def velocity(z: Tensor, t: float) -> Tensor:
         if not weights or not s.interval[0] <= t <= s.interval[1]:
             return prior(z, t, single)                                               # (L, Dz)
-        *with_context, v = prior(z.repeat(len(weights) + 1, 1), t, every).chunk(len(weights) + 1)
-        less = [*with_context[1:], v]
-        return v + sum(w * (a - b) for w, a, b in zip(weights, with_context, less))
+        return flow.guide(prior(z.repeat(n, 1), t, every).chunk(n), weights)
 
     grid = flow.time_grid(s.steps, s.shift or 1.0)
     if new_noise is not None:
@@ -202,7 +201,10 @@ def generate_turns(model: Cola, given: list[list[np.ndarray]], texts: list[list[
         else:
             layout = pack([Sample(task, turn=turn, drawn=(h, w))] * count, 1, model.device)
             noise = settings.temperature * draw_noise(rngs, h * w, vae.channels).to(model.device)
-            z = transport(context, layout, noise, settings)
+            # Guided by the text, a frame strays from the frames before.
+            follows = task == VID and turn > 0
+            own = replace(settings, guidance=1.0) if follows else settings
+            z = transport(context, layout, noise, own)
             drawn.append(model.decode_images(z, (h, w)))
         image = [Sample(task, image=(h, w), turn=turn)] * count
         context.add(context.no_text, z.repeat(with_images, 1), lay(*[image] * with_images))

@@ -187,9 +187,11 @@ def test_repaint_starts_from_noise_and_without_known_positions_is_euler(fraction
 
 
 def test_guidance():
-    v_c, v_u = draw(4, 3), draw(4, 3, seed=1)
+    v_c, v_t, v_u = (draw(4, 3, seed=seed) for seed in range(3))
     for w in (0, 1, 3):
-        torch.testing.assert_close(flow.guide(v_c, v_u, w), w * v_c + (1 - w) * v_u)
+        torch.testing.assert_close(flow.guide([v_c, v_u], [w]), w * v_c + (1 - w) * v_u)
+        want = w * v_c + (2 - w) * v_t - v_u
+        torch.testing.assert_close(flow.guide([v_c, v_t, v_u], [w, 2.0]), want)
 
 
 def test_mistakes_are_named():
