@@ -6,7 +6,7 @@
     it2t   [P][I] instruction and image,       [N] each block of the answer    [N]
            [C] the answer before each block
     ii,    [P] its text, [I] the images        [J] each image                  [I][J] without text,
-    vid    before it                                                           [P][J], or [J]
+    vid    before it                                                           [J] without both
 
 Everything random about sample k, but for the offset of its times, which belongs to the step, is
 drawn from (seed, k, purpose): it depends neither on its batch nor on the number of workers, and a
@@ -22,7 +22,7 @@ Cz text and image channels; B images, H x W pixels, h x w latents.    Run: pytho
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -97,7 +97,7 @@ class Batch(TextBatch):
         self.target_plan = make_plan(self.layout.select(self.targets), self.layout)
 
     def counts(self) -> dict[str, float]:
-        """image: positions with L_image, times channels; t2t, t2i, it2t: weights of L_text, too."""
+        """image: positions with L_image, times channels; by task: the weights of L_text, too."""
         text = torch.bincount(self.text_task, self.text_weight, minlength=len(TASKS))
         text = dict(zip(TASKS, (text * self.eps_text.shape[1]).tolist()))
         image = int(self.image_moves.sum()) * self.eps_image.shape[1]
@@ -197,11 +197,11 @@ class Batches:
                              [] if image is None else [image])
 
     def ii(self, k: int, task: int = II) -> Example:
-        """Each image that is drawn is predicted from its text and the clean images before it. Texts
-        and images are dropped independently, each for a guidance of its own."""
+        """Each image that is drawn is predicted from its text and the images before it. A share
+        cfg_drop of the samples has no text, for guidance; half of these have no images before."""
         found = (self.dataset.ii if task == II else self.dataset.vid)(k)
-        chances = self.args.cfg_drop, self.args.cfg_drop / 2
-        no_text, no_images = self.rng(k, Purpose.DROP).random(2) < chances
+        drop = self.rng(k, Purpose.DROP).random()
+        no_text, no_images = drop < self.args.cfg_drop, drop < self.args.cfg_drop / 2
         turns, texts, images = [], [], []
         for turn, (text, image, drawn) in enumerate(found):
             grid, ids = self.grid(image), [] if no_text else self.model.ids(text, end=False)
@@ -217,7 +217,7 @@ class Batches:
         return self.ii(k, VID)
 
     def complete(self, k: int, turns: list[masks.Sample], end: int, texts: list[list[int]],
-                 source: np.ndarray, clean: np.ndarray, images: list[int] = []) -> Example:
+                 source: np.ndarray, clean: np.ndarray, images: Sequence[int] = ()) -> Example:
         """Adds the weights, the noise and the draws for the times. end: the latent with the first
         end token of the predicted text; source (n,): the number of each of its latents among those
         of `texts`; clean (n,) bool: whether it is clean in N."""
@@ -235,7 +235,7 @@ class Batches:
         image_noise = noise.standard_normal((pixels, self.cz), np.float32)
         source = np.concatenate([np.arange(prompts), source[:sample.clean], source[kept]])
         weight = np.where(np.arange(len(clean)) > end, self.args.w_filler, 1.0)
-        return Example(turns, texts, images, source, clean[kept], (weight * ~clean)[kept], u,
+        return Example(turns, texts, [*images], source, clean[kept], (weight * ~clean)[kept], u,
                        eps_text, eps_image, image_noise, *self.vae_noise(k, texts))
 
     def end_of(self, ids: list[int]) -> int:
@@ -354,7 +354,7 @@ class Batches:
             z_image += join("image_noise") * self.model.image_vae.normalized_posterior_std().cpu()
         layout = masks.pack([e.turns for e in examples], self.block_len)
         task, is_image = layout.task[layout.sample], masks.is_image(layout.segment)   # (L,) each
-        history = (layout.segment == I) & (task >= II)
+        history = (layout.segment == I) & ((task == II) | (task == VID))
         z_image += self.args.history_noise * history[is_image, None] * join("eps_image")
         moving = is_image & (task == T2I) | (layout.segment == J)             # t > 0
         moving[layout.segment == N] = ~join("clean")

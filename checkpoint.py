@@ -206,7 +206,8 @@ def restore_moments(optimizers: list[torch.optim.Optimizer], weights: dict[str, 
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         key = "exp_avg" if isinstance(optimizer, torch.optim.AdamW) else "momentum"
         for name, p in weights.items():
-            if p in mine and saved.get(name, {}).get(key, p.new_empty(0)).shape == p.shape:
+            moment = saved.get(name, {}).get(key)
+            if p in mine and moment is not None and moment.shape == p.shape:
                 optimizer.state[p] = {key: like(x, p) if x.shape == p.shape else
                                       x.to(p.device, copy=True) for key, x in saved[name].items()}
 

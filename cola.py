@@ -254,6 +254,14 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 # ---- From a checkpoint -------------------------------------------------------------------------
 
+def before_turns(state: dict[str, Tensor]) -> None:
+    """Adds to weights from before there were turns: none, and for J the row of I."""
+    rows = state.get("mmdit.position.segment.weight")
+    if rows is not None and len(rows) == len("PCIN"):
+        state["mmdit.position.segment.weight"] = torch.cat([rows, rows[2:3]])
+        state["mmdit.position.turn.weight"] = rows.new_zeros(rows.shape[1], 32)
+
+
 def read(path: str | Path) -> dict:
     """The dict of a checkpoint, its tensors mapped from the file. Loading runs no code of the file.
     FileNotFoundError or ValueError, one line, for a missing, damaged or foreign file."""
@@ -266,19 +274,13 @@ def read(path: str | Path) -> dict:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
+        before_turns(found["model"])
+        before_turns(found["ema"])
     except Exception as error:                              # torch.load raises errors of any class
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path}: not a checkpoint of this program, or damaged ({reason:.80}); "
                          "take an earlier copy, or make one with train.py") from None
     return found
-
-
-def before_turns(state: dict[str, Tensor]) -> None:
-    """Adds to weights from before there were turns: none, and for J the row of I."""
-    rows = state.get("mmdit.position.segment.weight")
-    if rows is not None and len(rows) == len("PCIN"):
-        state["mmdit.position.segment.weight"] = torch.cat([rows, rows[2:3]])
-        state["mmdit.position.turn.weight"] = rows.new_zeros(rows.shape[1], 32)
 
 
 def build(found: dict, weights: str = "ema") -> Cola:
@@ -287,7 +289,6 @@ def build(found: dict, weights: str = "ema") -> Cola:
     try:
         c, flags = found["config"], found["args"]
         state = found["model"] | (found["ema"] if weights == "ema" else {})
-        before_turns(state)
         with torch.device("meta"):                          # takes no memory and no random numbers
             text_vae = TextVAE(TextVAEConfig(**c["text_vae"]))
             image_vae = ImageVAE(ImageVAEConfig(**c["image_vae"])) if "image_vae" in c else None

@@ -151,7 +151,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples with a loss on the caption"),
         Flag("history_noise", 0.2, SHARE, RECIPE, "noise on the images before, in ii and vid: with "
              "more, the errors of drawn ones add up less"),
-        Flag("cfg_drop", 0.1, SHARE, RECIPE, "share of T2I samples without caption, for guidance"),
+        Flag("cfg_drop", 0.1, SHARE, RECIPE, "share of images without their text, for guidance"),
         Flag("cfg_drop_text", 0.0, SHARE, RECIPE, "the same for T2T, IT2T: for --text_guidance"),
         Flag("text_loc", None, REAL, RECIPE, "mean of the text's logit time; more trains at higher "
              "noise (default: 1 + ln(text_latent_dim / 16) / 2, and 1 more at block_len 1)"),

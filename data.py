@@ -82,8 +82,7 @@ DESCRIBE = ("describe the image.", "describe the picture.",
 
 class Scenes:
     """Generated scenes, none held out, drawn with replacement; (seed, i) determines scene i < pool.
-    questions: share of IT2T samples that ask for one fact; the others ask for a caption.
-    Images from `pool` on belong to sequences (edits.Sequences)."""
+    Images from `pool` on are those of edits.Sequences. questions: share in IT2T; else captions."""
     tasks = {"t2t", "t2i", "it2t", "ii", "vid"}
 
     def __init__(self, seed: int, hw: Shape = (32, 32), pool: int = 20000, questions: float = 0.75):
@@ -324,13 +323,15 @@ def find_pictures(path: str) -> Iterator[Row]:
         root = os.path.realpath(os.path.dirname(path))
         with open(path, "rb") as file:
             for row, text in json_rows(file, path):
-                source, name = row.get("source", []), str(row.get("file_name", row.get("file", "")))
+                name = str(row.get("file_name", row.get("file", "")))
+                source, folder = row.get("source") or [], file_part(root, name).path
                 names = [*(source if isinstance(source, list) else [source]), name]
-                task, folder = "ii" if len(names) > 1 else "t2i", file_part(root, name).path
-                if os.path.isdir(folder):
-                    frames = filter(is_picture, os.listdir(folder))
-                    frames = sorted(frames, key=lambda x: (len(x), x))     # 2.png before 10.png
-                    task, names = "vid", [f"{name}/{frame}" for frame in frames or ["a picture"]]
+                task = "vid" if os.path.isdir(folder) else "ii" if source else "t2i"
+                if task == "vid":                          # 2.png comes before 10.png
+                    files = sorted(os.listdir(folder), key=lambda x: (len(x), x))
+                    names = [f"{name}/{x}" for x in files if x.lower().endswith(IMAGE_NAMES)]
+                if source and task == "vid" or not names:
+                    raise ValueError(f"{folder}: expected pictures, and no source for a folder")
                 yield Row(task, [file_part(root, str(name)) for name in names], text)
     elif path.endswith(".tar"):
         yield from with_captions(tar_parts(path))
@@ -343,13 +344,9 @@ def find_pictures(path: str) -> Iterator[Row]:
         if not tables and not shards:
             files = sorted(Path(root).rglob("*"), key=lambda file: (file.parent, file.name))
             yield from with_captions(file_part(root, str(file.relative_to(root))) for file in files
-                                     if is_picture(file.name) or file.suffix.lower() == ".txt")
+                                     if file.name.lower().endswith((*IMAGE_NAMES, ".txt")))
     else:
         raise ValueError(f"{path} is no folder, no .jsonl and no uncompressed .tar")
-
-
-def is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_NAMES
 
 
 def with_captions(parts: Iterable[Part]) -> Iterator[Row]:
@@ -357,7 +354,7 @@ def with_captions(parts: Iterable[Part]) -> Iterator[Row]:
     named = {part.name: part for part in parts}
     for name, part in named.items():
         stem = os.path.splitext(name)[0]
-        if is_picture(name):
+        if name.lower().endswith(IMAGE_NAMES):
             text = named.get(stem + ".txt") or named.get(stem + ".json")
             caption = clean_text(text.read(), text.name) if text else ""
             if text and text.name.endswith(".json"):
@@ -415,7 +412,7 @@ class ImageText:
                 left_out.append(f"{parts[-1].name!r} ({error})")
         rows, self.num_images = sum(map(len, self._rows.values())), len(self._parts)
         if left_out:
-            warn_once(f"left out: {len(left_out)} images of {len(left_out) + rows}: "
+            warn_once(f"left out: {len(left_out)} of {len(left_out) + rows} rows: "
                       + ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3))
         if not self._parts:
             raise ValueError(f"no captioned image that can be used in {', '.join(map(str, paths))}")
@@ -497,4 +494,4 @@ if __name__ == "__main__":
     world = Scenes(seed=0)
     for task in ("t2t", "t2i", "it2t"):
         print(f"sample 7 of {task} (expect the same in every run):", getattr(world, task)(7))
-    print("items of samples 0 to 9 (expect 0 to 4, twice):", [order(0, k, 5) for k in range(10)])
+    print("samples 0 to 9 (expect items 0 to 4, twice):", *(order(0, k, 5) for k in range(10)))

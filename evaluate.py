@@ -6,9 +6,10 @@ a network.
 
     metrics.json  {"n", "seen": {"t2i": {"scene": rate}}, "heldout", "ceiling", "samples", ..}
                   "ceiling": what the VAEs alone keep; "samples": how many are behind a rate;
-                  by_kind, by_count, by_sentences: a rate by the kind of question, the number of
-                  objects, the sentences said; wrong: the share of sentences with an error;
-                  ranked: --rank_samples; also "seconds" of training, "config", all flags
+                  by_kind, by_count, by_sentences: a rate by the kind of question or of edit, the
+                  number of objects, the sentences said; wrong: the share of sentences with an
+                  error; ranked: --rank_samples; the functions judge_.. explain the others; also
+                  "seconds" of training, "config", all flags
     samples.png   images drawn for captions; captions and answers given to images; sequences, each
                   image with its text
     loss.png      every loss in log.jsonl
@@ -163,7 +164,7 @@ def judge_references(model: Cola, group: Group, settings: sample.Settings) -> Ve
         pairs += [(a, b, found), (c, d, first), (d, c, second)]
     results = sample.generate_turns(
         model, [[pictures.render(scene, model.image_hw) for scene in (a, b)] for a, b, _ in pairs],
-        [["", "", edit.instruction] for _, _, edit in pairs], settings, first=group.numbers[0])
+        [["", "", edit.instruction] for _, _, edit in pairs], settings, first=3 * group.numbers[0])
     right = [edits.judge(pictures.read_image(image), b, edit)["scene"]
              for (_, b, edit), (image,) in zip(pairs, results)]
     yield from (("ii.reference", x) for x in right[::3])
@@ -172,7 +173,8 @@ def judge_references(model: Cola, group: Group, settings: sample.Settings) -> Ve
 
 def judge_series(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
     """II: an image drawn for a caption, and three edits in turn, each asked for by what the reader
-    sees in the image that the model has drawn last: whether all is right up to a turn."""
+    sees in the image that the model has drawn last: whether all is right up to a turn. The model
+    gets the images before as pictures."""
     rngs, texts = group.rngs(Purpose.EDIT), [[caption] for caption in group.captions()]
     images, read, right = [[] for _ in rngs], [[] for _ in rngs], [True] * len(rngs)
     asked: list = [None] * len(rngs)

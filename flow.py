@@ -156,9 +156,9 @@ def repaint(velocity_fn: Velocity, z: Tensor, grid: Tensor, known: Tensor,
 
 def guide(velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Classifier-free guidance: v_n + sum of w_i (v_i - v_(i+1)). velocities: v_1 with all
-    conditions, then one condition less in each, v_n with none; weights: n - 1. With w_i = 0 the
-    velocity ignores condition i, with 1 it follows it; above 1, samples follow it more closely and
-    vary less. Two conditions: Brooks et al. 2211.09800, Eq. 3."""
+    conditions, then one condition less in each, v_n last; weights: w_1 .. w_(n-1). At w_i = 0
+    condition i counts for nothing, at 1 it is as trained; above 1, samples follow it more closely
+    and vary less. Two conditions: Brooks et al. 2211.09800, Eq. 3."""
     pairs = zip(weights, pairwise(velocities), strict=True)
     return velocities[-1] + sum(w * (v - less) for w, (v, less) in pairs)
 

@@ -109,7 +109,7 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
         if task not in context.model.unconditional:
             data.warn_once(f"guidance of {task}: this model was not trained without its condition, "
                            "which takes --cfg_drop for images, --cfg_drop_text for texts")
-        # Copies of every sample, the last of them without context: one pass gives all velocities.
+        # Copies of every sample, each with fewer conditions: one pass gives all velocities.
         n = len(weights) + 1
         copies = masks.repeat(layout, n)
         every = t_index.repeat(n), copies, context.plan(copies)
@@ -132,11 +132,10 @@ def transport(context: Context, layout: Layout, z: Tensor, s: Settings, known: T
 
 def guidances(s: Settings, task: int) -> list[float]:
     """The weights of the conditions that are left out one after another, for guidance: the text
-    and, of images in sequence, the images before. No weight if all are 1."""
-    if task not in (II, VID):
-        return [s.guidance] if s.guidance != 1.0 else []
-    weights = [s.guidance, s.image_guidance]
-    return weights if s.image_guidance != 1.0 else weights[:1] if s.guidance != 1.0 else []
+    and, of images in sequence, the images before. Last weights of 1 need no copy."""
+    if task in (II, VID) and s.image_guidance != 1.0:
+        return [s.guidance, s.image_guidance]
+    return [s.guidance] if s.guidance != 1.0 else []
 
 
 def make_rngs(seed: int, first: int, count: int) -> list[np.random.Generator]:
@@ -178,7 +177,8 @@ def generate_turns(model: Cola, given: list[list[np.ndarray]], texts: list[list[
     """Images in sequence, for B samples with the sample numbers first, first + 1, .. Each sample
     has a text for every image, "" for none, and the first of its images, uint8 (H, W, 3), are
     given, equally many in all samples. Returns the other images of each sample, drawn in turn. The
-    task VID takes them as frames of the first text."""
+    task VID takes them as frames of the first text, which guides the first frame alone: the others
+    would stray from the frames before."""
     vae, context, count = model.image_vae, Context(model), len(texts)
     hw = given[0][0].shape[:2] if given[0] else model.image_hw
     h, w = (side // vae.downsample for side in hw)
@@ -199,15 +199,16 @@ def generate_turns(model: Cola, given: list[list[np.ndarray]], texts: list[list[
         if turn < len(given[0]):
             z = model.encode_images([images[turn] for images in given])              # (B h w, Cz)
         else:
-            layout = pack([Sample(task, turn=turn, drawn=(h, w))] * count, 1, model.device)
+            drawing = [Sample(task, turn=turn, drawn=(h, w))] * count
+            layout = pack(drawing, model.block_len, model.device)
             noise = settings.temperature * draw_noise(rngs, h * w, vae.channels).to(model.device)
-            # Guided by the text, a frame strays from the frames before.
-            follows = task == VID and turn > 0
-            own = replace(settings, guidance=1.0) if follows else settings
+            is_guided = task == II or turn == 0
+            own = settings if is_guided else replace(settings, guidance=1.0)
             z = transport(context, layout, noise, own)
             drawn.append(model.decode_images(z, (h, w)))
-        image = [Sample(task, image=(h, w), turn=turn)] * count
-        context.add(context.no_text, z.repeat(with_images, 1), lay(*[image] * with_images))
+        if turn + 1 < len(texts[0]):
+            image = [Sample(task, image=(h, w), turn=turn)] * count
+            context.add(context.no_text, z.repeat(with_images, 1), lay(*[image] * with_images))
     return list(map(list, zip(*drawn)))
 
 
@@ -336,29 +337,36 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=within(0, data.SEEDS - 1, int), default=0, help="of the noise")
 
 
+def add_sequence_commands(tasks) -> list[argparse.ArgumentParser]:
+    """The commands for images in sequence: edit, story and video."""
+    edit = tasks.add_parser("edit", help="change a picture, or combine several")
+    edit.add_argument("images", nargs="+", help="pictures of any size: image 1, image 2, ..")
+    edit.add_argument("prompt", help="an instruction")
+    story = tasks.add_parser("story", help="draw a text, then change the image text by text")
+    story.add_argument("prompts", nargs="+", help="what to draw, then instructions")
+    video = tasks.add_parser("video", help="text to video: a GIF, and its frames in a row as "
+                             ".._frames.png; the text guides the first frame alone")
+    video.add_argument("prompt", help="what to show")
+    video.add_argument("--images", nargs="+", default=[], help="the first frames, to be continued")
+    video.add_argument("--frames", type=COUNT, default=5, help="in all; the scenes have 5")
+    for p in (edit, story, video):
+        p.add_argument("--image_guidance", type=within(-1e6, 1e6), help="w_I: more holds closer to "
+                       "the images before")
+    return [edit, story, video]
+
+
 def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespace:
     """The command line, with args.settings. ValueError, one line, if its flags do not fit."""
     parser = Parser(prog="sample.py", description=__doc__.partition("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
     t2i = tasks.add_parser("t2i", help="text to image")
     t2i.add_argument("prompt", help="what to draw")
-    edit = tasks.add_parser("edit", help="change a picture, or combine several")
-    edit.add_argument("images", nargs="+", help="pictures of any size: image 1, image 2, ..")
-    edit.add_argument("prompt", help="an instruction")
-    story = tasks.add_parser("story", help="draw a text, then change the image text by text")
-    story.add_argument("prompts", nargs="+", help="what to draw, then instructions")
-    video = tasks.add_parser("video", help="text to video, an animated GIF with a strip of frames")
-    video.add_argument("prompt", help="what to show")
-    video.add_argument("--images", nargs="+", default=[], help="the first frames, to be continued")
-    video.add_argument("--frames", type=COUNT, default=5, help="in all; the scenes have 5")
+    t2i.add_argument("--size", type=COUNT, nargs="+", metavar="PIXELS",
+                     help="height and width, or one number for both; None is the trained size")
+    edit, story, video = add_sequence_commands(tasks)
     for p in (t2i, edit, story, video):
         name = "sample.gif" if p is video else "sample.png"
         p.add_argument("--out", type=Path, default=name, help="file to write; --n numbers it")
-    for p in (edit, story, video):
-        p.add_argument("--image_guidance", type=within(-1e6, 1e6), help="w_I: more holds closer to "
-                       "the images before")
-    t2i.add_argument("--size", type=COUNT, nargs="+", metavar="PIXELS",
-                     help="height and width, or one number for both; None is the trained size")
     it2t = tasks.add_parser("it2t", help="image and text to text")
     it2t.add_argument("image", help="a picture of any size")
     it2t.add_argument("prompt", nargs="?", default="describe the image.", help="or a question")
@@ -435,13 +443,13 @@ def draw(args: argparse.Namespace, model: Cola) -> list[list[np.ndarray]]:
 
 
 def write(path: Path, images: list[np.ndarray], caption: str, animated: bool) -> None:
-    """Writes images side by side as a PNG file, which contains the caption as text, and before
-    it, if they are animated, as a GIF."""
+    """Writes images side by side as a PNG file, which contains the caption as text; if they are
+    animated, as a GIF, and the PNG as .._frames.png beside it."""
     if animated:
         frames = [Image.fromarray(image) for image in images]
         frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
         print(f"{path}  {len(frames)} frames  {caption}")
-        path = path.with_suffix(".png")
+        path = path.with_name(f"{path.stem}_frames.png")
     strip, info = np.hstack(images), PngImagePlugin.PngInfo()
     info.add_text("caption", caption)
     Image.fromarray(strip).save(path, "PNG", pnginfo=info)

@@ -74,7 +74,7 @@ class Plan:
 
 def make_plan(q: Layout, k: Layout | None = None, rules: Tensor = RULES) -> Plan:
     """The plan for queries laid out as q and keys as k (default: the same positions).
-    rules: (tasks, 4, 4) integers. Raises ValueError for layouts of different samples."""
+    rules: (tasks, 5, 5) integers. Raises ValueError for layouts of different samples."""
     k = q if k is None else k
     if q.task is not k.task and not torch.equal(q.task, k.task):
         raise ValueError(f"q has samples of tasks {q.task.tolist()}, k of {k.task.tolist()}: "

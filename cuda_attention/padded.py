@@ -47,7 +47,7 @@ def padded_mask(q: Layout, k: Layout, q_rows: Padded, k_rows: Padded, rules: Ten
     """The mask of every sample of a group: bool (n, Wq, Wk), False at padding."""
     s_i, b_i = q.segment[q_rows.index], q.block[q_rows.index].int()          # (n, Wq)
     s_j, b_j = k.segment[k_rows.index], k.block[k_rows.index].int()
-    rule = rules.to(s_i.device)[q.task[q.sample[q_rows.index]], s_i]         # (n, Wq, 4)
+    rule = rules.to(s_i.device)[q.task[q.sample[q_rows.index]], s_i]         # (n, Wq, 5)
     relation = rule.gather(2, s_j[:, None].expand(-1, s_i.shape[1], -1))     # (n, Wq, Wk)
     mask = relation_allows(relation, b_i[:, :, None], b_j[:, None, :])
     return mask & q_rows.valid[:, :, None] & k_rows.valid[:, None, :]

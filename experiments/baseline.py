@@ -67,7 +67,8 @@ class Unpacked(MMDiT):
         v_text = v_text[:len(text)][new[0]]
         v_image = (image if v_image is None else v_image)[new[1]]
         if targets is not None:                            # never with a cache
-            chosen, is_image = torch.zeros(len(layout), dtype=torch.bool), masks.is_image(layout.segment)
+            chosen = torch.zeros(len(layout), dtype=torch.bool)
+            is_image = masks.is_image(layout.segment)
             chosen[targets[0]] = True
             v_text, v_image = v_text[chosen[~is_image]], v_image[chosen[is_image]]
         return v_text, v_image if len(v_image) else None, None
@@ -117,9 +118,10 @@ def main() -> int:
     """The exit status of train.py."""
     (kind, *flags), kinds = sys.argv[1:] or [""], {"unpacked": Unpacked, "plain": Plain}
     given = config.parse(flags, "baseline.py") if kind in kinds else {}
-    if kind not in kinds or {"w_repa", "compile", "fsdp", "device"} & given.keys():
+    in_sequence = any(task in given.get("tasks", "") for task in ("ii", "vid"))
+    if kind not in kinds or in_sequence or {"w_repa", "compile", "fsdp", "device"} & given.keys():
         print(f"baseline.py: expected one of {', '.join(kinds)}, then flags of train.py, without "
-              "--w_repa, --compile, --fsdp and --device", file=sys.stderr)
+              "--w_repa, --compile, --fsdp, --device and the tasks ii and vid", file=sys.stderr)
         return 2
     cola.MMDiT = checkpoint.MMDiT = kinds[kind]
     workers.autocast = lambda stage, bf16, device: torch.autocast(device, torch.bfloat16, bf16)

@@ -1,17 +1,15 @@
 """Edits: what a model of edits must beat, and what it owes to its masks and its turns.
 
     python -m experiments.edits baselines                    seconds; needs no model
-    python -m experiments.edits NAME --out_dir DIR           train.py under a change, any flags of it
+    python -m experiments.edits NAME --out_dir DIR           train.py under a change, with its flags
 
 Baselines, of the edits that evaluate.py asks for: the source returned as it is; and a perfect
 drawer that knows a caption of the target alone, and so draws its objects at places of its own.
 
     text_alone     J and P see no image: below the drawer with a caption
-    noisy_sources  I has a time of its own in training, without loss
+    noisy_sources  I has a random time in training, without loss, on top of --history_noise
     no_turns       the images of a sample have no numbers
     texts_so_far   J sees the texts of all turns, not of its own alone
-    single         single edits alone, to compare the next one with
-    prompt_aware   the same, and I sees the instruction, as in IT2T (with more turns this leaks)
 """
 from __future__ import annotations
 
@@ -23,12 +21,11 @@ import numpy as np
 import torch
 
 import batches
-import config
 import masks
 import mmdit
 import train
 from data import SEEDS, Purpose, rng
-from masks import ALWAYS, II, LE, I, J, P
+from masks import II, LE, I, J, P
 from scenes import edits, language, pictures
 
 # ---- Baselines without a model -----------------------------------------------------------------
@@ -86,21 +83,9 @@ def no_turns() -> None:
         self, replace(layout, block=torch.zeros_like(layout.block)))
 
 
-def single() -> None:
-    every = edits.Sequences.edits
-    edits.Sequences.edits = lambda self, i, words: every(self, i, FixedNumber())
-
-
-class FixedNumber:
-    """Stands for the generator that picks a kind of sequence: always a single edit."""
-    def random(self) -> float:
-        return 0.5
-
-
 CHANGES = {
     "text_alone": lambda: change_rule((J, I, 0), (P, I, 0)), "noisy_sources": noisy_sources,
-    "no_turns": no_turns, "texts_so_far": lambda: change_rule((J, P, LE)), "single": single,
-    "prompt_aware": lambda: (single(), change_rule((I, P, ALWAYS))),
+    "no_turns": no_turns, "texts_so_far": lambda: change_rule((J, P, LE)),
 }
 
 
@@ -112,10 +97,6 @@ def main() -> int:
         return 0
     if name not in CHANGES:
         print(f"edits.py: expected baselines or one of {', '.join(CHANGES)}", file=sys.stderr)
-        return 2
-    given = config.parse(flags, "edits.py")
-    if "ii" not in config.task_shares(given.get("tasks", config.DEFAULTS["tasks"])):
-        print("edits.py: --tasks needs the task ii", file=sys.stderr)
         return 2
     CHANGES[name]()
     return train.main(flags)

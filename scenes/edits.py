@@ -169,8 +169,8 @@ def follow(said: str, a: Scene, b: Scene, heldout=False) -> Edit | None:
 
 def judge(found: Scene | None, source: Scene, e: Edit) -> dict[str, bool]:
     """A picture, as read (None: refused), against an edit of the source. done: the background, the
-    number of objects, every new object in its quadrant, and none that had to go. kept: each other
-    object where it was. scene: both."""
+    number of objects, every new or changed object in its quadrant (wherever in it), and none that
+    had to go. kept: each other object where it was. scene: both."""
     if found is None:
         return dict.fromkeys(("scene", "done", "kept"), False)
     seen, wanted, were = ({(o.attributes, quadrant(o)) for o in scene.objects}
@@ -214,7 +214,7 @@ def clip(rng: np.random.Generator, heldout=False, count: int | None = None) -> C
 
 def judge_clip(found: list[Scene | None], c: Clip, given: int) -> dict[str, bool]:
     """The frames of a clip, as read, of which the first `given` were given. first: the attributes
-    of the first frame; clip: of all frames; motion: the way, and one speed to a unit a frame;
+    of the first frame; clip: of all frames; motion: a straight way at one speed, to a unit;
     steady: the other object stands still; scene: all of these. With two frames or more given,
     prediction: the object that moves is where it must be in the last frame, to a unit."""
     told = sorted(o.attributes for o in c.frames[0].objects)
@@ -228,8 +228,9 @@ def judge_clip(found: list[Scene | None], c: Clip, given: int) -> dict[str, bool
                                            o.attributes) for f in found])
               for o in c.frames[0].objects}                                       # (frames, 2) each
     mover, last = c.frames[0].objects[0].attributes, c.frames[-1].objects[0]
-    steps, way = np.diff(places[mover], axis=0) * 32, np.array(WAYS[c.way])
-    right["motion"] = any(abs(steps - speed * way).max() <= 1 for speed in SPEEDS)
+    moved = 32 * (places[mover] - places[mover][0])                               # (frames, 2)
+    path = np.arange(len(found))[:, None] * WAYS[c.way]
+    right["motion"] = any(abs(moved - speed * path).max() <= 1 for speed in SPEEDS)
     right["steady"] = all(abs(x - x[0]).max() <= STILL for o, x in places.items() if o != mover)
     right["scene"] = all(right.values())
     if given > 1:
@@ -258,12 +259,13 @@ class Sequences:
         self._reference = cache(lambda i: self._draw_reference(rng(pool + i)))
         self._clip = cache(lambda i: clip(rng(2 * pool + i)))
 
-    def _draw_reference(self, rng: np.random.Generator) -> tuple[int, int, Edit]:
-        """Two scenes, and an object of the first put into the second."""
-        while True:
+    def _draw_reference(self, rng: np.random.Generator) -> tuple[int, int, Edit] | None:
+        """Two scenes, and an object of the first put into the second; None if few scenes fit."""
+        for _ in range(100):
             a, b = map(int, rng.integers(self.pool, size=2))
             if found := reference(self.scene_of(a), self.scene_of(b), rng):
                 return a, b, found
+        return None
 
     def scene(self, image: int) -> Scene:
         """The scene of an image from `pool` on."""
@@ -275,7 +277,7 @@ class Sequences:
     def edits(self, i: int, rng: np.random.Generator) -> list[Turn]:
         """An edit of scene i, an edit of two pictures, or a caption and three edits in turn."""
         kind = rng.random()
-        if kind < 0.25:
+        if kind < 0.25 and self._reference(i):
             a, b, found = self._reference(i)
             last = Turn(found.instruction, 4 * self.pool + i, True)
             return [Turn("", a, False), Turn("", b, False), last]

@@ -382,3 +382,47 @@ def test_open_data(tmp_path):
     assert both.t2t(4) == "once upon a time" and both.t2i(4) == captioned.t2i(4)
     assert {"once upon a time", "picture 0", "picture 1"} <= set(both.corpus(12))
     assert [*both.captions()] == [(f"{i}.png", f"picture {i}") for i in range(6)]
+
+
+def test_edits_and_clips_on_disk(tmp_path):
+    folder = image_folder(tmp_path)
+    (folder / "clip").mkdir()
+    for i, name in enumerate(("f1.png", "f10.png", "f2.png", "notes.txt")):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / "clip" / name, "PNG")
+    rows = [{"file_name": "1.png", "source": "0.png", "text": "one"},
+            {"file_name": "2.png", "source": ["0.png", "1.png"], "text": "two"},
+            {"file_name": "clip", "text": "a clip"},
+            {"file_name": "3.png", "source": None, "text": "a picture"}]
+    table = folder / "metadata.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    dataset = dataset_of(folder)
+    assert dataset.tasks == {"t2t", "t2i", "it2t", "ii", "vid"} and dataset.num_images == 9
+    found = sorted([[(t.text, t.drawn) for t in dataset.ii(k)] for k in range(2)], key=len)
+    assert found == [[("", False), ("one", True)], [("", False), ("", False), ("two", True)]]
+    clip = dataset.vid(0)
+    assert [turn.text for turn in clip] == ["a clip", "", ""] and all(t.drawn for t in clip)
+    assert [int(x[0, 0, 0]) for x in dataset.images(t.image for t in clip)] == [0, 2, 1]
+    assert dataset.t2i(0)[0] == "a picture" == dataset.t2t(0)
+    assert [text for _, text in dataset.captions()] == ["a picture", "one", "two", "a clip"]
+
+    table.write_text(json.dumps(rows[0]))                  # edits alone
+    assert dataset_of(folder).tasks == {"ii"}
+    os.mkdir(folder / "empty")
+    for row, word in ((rows[0] | {"source": "no.png"}, "no.png"),
+                      (rows[2] | {"source": "1.png"}, "clip"),
+                      ({"file_name": "empty", "text": "x"}, "empty"),
+                      (rows[0] | {"source": ["../x.png"]}, "x.png")):
+        table.write_text(json.dumps(row))
+        assert word in refused(dataset_of, folder)
+
+
+def test_a_sequence_with_a_damaged_picture_is_left_out(tmp_path, capsys):
+    data.warn_once.cache_clear()
+    folder = image_folder(tmp_path)
+    Image.effect_noise((32, 32), 90).save(folder / "3.png")
+    os.truncate(folder / "3.png", 500)                     # the header is whole
+    rows = [{"file_name": f"{i}.png", "source": f"{i + 1}.png", "text": str(i)} for i in range(4)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = dataset_of(folder)
+    assert {dataset.ii(k)[-1].text for k in range(8)} == {"0", "1"}
+    assert "3.png" in capsys.readouterr().err

@@ -95,10 +95,11 @@ def test_edits_series_and_clips_are_judged(right, tiny, monkeypatch):
     for split in ("seen", "heldout"):
         found = metrics[split]
         assert {*found["ii"].pop("by_kind")} == {*edits.KINDS}
-        kept, put_back = found["ii"].pop("kept"), found["ii"].pop("put_back", right)
+        kept, put_back = found["ii"].pop("kept"), found["ii"].pop("put_back", None)
         assert found["vid"].keys() == {"first", "clip", "motion", "steady", "scene", "prediction"}
         flat = [found["ii"].pop(name) for name in ("turns", "true_history")] + [found["ii"]]
-        assert [len(rates) for rates in flat] == [4, 3, 4] and kept == 1.0 and put_back == right
+        assert [len(rates) for rates in flat] == [4, 3, 4] and kept == 1.0
+        assert put_back in (None, right)                   # few series have it
         rates = {rate for rates in (*flat, found["vid"]) for rate in rates.values()}
         assert rates == {float(right)}
     n = metrics["samples"]

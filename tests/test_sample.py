@@ -18,7 +18,7 @@ import sample
 from cola import Tokenizer
 from conftest import TINY
 from cuda_attention import make_plan
-from masks import II, T2I, VID, J, P, Sample, pack
+from masks import T2I, Sample, pack
 from sample import Settings
 from text_vae import TextVAE
 
@@ -355,44 +355,6 @@ def test_guidance(model, latents):
               unconditional)
 
 
-@pytest.mark.parametrize("task", [II, VID])
-def test_images_in_sequence_equal_the_packed_pass_of_training(model, latents, monkeypatch, task):
-    """With one Euler step, an image is its noise minus the velocity at t = 1."""
-    begun, solve = [], flow.solve
-    monkeypatch.setattr(flow, "solve", lambda f, z, *rest: begun.append(z) or solve(f, z, *rest))
-    given, texts = [[picture(0)], [picture(1)]], [["a cat", "remove it.", ""],
-                                                  ["", "make the circle blue.", "add a star."]]
-    s = replace(S, steps=1)
-    images = sample.generate_turns(model, given, texts, s, task)
-    assert [[image.shape for image in drawn] for drawn in images] == [[(32, 32, 3)] * 2] * 2
-    ids = [[model.ids(text, end=False) for text in own] for own in texts]
-    first = model.encode_images([picture(0), picture(1)])
-    noise, clean = torch.stack(begun), torch.stack([first, *latents])     # (turns, B h w, Cz)
-    layout = pack([[Sample(task, len(x), (4, 4), turn=turn, drawn=(4, 4) if turn else (0, 0))
-                    for turn, x in enumerate(own)] for own in ids], BLOCK)
-    z = [x[b * 16:b * 16 + 16] for b in range(2) for turn in range(3)
-         for x in ([noise[turn - 1]] if turn else []) + [clean[turn]]]
-    t_index = (layout.segment == J).long()
-    with torch.no_grad():
-        v = model.mmdit(model.encode_text(sum(ids, []))[0], torch.cat(z), torch.tensor([0.0, 1.0]),
-                        t_index, layout, make_plan(layout))[1]
-    drawn = v[t_index[masks.is_image(layout.segment)] == 1].view(2, 2, 16, -1).transpose(0, 1)
-    close((noise - clean[1:]).view_as(drawn), drawn)
-    sample.generate_turns(model, given[1:], texts[1:], s, task, first=1)   # alone, the same
-    close(torch.stack(latents[2:]), torch.stack(latents[:2])[:, 16:])
-
-
-def test_guidance_by_text_and_by_images(model, latents):
-    """Each weight moves along its own difference of velocities; the copies never meet."""
-    given, texts = [[picture(0)], [picture(1)]], [["", "make it blue."], ["", "add a star."]]
-    for w, w_image in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0), (3.0, 1.5)):
-        s = replace(S, steps=1, guidance=w, image_guidance=w_image)
-        sample.generate_turns(model, given, texts, s)
-    both, image, none, guided = latents
-    assert min((both - image).abs().max(), (image - none).abs().max()) > 1e-2
-    close(guided, none + 1.5 * (image - none) + 3.0 * (both - image))
-
-
 def test_guidance_needs_a_context_and_acts_in_its_interval(model, calls):
     """The first block of a text without prefix has nothing to be guided by; the second has. A
     guided call has every sample twice."""
@@ -445,27 +407,6 @@ def test_t2i(here):
     assert sample.main(["t2i", prompt, "--n", "2", "--size", "32", "48", *here]) == 0
     drawn = [Image.open(f"sample_{i}.png") for i in range(2)]
     assert drawn[0].size == (48, 32) and not np.array_equal(*drawn)
-
-
-def test_edits_stories_and_clips(model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "open_model", lambda args, task: model)
-    for name in ("a", "b"):
-        Image.fromarray(picture(0, (40, 60))).save(f"{name}.png")
-    for line, files in (
-            ("edit a.png 'make it blue.' --out c.png", {"c.png": (32, 32)}),
-            ("edit a.png b.png 'put it here.' --n 2", {"sample_0.png": (32, 32),
-                                                       "sample_1.png": (32, 32)}),
-            ("story 'a cat' 'make it blue.' --out s.png --image_guidance 1.5", {"s.png": (64, 32)}),
-            ("video 'a cat' --out v.gif", {"v.gif": (32, 32), "v.png": (160, 32)}),
-            ("video 'a cat' --images a.png b.png --frames 3 --out w.gif", {"w.png": (96, 32)})):
-        assert sample.main([*shlex.split(line), "--steps", "1"]) == 0
-        for file, size in files.items():
-            assert Image.open(file).size == size
-    assert Image.open("v.gif").n_frames == 5
-    assert Image.open("s.png").text["caption"] == "a cat make it blue."
-    shown = np.asarray(Image.open("w.png"))                # a.png and b.png are the same
-    assert np.array_equal(shown[:, :32], shown[:, 32:64])
 
 
 def test_it2t_and_t2t(here, capsys):

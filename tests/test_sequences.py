@@ -1,0 +1,109 @@
+"""pytest tests/test_sequences.py: images in sequence, as sample.py draws them"""
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flow
+import masks
+import sample
+from cuda_attention import make_plan
+from masks import II, VID, J, Sample, pack
+from test_sample import BLOCK, S, close, latents, model, picture  # noqa: F401
+
+
+@pytest.mark.parametrize("task", [II, VID])
+def test_images_in_sequence_equal_the_packed_pass_of_training(model, latents, monkeypatch, task):
+    """With one Euler step, an image is its noise minus the velocity at t = 1."""
+    begun, solve = [], flow.solve
+    monkeypatch.setattr(flow, "solve", lambda f, z, *rest: begun.append(z) or solve(f, z, *rest))
+    given, texts = [[picture(0)], [picture(1)]], [["a cat", "remove it.", ""],
+                                                  ["", "make the circle blue.", "add a star."]]
+    s = replace(S, steps=1)
+    images = sample.generate_turns(model, given, texts, s, task)
+    assert [[image.shape for image in drawn] for drawn in images] == [[(32, 32, 3)] * 2] * 2
+    ids = [[model.ids(text, end=False) for text in own] for own in texts]
+    first = model.encode_images([picture(0), picture(1)])
+    noise, clean = torch.stack(begun), torch.stack([first, *latents])     # (turns, B h w, Cz)
+    layout = pack([[Sample(task, len(x), (4, 4), turn=turn, drawn=(4, 4) if turn else (0, 0))
+                    for turn, x in enumerate(own)] for own in ids], BLOCK)
+    z = [x[b * 16:b * 16 + 16] for b in range(2) for turn in range(3)
+         for x in ([noise[turn - 1]] if turn else []) + [clean[turn]]]
+    t_index = (layout.segment == J).long()
+    with torch.no_grad():
+        v = model.mmdit(model.encode_text(sum(ids, []))[0], torch.cat(z), torch.tensor([0.0, 1.0]),
+                        t_index, layout, make_plan(layout))[1]
+    drawn = v[t_index[masks.is_image(layout.segment)] == 1].view(2, 2, 16, -1).transpose(0, 1)
+    close((noise - clean[1:]).view_as(drawn), drawn)
+    sample.generate_turns(model, given[1:], texts[1:], s, task, first=1)   # alone, the same
+    close(torch.stack(latents[2:]), torch.stack(latents[:2])[:, 16:])
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_guidance_by_text_and_by_images(model, latents, turn):
+    """Each weight moves along its own difference of velocities; the copies never meet. Without
+    text, a copy keeps the images before; those drawn before the last are given."""
+    given = [[picture(b + 2 * i) for i in range(turn)] for b in range(2)]
+    texts = [["a cat", "make it blue.", "remove it."], ["", "make it red.", "add a star."]]
+    texts = [own[:turn + 1] for own in texts]
+    for w, w_image in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0), (3.0, 1.0), (3.0, 1.5)):
+        s = replace(S, steps=1, guidance=w, image_guidance=w_image)
+        sample.generate_turns(model, given, texts, s)
+    both, image, none, by_text, guided = latents
+    sample.generate_turns(model, given, [[""] * (turn + 1)] * 2, replace(S, steps=1))
+    close(image, latents[-1])
+    assert min((both - image).abs().max(), (image - none).abs().max()) > 1e-2
+    close(by_text, image + 3.0 * (both - image))
+    close(guided, none + 1.5 * (image - none) + 3.0 * (both - image))
+
+
+def test_a_drawn_image_joins_the_context_of_every_copy_that_has_images(model, latents):
+    """What a second image is drawn from does not depend on whether the first was given."""
+    texts = [["a cat", "make it blue."]]
+    for w, w_image in ((3.0, 1.0), (3.0, 1.5)):
+        s = replace(S, steps=1, guidance=w, image_guidance=w_image)
+        sample.generate_turns(model, [[]], texts, s)
+        first, second = latents[-2:]
+        encode, model.encode_images = model.encode_images, lambda images: first
+        rngs = sample.make_rngs(0, 0, 1)
+        sample.draw_noise(rngs, 16, 32)                    # of the first image
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample, "make_rngs", lambda *given: rngs)
+            sample.generate_turns(model, [[picture(0)]], texts, s)
+        model.encode_images = encode
+        close(latents[-1], second)
+
+
+def test_the_text_of_a_clip_guides_its_first_frame_alone(model, latents):
+    for w in (1.0, 3.0):
+        sample.generate_turns(model, [[]], [["a cat", ""]], replace(S, steps=1, guidance=w), VID)
+        sample.generate_turns(model, [[picture(0)]], [["a cat", ""]],
+                              replace(S, steps=1, guidance=w), VID)
+    assert (latents[0] - latents[3]).abs().max() > 1e-2
+    close(latents[2], latents[5])
+
+
+def test_edits_stories_and_clips(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(sample, "open_model", lambda args, task: asked.append(task) or model)
+    for name in ("a", "b"):
+        Image.fromarray(picture(0, (40, 60))).save(f"{name}.png")
+    for line, files in (
+            ("edit a.png 'make it blue.' --out c.png", {"c.png": (32, 32)}),
+            ("edit a.png b.png 'put it here.' --n 2", {"sample_0.png": (32, 32),
+                                                       "sample_1.png": (32, 32)}),
+            ("story 'a cat' 'make it blue.' --out s.png --image_guidance 1.5", {"s.png": (64, 32)}),
+            ("video 'a cat' --out v.gif", {"v.gif": (32, 32), "v_frames.png": (160, 32)}),
+            ("video 'a cat' --images a.png b.png --frames 3 --out w.gif",
+             {"w_frames.png": (96, 32)})):
+        assert sample.main([*shlex.split(line), "--steps", "1"]) == 0
+        for file, size in files.items():
+            assert Image.open(file).size == size
+    assert asked == ["ii", "ii", "ii", "vid", "vid"] and Image.open("v.gif").n_frames == 5
+    assert Image.open("s.png").text["caption"] == "a cat make it blue."
+    shown = np.asarray(Image.open("w_frames.png"))                # a.png and b.png are the same
+    assert np.array_equal(shown[:, :32], shown[:, 32:64])
