@@ -38,7 +38,7 @@ from cola import Cola, Tokenizer, pad_to_multiple, to_float
 from cuda_attention import make_plan
 from data import Purpose
 from image_vae import ImageVAE, ImageVAEConfig
-from masks import II, IT2T, T2I, T2T, TASKS, VID, C, I, J, Layout, N
+from masks import II, IT2T, T2I, T2T, TASKS, VID, C, J, Layout, N
 from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
 
@@ -354,8 +354,6 @@ class Batches:
             z_image += join("image_noise") * self.model.image_vae.normalized_posterior_std().cpu()
         layout = masks.pack([e.turns for e in examples], self.block_len)
         task, is_image = layout.task[layout.sample], masks.is_image(layout.segment)   # (L,) each
-        history = (layout.segment == I) & ((task == II) | (task == VID))
-        z_image += self.args.history_noise * history[is_image, None] * join("eps_image")
         moving = is_image & (task == T2I) | (layout.segment == J)             # t > 0
         moving[layout.segment == N] = ~join("clean")
         eps_text, weight = torch.zeros(len(layout), self.dz), torch.zeros(len(layout))

@@ -149,8 +149,6 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("repa_layer", 2, SIZE, RECIPE, "layer that L_REPA reads, before the last"),
         Flag("repa_until", 0.5, SHARE, RECIPE, "share of the steps after which L_REPA stops"),
         Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples with a loss on the caption"),
-        Flag("history_noise", 0.2, SHARE, RECIPE, "noise on the images before, in ii and vid: with "
-             "more, the errors of drawn ones add up less"),
         Flag("cfg_drop", 0.1, SHARE, RECIPE, "share of images without their text, for guidance"),
         Flag("cfg_drop_text", 0.0, SHARE, RECIPE, "the same for T2T, IT2T: for --text_guidance"),
         Flag("text_loc", None, REAL, RECIPE, "mean of the text's logit time; more trains at higher "

@@ -7,7 +7,7 @@ Baselines, of the edits that evaluate.py asks for: the source returned as it is;
 drawer that knows a caption of the target alone, and so draws its objects at places of its own.
 
     text_alone     J and P see no image: below the drawer with a caption
-    noisy_sources  I has a random time in training, without loss, on top of --history_noise
+    noisy_sources  I has a random time in training, without loss
     no_turns       the images of a sample have no numbers
     texts_so_far   J sees the texts of all turns, not of its own alone
 """
