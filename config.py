@@ -72,7 +72,8 @@ FLAGS: dict[str, list[Flag]] = {
     "data": [
         Flag("data", [], None, DATA, "folders, .jsonl, .tar of captioned images; else scenes"),
         Flag("text", [], None, DATA, "files for T2T: .txt or .jsonl, also .gz; else captions"),
-        Flag("tasks", "t2t:5,t2i:4,it2t:5", None, RECIPE, "task:ratio of samples, for any tasks"),
+        Flag("tasks", "t2t:5,t2i:4,it2t:5", None, RECIPE, "task:ratio of samples, for any of t2t, "
+             "t2i, it2t, ii (edits), vid (clips)"),
         Flag("image_size", [32], (8, 1 << 12), RECIPE, "pixels: one number, or height and width"),
         Flag("aspect", False, None, DATA, "keep aspect ratios from 1:2 to 2:1 instead of cropping"),
         Flag("seq_len", 128, SIZE, RECIPE, "longest text in tokens; longer captions are refused"),
