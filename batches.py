@@ -190,16 +190,16 @@ class Batches:
         prompt_ids, ids = self.model.ids(prompt, end=False), self.text_ids(answer)
         p, n = len(prompt_ids) // self.patch_size, len(ids) // self.patch_size
         sample = masks.Sample(IT2T, p, self.grid(image), clean=n - self.block_len, noisy=n, start=p)
+        images = [image]
         if self.rng(k, Purpose.DROP).random() < self.args.cfg_drop_text:
-            sample, prompt_ids, image = masks.Sample(IT2T, noisy=n, start=p), [], None
+            sample, prompt_ids, images = masks.Sample(IT2T, noisy=n, start=p), [], []
         return self.complete(k, [sample], self.end_of(ids), [prompt_ids, ids],
-                             sample.prompt + np.arange(n), np.zeros(n, bool),
-                             [] if image is None else [image])
+                             sample.prompt + np.arange(n), np.zeros(n, bool), images)
 
     def ii(self, k: int, task: int = II) -> Example:
         """Each image that is drawn is predicted from its text and the images before it. A share
         cfg_drop of the samples has no text, for guidance; half of these have no images before."""
-        found = (self.dataset.ii if task == II else self.dataset.vid)(k)
+        found = getattr(self.dataset, TASKS[task])(k)
         drop = self.rng(k, Purpose.DROP).random()
         no_text, no_images = drop < self.args.cfg_drop, drop < self.args.cfg_drop / 2
         turns, texts, images = [], [], []
@@ -210,8 +210,8 @@ class Batches:
                                       turn=turn, drawn=grid if drawn else (0, 0)))
             texts.append(ids)
             images += [image] * (drawn + given)
-        nothing = np.arange(0)
-        return self.complete(k, turns, 0, texts, nothing, nothing == 0, images)
+        no_noisy_text = np.arange(0), np.zeros(0, bool)
+        return self.complete(k, turns, 0, texts, *no_noisy_text, images)
 
     def vid(self, k: int) -> Example:
         return self.ii(k, VID)
@@ -223,16 +223,16 @@ class Batches:
         of `texts`; clean (n,) bool: whether it is clean in N."""
         sample, count = turns[-1], len(turns)
         prompts, kept = sum(s.prompt for s in turns), slice(sample.skip, sample.noisy)
-        pixels = sum(math.prod(s.drawn) + math.prod(s.image) for s in turns)
+        in_images = sum(math.prod(s.drawn) + math.prod(s.image) for s in turns)    # positions
         cell = self.rng(k, Purpose.TIME).integers(TIMES, size=count + len(source) // self.block_len)
         if self.args.time_per == "sample":
             cell[count:] = cell[-1]
         step = k // (self.args.batch_size * self.args.micro_steps)
         u = (cell + self.rng(step, Purpose.GRID).random()) / TIMES
         noise = self.rng(k, Purpose.NOISE)
-        eps_image = noise.standard_normal((pixels, self.cz), np.float32)
+        eps_image = noise.standard_normal((in_images, self.cz), np.float32)
         eps_text = noise.standard_normal((sample.noisy, self.dz), np.float32)[kept]
-        image_noise = noise.standard_normal((pixels, self.cz), np.float32)
+        image_noise = noise.standard_normal((in_images, self.cz), np.float32)
         source = np.concatenate([np.arange(prompts), source[:sample.clean], source[kept]])
         weight = np.where(np.arange(len(clean)) > end, self.args.w_filler, 1.0)
         return Example(turns, texts, [*images], source, clean[kept], (weight * ~clean)[kept], u,
@@ -308,7 +308,7 @@ class Batches:
             elif task == T2I:
                 new = [self.text_ids(self.dataset.t2i(k)[0])]
             elif task in (II, VID):
-                turns = (self.dataset.ii if task == II else self.dataset.vid)(k)
+                turns = getattr(self.dataset, TASKS[task])(k)
                 new = [self.model.ids(turn.text, end=False) for turn in turns]
             else:
                 prompt, _, answer = self.dataset.it2t(k)
