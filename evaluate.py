@@ -289,8 +289,9 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
     same result."""
     seed, n = SEEDS + args.seed, args.eval_samples             # a seed that no run can have
     image, text = settings(args, seed)
+    clip = replace(image, image_guidance=sample.CLIP.image_guidance)
     judges = {"t2i": [(judge_images, image, 3 * n)], "it2t": [(judge_answers, text, n)],
-              "t2t": [(judge_stories, text, n)], "vid": [(judge_clips, image, n)],
+              "t2t": [(judge_stories, text, n)], "vid": [(judge_clips, clip, n)],
               "ii": [(judge_edits, image, 3 * n), *((judge, image, n) for judge in (
                   judge_references, judge_series, judge_true_history))]}     # number of scenes
     work = [(split, partial(judge, settings=s), count) for split in ("seen", "heldout")
@@ -427,7 +428,8 @@ def draw(model: Cola, args: Namespace, tasks: set[str], dataset) -> tuple[Cells,
         for turns in map(getattr(dataset, task), numbers[:3]):
             given = dataset.images(turn.image for turn in turns if not turn.drawn)
             texts = [turn.text for turn in turns]
-            drawn = sample.generate_turns(model, [given], [texts], image, TASKS.index(task))[0]
+            s = image if task == "ii" else replace(sample.CLIP, seed=image.seed)
+            drawn = sample.generate_turns(model, [given], [texts], s, TASKS.index(task))[0]
             cells += zip([*given, *drawn], texts)
             cells += [(np.full((8, 8, 3), 255, np.uint8), "")] * (-len(cells) % 6)
     if "t2t" in tasks:

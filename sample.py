@@ -59,6 +59,7 @@ class Settings:
 # 1 the reader of scenes refuses more images. Text at temperature 1 has outliers, at 0 it repeats
 # one story.
 IMAGE = Settings(steps=8, guidance=2.0, interval=(0.6, 1.0), temperature=0.7)
+CLIP = replace(IMAGE, image_guidance=1.5)      # more frames follow those before
 TEXT = Settings(steps=4, shift=1.0, temperature=0.4)
 RELEASED = Settings(guidance=7.0, shift=1.0, snap=False, repetition_penalty=1.1,
                     stop="<|im_end|>")                         # of the public release
@@ -387,7 +388,8 @@ def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespac
         p.add_argument("--guidance", type=within(-1e6, 1e6), help="w; texts need --cfg_drop_text")
         p.add_argument("--solver", choices=flow.SOLVERS, help="heun, rk4: 2 and 4 calls a step")
         p.add_argument("--temperature", type=within(0, 1e6), help="scale of the initial noise")
-        p.set_defaults(**asdict(of_text if p in (it2t, t2t) else IMAGE))
+        settings = of_text if p in (it2t, t2t) else CLIP if p is video else IMAGE
+        p.set_defaults(**asdict(settings))
     args = parser.parse_args(argv)
     if args.official and of_text == TEXT:  # other defaults
         return parse(argv, RELEASED)
