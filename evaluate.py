@@ -428,6 +428,8 @@ def draw(model: Cola, args: Namespace, tasks: set[str], dataset) -> tuple[Cells,
         for turns in map(getattr(dataset, task), numbers[:3]):
             given = dataset.images(turn.image for turn in turns if not turn.drawn)
             texts = [turn.text for turn in turns]
+            if task == "vid":                              # it may be a first frame alone
+                texts += [""] * (edits.FRAMES - len(texts))
             s = image if task == "ii" else replace(sample.CLIP, seed=image.seed)
             drawn = sample.generate_turns(model, [given], [texts], s, TASKS.index(task))[0]
             cells += zip([*given, *drawn], texts)
