@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import masks
 from image_vae import ImageVAE, ImageVAEConfig
 from masks import TASKS
 from mmdit import MMDiT, MMDiTConfig
@@ -255,10 +256,12 @@ def to_uint8(x: Tensor) -> np.ndarray:
 # ---- From a checkpoint -------------------------------------------------------------------------
 
 def before_turns(state: dict[str, Tensor]) -> None:
-    """Adds to weights from before there were turns: none, and for J the row of I."""
-    rows = state.get("mmdit.position.segment.weight")
-    if rows is not None and len(rows) == len("PCIN"):
-        state["mmdit.position.segment.weight"] = torch.cat([rows, rows[2:3]])
+    """Completes weights from before there were sequences of images, whose segments are P, C, I, N:
+    the embedding of J becomes that of I, and turns change nothing."""
+    place = "mmdit.position.segment.weight"
+    rows = state.get(place)
+    if rows is not None and len(rows) == 4:
+        state[place] = torch.cat([rows, rows[masks.I][None]])
         state["mmdit.position.turn.weight"] = rows.new_zeros(rows.shape[1], 32)
 
 

@@ -130,13 +130,9 @@ def judge_stories(model: Cola, group: Group, settings: sample.Settings) -> Verdi
 
 def judge_edits(model: Cola, group: Group, settings: sample.Settings) -> Verdicts:
     """II: whether one edit of a picture is right (edits.judge), also by its kind."""
-    work = []
-    for k, words in zip(group.numbers, group.rngs(Purpose.EDIT)):
-        kind, found = edits.KINDS[k % len(edits.KINDS)], None
-        while not found:
-            scene = pictures.sample_scene(words, group.heldout)
-            found = edits.edit(scene, words, kind, group.heldout)
-        work.append((kind, scene, found))
+    kinds = [edits.KINDS[k % len(edits.KINDS)] for k in group.numbers]
+    work = [(kind, *edits.draw_edit(words, kind, group.heldout))
+            for kind, words in zip(kinds, group.rngs(Purpose.EDIT))]
     results = sample.generate_turns(
         model, [[pictures.render(scene, model.image_hw)] for _, scene, _ in work],
         [["", edit.instruction] for _, _, edit in work], settings, first=group.numbers[0])

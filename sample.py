@@ -165,10 +165,15 @@ def generate_images(model: Cola, captions: list[str], settings: Settings = IMAGE
     layout = pack([Sample(T2I, image=(h, w))] * len(captions), model.block_len, model.device)
     rngs = make_rngs(settings.seed, first, len(captions))
     noise = settings.temperature * draw_noise(rngs, h * w, vae.channels).to(model.device)
-    if settings.shift is None:             # as in training, where image_loc shifts times as well
-        shift = math.exp(model.image_loc) * flow.image_shift(h * w * vae.channels)
-        settings = replace(settings, shift=shift)
+    settings = with_shift(model, settings, h * w)
     return model.decode_images(transport(context, layout, noise, settings), (h, w))
+
+
+def with_shift(model: Cola, s: Settings, positions: int) -> Settings:
+    """The settings for an image of so many latents: by default its time grid is shifted as times
+    are in training, where image_loc shifts them as well."""
+    shift = math.exp(model.image_loc) * flow.image_shift(positions * model.image_vae.channels)
+    return replace(s, shift=shift) if s.shift is None else s
 
 
 @torch.inference_mode()
@@ -184,8 +189,7 @@ def generate_turns(model: Cola, given: list[list[np.ndarray]], texts: list[list[
     hw = given[0][0].shape[:2] if given[0] else model.image_hw
     h, w = (side // vae.downsample for side in hw)
     rngs, drawn = make_rngs(settings.seed, first, count), []
-    shift = settings.shift or math.exp(model.image_loc) * flow.image_shift(h * w * vae.channels)
-    settings, copies = replace(settings, shift=shift), 1 + len(guidances(settings, task))
+    settings, copies = with_shift(model, settings, h * w), 1 + len(guidances(settings, task))
     with_images = min(copies, 2)           # copies for guidance: all, without text, without both
 
     def lay(*samples: list[Sample]) -> masks.Layout:

@@ -44,10 +44,8 @@ def baselines(n: int = 1536, seed: int = SEEDS) -> None:
     """Prints the rates of both, of n edits of seen scenes."""
     rates = defaultdict(list)
     for k in range(n):
-        words, e = rng(seed, k, Purpose.EDIT), None
-        while not e:
-            scene = pictures.sample_scene(words)
-            e = edits.edit(scene, words, edits.KINDS[k % len(edits.KINDS)])
+        words = rng(seed, k, Purpose.EDIT)
+        scene, e = edits.draw_edit(words, edits.KINDS[k % len(edits.KINDS)])
         for name, found in (("source", scene), ("caption", drawn_by_caption(e.target, words))):
             right = edits.judge(pictures.read_image(pictures.render(found)), scene, e)
             for rate in ("scene", "done") + ("kept",) * bool(e.kept):

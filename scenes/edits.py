@@ -118,6 +118,14 @@ def change(scene: Scene, rng: np.random.Generator, kind: str, o: Object, other: 
     return f"add {with_article(new.attributes)} {rel} {the[other]}.", (new,), ()
 
 
+def draw_edit(rng: np.random.Generator, kind: str, heldout=False) -> tuple[Scene, Edit]:
+    """A random scene and an edit of a kind of it."""
+    while True:
+        scene = sample_scene(rng, heldout)
+        if found := edit(scene, rng, kind, heldout):
+            return scene, found
+
+
 def any_edit(scene: Scene, rng: np.random.Generator, heldout=False) -> Edit:
     """An edit of a random kind that fits. A background can always be changed."""
     while True:
@@ -236,7 +244,6 @@ def judge_clip(found: list[Scene | None], c: Clip, given: int) -> dict[str, bool
     if given > 1:
         right["prediction"] = abs(places[mover][-1] - (last.x, last.y)).max() <= 1 / 32
     return right
-
 
 # ---- Sequences of images -----------------------------------------------------------------------
 

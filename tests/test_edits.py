@@ -12,12 +12,8 @@ from scenes.pictures import COLORS, Scene, is_heldout, read_image, render, sampl
 
 def draw(kind, seed, n, heldout=False):
     """n edits of a kind, each with its scene."""
-    rng, found = np.random.default_rng(seed), []
-    while len(found) < n:
-        scene = sample_scene(rng, heldout)
-        if e := edits.edit(scene, rng, kind, heldout):
-            found.append((scene, e))
-    return found
+    rng = np.random.default_rng(seed)
+    return [edits.draw_edit(rng, kind, heldout) for _ in range(n)]
 
 
 def changes(scene):
