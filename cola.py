@@ -23,6 +23,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import masks
 from image_vae import ImageVAE, ImageVAEConfig
@@ -286,13 +287,22 @@ def read(path: str | Path) -> dict:
     return found
 
 
+class NoInit(TorchFunctionMode):
+    """Modules do not initialize their weights. On the meta device, PyTorch would import its
+    compiler for that, which takes seconds."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
 def build(found: dict, weights: str = "ema") -> Cola:
     """The system of a checkpoint in eval mode, with copies of the weights: "model" are those in
     training, "ema" their averages if there are any. ValueError, one line, if they do not fit."""
     try:
         c, flags = found["config"], found["args"]
         state = found["model"] | (found["ema"] if weights == "ema" else {})
-        with torch.device("meta"):                          # takes no memory and no random numbers
+        with torch.device("meta"), NoInit():                # takes no memory and no random numbers
             text_vae = TextVAE(TextVAEConfig(**c["text_vae"]))
             image_vae = ImageVAE(ImageVAEConfig(**c["image_vae"])) if "image_vae" in c else None
             mmdit = MMDiT(MMDiTConfig(**c["mmdit"]))

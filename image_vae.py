@@ -55,7 +55,8 @@ class Conv(nn.Module):
         super().__init__()
         self.kernel_shape = (out, k, k, fan_in)
         inputs = k * k * fan_in
-        self.weight = nn.Parameter(torch.randn(out, inputs) * gain / math.sqrt(inputs))
+        self.weight = nn.Parameter(torch.empty(out, inputs))
+        nn.init.normal_(self.weight, std=gain / math.sqrt(inputs))
         self.bias = nn.Parameter(torch.zeros(out))
 
     def forward(self, x: Tensor) -> Tensor:

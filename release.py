@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import cola
-from cola import END_TEXT, Cola, Tokenizer
+from cola import END_TEXT, Cola, NoInit, Tokenizer
 from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
 
@@ -133,7 +133,7 @@ def read_config(path: Path, keys: dict[str, str], fixed: dict) -> dict:
 def load_text_vae(folder: Path) -> TextVAE:
     settings = read_config(folder / "config.json", VAE_KEYS, VAE_FIXED)
     weights = read_weights(folder)
-    with one_line_errors(folder), torch.device("meta"):     # meta tensors take no memory
+    with one_line_errors(folder), torch.device("meta"), NoInit():  # meta tensors take no memory
         vae = TextVAE(TextVAEConfig(logsnr=None, **settings))
         vae.load_state_dict(weights, assign=True)
     return vae.eval()
@@ -147,7 +147,7 @@ def load_mmdit(folder: Path, image_channels: int = 0, dual_layers: int = 0) -> t
     to_ours = [(theirs, ours) for ours, theirs in NAMES]
     weights = {rename(name, to_ours): x for name, x in read_weights(folder).items()
                if not name.endswith(FREQS)}
-    with one_line_errors(folder), torch.device("meta"):
+    with one_line_errors(folder), torch.device("meta"), NoInit():
         model = MMDiT(MMDiTConfig(image_channels=image_channels, dual_layers=dual_layers,
                                   as_released=True, **settings))
         fresh = {name: torch.empty_like(x, device="cpu") for name, x in model.state_dict().items()
