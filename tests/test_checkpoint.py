@@ -2,6 +2,8 @@
 import itertools
 import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,6 +23,13 @@ RESUMED = ["--resume", "auto", "--eval_samples", "0"]
 def copied(tiny, tmp_path):
     """The folder of a whole run, to be changed."""
     return shutil.copytree(tiny, tmp_path / "copied")
+
+
+def test_a_checkpoint_is_read_without_the_compiler(tiny):
+    """Its import takes seconds, at every start of sample.py."""
+    code = f"import sys, cola; cola.load({str(tiny / 'ckpt.pt')!r}); " \
+           "sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def assert_equal(one, two):
