@@ -38,7 +38,7 @@ from cola import Cola, Tokenizer, pad_to_multiple, to_float
 from cuda_attention import make_plan
 from data import Purpose
 from image_vae import ImageVAE, ImageVAEConfig
-from masks import II, IT2T, T2I, T2T, TASKS, VID, C, J, Layout, N
+from masks import II, IT2T, T2I, T2T, TASKS, VID, C, I, J, Layout, N
 from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
 
@@ -367,23 +367,38 @@ class Batches:
         in_block = (layout.segment == C) | (layout.segment == N)
         own_time = (first_time[layout.sample] + layout.block
                     + torch.where(in_block, turns[layout.sample], 0))
-        u = join("u")              # float64: numbers of one cell become the same float32 time
-        of_image = torch.cat([torch.arange(len(e.u)) < len(e.turns) for e in examples])
-        sizes = (e.eps_image.size // max(len(e.images), 1) for e in examples)
-        shifts = torch.tensor([flow.image_shift(size) for size in sizes], dtype=u.dtype)
-        loc = torch.where(of_image, self.model.image_loc, self.text_loc)
-        shift = torch.where(of_image, shifts.repeat_interleave(times), 1)
+        eps_image, image_shift = self.first_noise(examples, z_image, join("eps_image"))
+        loc = torch.where(is_image, self.model.image_loc, self.text_loc)                # (L,)
+        shift = torch.ones(len(layout), dtype=torch.float64).masked_scatter(is_image, image_shift)
+        u = join("u")[own_time]    # float64: numbers of one cell become the same float32 time
         drawn = flow.sample_time(u, self.args.time_law, loc, self.args.time_scale, shift).float()
-        of_position = torch.where(moving, drawn[own_time], 0)                 # (L,)
-        t, t_index = torch.cat([torch.zeros(1), of_position]).unique(return_inverse=True)
+        t, t_index = torch.cat([torch.zeros(1), drawn * moving]).unique(return_inverse=True)
         return Batch(
             ids, lengths, join("posterior_noise"), join("masked"), layout, moving.nonzero()[:, 0],
             source=first_latent[layout.sample[~is_image]] + join("source"),
             text_task=task[~is_image], text_moves=moving[~is_image],
             text_weight=weight[~is_image], eps_text=eps_text[~is_image],
             z_image=z_image, image_moves=moving[is_image],
-            eps_image=join("eps_image"), features=features,
+            eps_image=eps_image, features=features,
             t=t, t_index=t_index[1:])
+
+    def first_noise(self, examples: list[Example], z: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise (Li, Cz) of images with the latents z, made of eps, and the shift (Li,) of
+        their times. The noise of a J behind a clean image of its size is near that image."""
+        size, near = [], []                # of each J and I
+        for e in examples:
+            grids = [(segment, hw) for turn in e.turns
+                     for segment, hw in ((J, turn.drawn), (I, turn.image)) if hw[0]]
+            size += [math.prod(hw) for _, hw in grids]
+            near += [now == J and before == (I, hw)
+                     for before, (now, hw) in zip([None, *grids], grids)]
+        rho, sizes = self.model.image_rho, torch.tensor(size, dtype=torch.long)
+        shift = [flow.image_shift(n * self.cz) * (flow.near_shift(rho) if x else 1.0)
+                 for n, x in zip(size, near)]
+        shift = torch.tensor(shift, dtype=torch.float64).repeat_interleave(sizes)
+        at = torch.tensor(near, dtype=torch.bool).repeat_interleave(sizes).nonzero()[:, 0]
+        eps[at] = flow.near(z[at - sizes.repeat_interleave(sizes)[at]], eps[at], rho)
+        return eps, shift
 
     def packed(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Tokens (T,) of all texts, and latents of each but the empty ones (a dropped caption)."""

@@ -127,7 +127,7 @@ def new_model(args: Namespace, dataset) -> Cola:
             a.dual_layers, emb_dim=a.width, rope_dim=head_dim, as_released=a.as_released))
     image_vae.check_size(*hw)
     return Cola(text_vae, image_vae, mmdit, tokenizer, a.block_len, hw, config.image_time_loc(a),
-                a.first_block, tuple(config.task_shares(a.tasks)))
+                a.first_block, tuple(config.task_shares(a.tasks)), image_rho=a.image_rho)
 
 
 def build(found: dict, args: Namespace) -> Cola:
@@ -135,6 +135,7 @@ def build(found: dict, args: Namespace) -> Cola:
     model = cola.build(found, "model")
     model.image_hw, model.block_len = config.image_hw(args), args.block_len
     model.image_loc, model.first_block = config.image_time_loc(args), args.first_block
+    model.image_rho = args.image_rho
     model.tasks = tuple(dict.fromkeys([*model.tasks, *config.task_shares(args.tasks)]))
     model.image_vae.check_size(*model.image_hw)
     return model

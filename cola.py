@@ -166,6 +166,7 @@ class Cola:
     first_block: str = "clean"
     tasks: tuple[str, ...] = TASKS      # those it was trained for
     unconditional: tuple[str, ...] = TASKS    # of these, those that can be guided
+    image_rho: float = 0.0              # correlation of an image's noise with the image before it
 
     def __post_init__(self) -> None:
         vae, channels = self.text_vae.config, self.mmdit.config.text_channels
@@ -194,7 +195,8 @@ class Cola:
         """All that `build` needs besides weights and tokenizer, in plain types."""
         return {name: asdict(part.config) for name, part in self.parts().items()} | {
             "block_len": self.block_len, "image_hw": list(self.image_hw),
-            "image_loc": self.image_loc, "first_block": self.first_block, "tasks": list(self.tasks)}
+            "image_loc": self.image_loc, "image_rho": self.image_rho,
+            "first_block": self.first_block, "tasks": list(self.tasks)}
 
     def ids(self, text: str, end: bool) -> list[int]:
         """Ids padded to a whole latent. end: with an end token, and padded to a whole block."""
@@ -312,7 +314,8 @@ def build(found: dict, weights: str = "ema") -> Cola:
         learned = {"t2t": text, "t2i": image, "it2t": text, "ii": image, "vid": image}
         model = Cola(text_vae, image_vae, mmdit, Tokenizer.from_dict(found["tokenizer"]),
                      c["block_len"], tuple(c["image_hw"]), c["image_loc"], c["first_block"],
-                     tuple(c["tasks"]), tuple(task for task in c["tasks"] if learned[task]))
+                     tuple(c["tasks"]), tuple(task for task in c["tasks"] if learned[task]),
+                     c.get("image_rho", 0.0))
         modules = nn.ModuleDict(model.parts()).eval()
         modules.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
     except (KeyError, TypeError, RuntimeError) as error:

@@ -152,6 +152,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("aux_caption", 0.1, SHARE, RECIPE, "share of T2I samples with a loss on the caption"),
         Flag("cfg_drop", 0.1, SHARE, RECIPE, "share of images without their text, for guidance"),
         Flag("cfg_drop_text", 0.0, SHARE, RECIPE, "the same for T2T, IT2T: for --text_guidance"),
+        Flag("image_rho", 0.9, (0.0, 0.999), RECIPE, "correlation of an image's noise with the "
+             "image before it in a sequence: a path from near that image keeps what is not edited"),
         Flag("text_loc", None, REAL, RECIPE, "mean of the text's logit time; more trains at higher "
              "noise (default: 1 + ln(text_latent_dim / 16) / 2, and 1 more at block_len 1)"),
         Flag("image_loc", 1.0, REAL, RECIPE, "mean of images' logit time, before shift by size"),

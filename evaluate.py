@@ -285,10 +285,10 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
     same result."""
     seed, n = SEEDS + args.seed, args.eval_samples             # a seed that no run can have
     image, text = settings(args, seed)
-    clip = replace(image, image_guidance=sample.CLIP.image_guidance)
+    edit = replace(sample.EDIT, steps=image.steps, seed=seed)
     judges = {"t2i": [(judge_images, image, 3 * n)], "it2t": [(judge_answers, text, n)],
-              "t2t": [(judge_stories, text, n)], "vid": [(judge_clips, clip, n)],
-              "ii": [(judge_edits, image, 3 * n), *((judge, image, n) for judge in (
+              "t2t": [(judge_stories, text, n)], "vid": [(judge_clips, edit, n)],
+              "ii": [(judge_edits, edit, 3 * n), *((judge, edit, n) for judge in (
                   judge_references, judge_series, judge_true_history))]}     # number of scenes
     work = [(split, partial(judge, settings=s), count) for split in ("seen", "heldout")
             for task in sorted(tasks) for judge, s, count in judges[task]]
@@ -426,8 +426,8 @@ def draw(model: Cola, args: Namespace, tasks: set[str], dataset) -> tuple[Cells,
             texts = [turn.text for turn in turns]
             if task == "vid":                              # it may be a first frame alone
                 texts += [""] * (edits.FRAMES - len(texts))
-            s = image if task == "ii" else replace(sample.CLIP, seed=image.seed)
-            drawn = sample.generate_turns(model, [given], [texts], s, TASKS.index(task))[0]
+            edit = replace(sample.EDIT, steps=image.steps, seed=image.seed)
+            drawn = sample.generate_turns(model, [given], [texts], edit, TASKS.index(task))[0]
             cells += zip([*given, *drawn], texts)
             cells += [(np.full((8, 8, 3), 255, np.uint8), "")] * (-len(cells) % 6)
     if "t2t" in tasks:

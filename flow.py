@@ -42,6 +42,18 @@ def velocity(z0: Tensor, eps: Tensor) -> Tensor:
     """The regression target v = eps - z_0, constant along a path (paper, Eq. 9.32)."""
     return eps - z0
 
+def near(z: Tensor, eps: Tensor, rho: float) -> Tensor:
+    """Noise rho z + sqrt(1 - rho^2) eps near the normalized latents z, of variance 1 as well. From
+    there the path to latents that equal z in most places is short."""
+    return rho * z + math.sqrt(1 - rho ** 2) * eps
+
+
+def near_shift(rho: float) -> float:
+    """Time shift that goes with it: sigma^-3, where sigma = sqrt(1 - rho^2). After sigma^-1, the
+    data are seen through as much of eps as without rho. The rest trains more of the times at which
+    nothing is seen yet of what changes, and it has to be told from the conditions."""
+    return (1 - rho ** 2) ** -1.5
+
 # ---- Training: times and loss -------------------------------------------------------------------
 
 def shift_time(t: Tensor, shift: float | Tensor) -> Tensor:

@@ -57,9 +57,9 @@ class Settings:
 
 # Guiding an image below t = 0.6 makes colors bleed into each other (cf. 2404.07724). At temperature
 # 1 the reader of scenes refuses more images. Text at temperature 1 has outliers, at 0 it repeats
-# one story.
+# one story. What an edit asks for leaves little to noise; guidance overshoots there.
 IMAGE = Settings(steps=8, guidance=2.0, interval=(0.6, 1.0), temperature=0.7)
-CLIP = replace(IMAGE, image_guidance=1.5)      # more frames follow those before
+EDIT = replace(IMAGE, guidance=1.0, temperature=0.3)
 TEXT = Settings(steps=4, shift=1.0, temperature=0.4)
 RELEASED = Settings(guidance=7.0, shift=1.0, snap=False, repetition_penalty=1.1,
                     stop="<|im_end|>")                         # of the public release
@@ -169,27 +169,29 @@ def generate_images(model: Cola, captions: list[str], settings: Settings = IMAGE
     return model.decode_images(transport(context, layout, noise, settings), (h, w))
 
 
-def with_shift(model: Cola, s: Settings, positions: int) -> Settings:
-    """The settings for an image of so many latents: by default its time grid is shifted as times
-    are in training, where image_loc shifts them as well."""
-    shift = math.exp(model.image_loc) * flow.image_shift(positions * model.image_vae.channels)
-    return replace(s, shift=shift) if s.shift is None else s
+def with_shift(model: Cola, s: Settings, positions: int, rho: float = 0.0) -> Settings:
+    """The settings for an image of so many latents, whose noise is near another one (flow.near):
+    by default its time grid is shifted as times are in training, also by image_loc."""
+    shift = flow.image_shift(positions * model.image_vae.channels) * flow.near_shift(rho)
+    return replace(s, shift=math.exp(model.image_loc) * shift) if s.shift is None else s
 
 
 @torch.inference_mode()
 def generate_turns(model: Cola, given: list[list[np.ndarray]], texts: list[list[str]],
-                   settings: Settings = IMAGE, task: int = II, first: int = 0
+                   settings: Settings = EDIT, task: int = II, first: int = 0
                    ) -> list[list[np.ndarray]]:
     """Images in sequence, for B samples with the sample numbers first, first + 1, .. Each sample
     has a text for every image, "" for none, and the first of its images, uint8 (H, W, 3), are
-    given, equally many in all samples. Returns the other images of each sample, drawn in turn. The
-    task VID takes them as frames of the first text, which guides the first frame alone: the others
-    would stray from the frames before."""
+    given, equally many in all samples. Returns the other images of each sample, drawn in turn; one
+    without images before has the guidance and temperature of IMAGE. The task VID takes the images
+    as frames of the first text."""
     vae, context, count = model.image_vae, Context(model), len(texts)
     hw = given[0][0].shape[:2] if given[0] else model.image_hw
     h, w = (side // vae.downsample for side in hw)
     rngs, drawn = make_rngs(settings.seed, first, count), []
-    settings, copies = with_shift(model, settings, h * w), 1 + len(guidances(settings, task))
+    z, rho = context.no_image.new_zeros(count * h * w, vae.channels), 0.0
+    start = replace(settings, guidance=IMAGE.guidance, temperature=IMAGE.temperature)
+    copies = 1 + max(len(guidances(s, task)) for s in (settings, settings if given[0] else start))
     with_images = min(copies, 2)           # copies for guidance: all, without text, without both
 
     def lay(*samples: list[Sample]) -> masks.Layout:
@@ -199,18 +201,19 @@ def generate_turns(model: Cola, given: list[list[np.ndarray]], texts: list[list[
 
     for turn, words in enumerate(zip(*texts)):
         if any(words):
-            z, lengths = model.encode_text([model.ids(text, end=False) for text in words])
-            context.add(z, context.no_image, lay([Sample(task, n, turn=turn) for n in lengths]))
+            z_text, lengths = model.encode_text([model.ids(text, end=False) for text in words])
+            layout = lay([Sample(task, n, turn=turn) for n in lengths])
+            context.add(z_text, context.no_image, layout)
         if turn < len(given[0]):
             z = model.encode_images([images[turn] for images in given])              # (B h w, Cz)
         else:
             drawing = [Sample(task, turn=turn, drawn=(h, w))] * count
             layout = pack(drawing, model.block_len, model.device)
-            noise = settings.temperature * draw_noise(rngs, h * w, vae.channels).to(model.device)
-            is_guided = task == II or turn == 0
-            own = settings if is_guided else replace(settings, guidance=1.0)
-            z = transport(context, layout, noise, own)
+            own = with_shift(model, settings if turn else start, h * w, rho)
+            noise = own.temperature * draw_noise(rngs, h * w, vae.channels).to(model.device)
+            z = transport(context, layout, flow.near(z, noise, rho), own)
             drawn.append(model.decode_images(z, (h, w)))
+        rho = model.image_rho
         if turn + 1 < len(texts[0]):
             image = [Sample(task, image=(h, w), turn=turn)] * count
             context.add(context.no_text, z.repeat(with_images, 1), lay(*[image] * with_images))
@@ -328,7 +331,7 @@ def within(low: float, high: float, kind: type = float) -> Callable[[str], float
     return number
 
 
-COUNT = within(1, 4096, int)
+COUNT, REAL = within(1, 4096, int), within(-1e6, 1e6)
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
@@ -349,14 +352,12 @@ def add_sequence_commands(tasks) -> list[argparse.ArgumentParser]:
     edit.add_argument("prompt", help="an instruction")
     story = tasks.add_parser("story", help="draw a text, then change the image text by text")
     story.add_argument("prompts", nargs="+", help="what to draw, then instructions")
-    video = tasks.add_parser("video", help="text to video: a GIF, and its frames in a row as "
-                             ".._frames.png; the text guides the first frame alone")
+    video = tasks.add_parser("video", help="text to video: a GIF, and .._frames.png in a row")
     video.add_argument("prompt", help="what to show")
     video.add_argument("--images", nargs="+", default=[], help="the first frames, to be continued")
     video.add_argument("--frames", type=COUNT, default=5, help="in all; the scenes have 5")
     for p in (edit, story, video):
-        p.add_argument("--image_guidance", type=within(-1e6, 1e6), help="w_I: more holds closer to "
-                       "the images before")
+        p.add_argument("--image_guidance", type=REAL, help="w_I: holds to the images before")
     return [edit, story, video]
 
 
@@ -389,11 +390,10 @@ def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespac
         add_model_flags(p)
         p.add_argument("--n", type=COUNT, default=1, help="samples to draw")
         p.add_argument("--steps", type=COUNT, help="solver steps; fewer is faster and coarser")
-        p.add_argument("--guidance", type=within(-1e6, 1e6), help="w; texts need --cfg_drop_text")
+        p.add_argument("--guidance", type=REAL, help="w; texts need --cfg_drop_text")
         p.add_argument("--solver", choices=flow.SOLVERS, help="heun, rk4: 2 and 4 calls a step")
         p.add_argument("--temperature", type=within(0, 1e6), help="scale of the initial noise")
-        settings = of_text if p in (it2t, t2t) else CLIP if p is video else IMAGE
-        p.set_defaults(**asdict(settings))
+        p.set_defaults(**asdict(of_text if p in (it2t, t2t) else IMAGE if p is t2i else EDIT))
     args = parser.parse_args(argv)
     if args.official and of_text == TEXT:  # other defaults
         return parse(argv, RELEASED)

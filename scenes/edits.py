@@ -127,10 +127,12 @@ def draw_edit(rng: np.random.Generator, kind: str, heldout=False) -> tuple[Scene
 
 
 def any_edit(scene: Scene, rng: np.random.Generator, heldout=False) -> Edit:
-    """An edit of a random kind that fits. A background can always be changed."""
-    while True:
-        if found := edit(scene, rng, pick(rng, KINDS), heldout):
-            return found
+    """An edit of a random kind, or of another if ten do not fit. A background can always
+    be changed."""
+    for kind in rng.permutation(KINDS):
+        for _ in range(10):
+            if found := edit(scene, rng, kind, heldout):
+                return found
 
 
 def episode(scene: Scene, rng: np.random.Generator, heldout=False, length: int = 3) -> list[Edit]:
@@ -290,7 +292,10 @@ class Sequences:
             return [Turn("", a, False), Turn("", b, False), last]
         said = ["", *(found.instruction for found in self._episode(i))]
         if kind < 0.75:
-            return [Turn("", i, False), Turn(said[1], self.pool + i, True)]
+            step = int(rng.integers(1, 4))
+            step = 1 if said[step] == PUT_BACK else step
+            before = Turn("", (step - 1) * self.pool + i, False)
+            return [before, Turn(said[step], step * self.pool + i, True)]
         said[0] = caption(self.scene_of(i), rng)
         return [Turn(text, turn * self.pool + i, True) for turn, text in enumerate(said)]
 

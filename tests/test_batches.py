@@ -128,6 +128,30 @@ def test_images_in_sequence_against_their_turns(made, task):
     assert len(seen) == 3 and b.eps_image[b.image_moves].std() > 0.9
 
 
+@pytest.mark.parametrize("task", [II, VID])
+def test_noise_of_an_image_is_near_the_image_before(made, task):
+    """Where that is clean context, and at later times."""
+    far = with_flags(made, model=replace(made.model, image_rho=0.0))
+    made = with_flags(made, "--cfg_drop", "0.4")
+    far.args = made.args
+    (b, c), seen = ([x.prior([(task, k) for k in range(40)]) for x in (made, far)]), set()
+    picture = b.layout.select(masks.is_image(b.layout.segment))
+    of_image = [b.t[b.t_index], c.t[c.t_index]]
+    of_image = [t[masks.is_image(b.layout.segment)] for t in of_image]
+    for s, turn in {*zip(picture.sample.tolist(), picture.block.tolist())}:
+        here = (picture.sample == s) & (picture.block == turn) & (picture.segment == J)
+        before = (picture.sample == s) & (picture.block == turn - 1) & (picture.segment == I)
+        eps, t = c.eps_image[here], of_image[1][here]
+        if before.any():
+            eps = flow.near(b.z_image[before], eps, 0.9) if here.any() else eps
+            t = flow.shift_time(t, flow.near_shift(0.9))
+        torch.testing.assert_close(b.eps_image[here], eps)
+        torch.testing.assert_close(of_image[0][here], t)
+        seen.add((bool(here.any()), bool(before.any())))
+    assert {(True, True), (True, False)} <= seen
+    torch.testing.assert_close(b.z_image, c.z_image)
+
+
 @pytest.mark.parametrize("patch", (1, 2))
 def test_filler_has_a_weight_of_its_own(made, patch):
     """From the latent behind the one with the first end token after the text; given ones have 0."""

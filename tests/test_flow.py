@@ -80,6 +80,18 @@ def test_text_loc_and_image_shift():
     assert flow.image_shift(256) == 1.0 and flow.image_shift(4 * 4096) == 2.0
 
 
+def test_noise_near_other_latents():
+    """Variance 1, and times as late as if sigma^3 times as much noise were added."""
+    z, eps, t = draw(20000, 2), draw(20000, 2, seed=1), torch.tensor(0.7, dtype=torch.float64)
+    near = flow.near(z, eps, 0.9)
+    assert near.std() == pytest.approx(1, abs=0.02) and torch.equal(flow.near(z, eps, 0.0), eps)
+    assert (near * z).mean() == pytest.approx(0.9, abs=0.02)
+    later = flow.shift_time(t, flow.near_shift(0.9))
+    noise = (1 - 0.9 ** 2) ** 1.5
+    torch.testing.assert_close((1 - later) / (noise * later), (1 - t) / t)
+    assert flow.near_shift(0.0) == 1.0
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.7, 0.3])
 def test_time_grid(shift):
     grid = flow.time_grid(16, shift)

@@ -423,8 +423,8 @@ def test_it2t_and_t2t(here, capsys):
 
 def test_settings_are_those_of_the_task_and_of_the_flags():
     assert sample.parse(["t2i", "a cat"]).settings == sample.IMAGE
-    assert sample.parse(["video", "a cat"]).settings == sample.CLIP
-    assert sample.parse(["edit", "a.png", "a cat"]).settings == sample.IMAGE
+    assert sample.parse(["video", "a cat"]).settings == sample.EDIT
+    assert sample.parse(["edit", "a.png", "a cat"]).settings == sample.EDIT != sample.IMAGE
     assert sample.parse(["t2t", "a cat"]).settings == sample.TEXT != sample.IMAGE
     assert sample.parse(["t2t", "a cat", "--official", "x"]).settings == sample.RELEASED
     s = sample.parse(["t2t", "a", "--temperature", "0.5", "--no-snap", "--seed", "3"]).settings

@@ -42,6 +42,22 @@ def test_images_in_sequence_equal_the_packed_pass_of_training(model, latents, mo
     close(torch.stack(latents[2:]), torch.stack(latents[:2])[:, 16:])
 
 
+def test_an_image_begins_near_the_one_before(model, latents, monkeypatch):
+    begun, solve = [], flow.solve
+    monkeypatch.setattr(flow, "solve", lambda f, z, grid, *rest: begun.append((z, grid))
+                        or solve(f, z, grid, *rest))
+    for rho in (0.0, 0.9):
+        sample.generate_turns(replace(model, image_rho=rho), [[picture(0)], [picture(1)]],
+                              [["a cat", "make it blue.", ""]] * 2, replace(S, steps=4))
+    before = [model.encode_images([picture(0), picture(1)]), latents[2]]
+    for z, (far, grid), (near, later) in zip(before, begun[:2], begun[2:]):
+        close(near, flow.near(z, far, 0.9))
+        close(later, flow.shift_time(grid, flow.near_shift(0.9)))
+    sample.generate_turns(replace(model, image_rho=0.9), [[]], [["a cat"]], replace(S, steps=4))
+    sample.generate_turns(model, [[]], [["a cat"]], replace(S, steps=4))
+    assert torch.equal(begun[4][0], begun[5][0]) and torch.equal(begun[4][1], begun[5][1])
+
+
 @pytest.mark.parametrize("turn", [1, 2])
 def test_guidance_by_text_and_by_images(model, latents, turn):
     """Each weight moves along its own difference of velocities; the copies never meet. Without
@@ -77,13 +93,19 @@ def test_a_drawn_image_joins_the_context_of_every_copy_that_has_images(model, la
         close(latents[-1], second)
 
 
-def test_the_text_of_a_clip_guides_its_first_frame_alone(model, latents):
-    for w in (1.0, 3.0):
-        sample.generate_turns(model, [[]], [["a cat", ""]], replace(S, steps=1, guidance=w), VID)
-        sample.generate_turns(model, [[picture(0)]], [["a cat", ""]],
-                              replace(S, steps=1, guidance=w), VID)
-    assert (latents[0] - latents[3]).abs().max() > 1e-2
-    close(latents[2], latents[5])
+@pytest.mark.parametrize("task", [II, VID])
+def test_the_first_image_is_drawn_as_text_to_image_is(model, latents, task):
+    """By its guidance and temperature, whatever the settings of the others."""
+    given, text = [[picture(0)]], [["a cat", "make it red."]]
+    for s in (replace(S, steps=1), replace(S, steps=1, guidance=3.0, temperature=0.5)):
+        sample.generate_turns(model, [[]], text, s, task)
+        sample.generate_turns(model, given, text, s, task)
+    close(latents[0], latents[3])
+    assert (latents[2] - latents[5]).abs().max() > 1e-2       # a second image
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "IMAGE", replace(sample.IMAGE, guidance=1.0))
+        sample.generate_turns(model, [[]], text, replace(S, steps=1), task)
+    assert (latents[0] - latents[6]).abs().max() > 1e-2
 
 
 def test_edits_stories_and_clips(model, tmp_path, monkeypatch):
