@@ -43,8 +43,8 @@ from mmdit import MMDiT, MMDiTConfig
 from text_vae import TextVAE, TextVAEConfig
 
 # [0, 1] has this many cells. The uniform numbers behind the times of a step have one value in each
-# cell, all at the same offset. So texts have few different times, and images of one size, too: the
-# adaLN maps are computed once for each time.
+# cell, all at the same offset. So texts have few different times, and images of one size and kind
+# of noise, too: the adaLN maps are computed once for each time.
 TIMES = 64
 
 # ---- What the three stages train on ------------------------------------------------------------
@@ -385,19 +385,20 @@ class Batches:
     def first_noise(self, examples: list[Example], z: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """The noise (Li, Cz) of images with the latents z, made of eps, and the shift (Li,) of
         their times. The noise of a J behind a clean image of its size is near that image."""
-        size, near = [], []                # of each J and I
+        sizes, is_near = [], []            # of each J and I
         for e in examples:
             grids = [(segment, hw) for turn in e.turns
                      for segment, hw in ((J, turn.drawn), (I, turn.image)) if hw[0]]
-            size += [math.prod(hw) for _, hw in grids]
-            near += [now == J and before == (I, hw)
-                     for before, (now, hw) in zip([None, *grids], grids)]
-        rho, sizes = self.model.image_rho, torch.tensor(size, dtype=torch.long)
+            sizes += [math.prod(hw) for _, hw in grids]
+            is_near += [now == J and before == (I, hw)
+                        for before, (now, hw) in zip([None, *grids], grids)]
+        rho, size = self.model.image_rho, torch.tensor(sizes, dtype=torch.long)
         shift = [flow.image_shift(n * self.cz) * (flow.near_shift(rho) if x else 1.0)
-                 for n, x in zip(size, near)]
-        shift = torch.tensor(shift, dtype=torch.float64).repeat_interleave(sizes)
-        at = torch.tensor(near, dtype=torch.bool).repeat_interleave(sizes).nonzero()[:, 0]
-        eps[at] = flow.near(z[at - sizes.repeat_interleave(sizes)[at]], eps[at], rho)
+                 for n, x in zip(sizes, is_near)]
+        shift = torch.tensor(shift, dtype=torch.float64).repeat_interleave(size)
+        at = torch.tensor(is_near, dtype=torch.bool).repeat_interleave(size).nonzero()[:, 0]
+        eps = eps.clone()
+        eps[at] = flow.near(z[at - size.repeat_interleave(size)[at]], eps[at], rho)
         return eps, shift
 
     def packed(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:

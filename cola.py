@@ -282,6 +282,8 @@ def read(path: str | Path) -> dict:
             raise ValueError(f"its format is not {FORMAT}")
         before_turns(found["model"])
         before_turns(found["ema"])
+        for settings in (found["config"], found["args"]):   # from before there was image_rho
+            settings.setdefault("image_rho", 0.0)
     except Exception as error:                              # torch.load raises errors of any class
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path}: not a checkpoint of this program, or damaged ({reason:.80}); "
@@ -290,8 +292,8 @@ def read(path: str | Path) -> dict:
 
 
 class NoInit(TorchFunctionMode):
-    """Modules do not initialize their weights. On the meta device, PyTorch would import its
-    compiler for that, which takes seconds."""
+    """Leaves out the initializers of torch.nn.init that a mode can replace. On the meta device,
+    random numbers would import PyTorch's compiler, which takes seconds."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"]
@@ -315,7 +317,7 @@ def build(found: dict, weights: str = "ema") -> Cola:
         model = Cola(text_vae, image_vae, mmdit, Tokenizer.from_dict(found["tokenizer"]),
                      c["block_len"], tuple(c["image_hw"]), c["image_loc"], c["first_block"],
                      tuple(c["tasks"]), tuple(task for task in c["tasks"] if learned[task]),
-                     c.get("image_rho", 0.0))
+                     c["image_rho"])
         modules = nn.ModuleDict(model.parts()).eval()
         modules.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
     except (KeyError, TypeError, RuntimeError) as error:

@@ -167,9 +167,9 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("eval_samples", 512, STEPS, RUN, "samples per rate; 0: none of these rates"),
         Flag("rank_samples", 0, STEPS, RUN, "scenes in which the right answer and caption are "
              "ranked among wrong ones by likelihood; seconds each"),
-        Flag("guidance", 2.0, REAL, RUN, "for images: more follows captions, varies less"),
-        Flag("image_temperature", 0.7, WEIGHT, RUN, "scale of first noise: lower is cleaner"),
-        Flag("image_steps", 8, COUNT, RUN, "solver steps of an image: more are slower"),
+        Flag("guidance", 2.0, REAL, RUN, "for T2I: more follows captions, varies less"),
+        Flag("image_temperature", 0.7, WEIGHT, RUN, "for T2I: less first noise is cleaner"),
+        Flag("image_steps", 8, COUNT, RUN, "for T2I: more solver steps are slower"),
         Flag("text_guidance", 1.0, REAL, RUN, "for text; 1: none; others need --cfg_drop_text"),
         Flag("text_temperature", 0.4, WEIGHT, RUN, "scale of text's first noise: less, likelier"),
         Flag("text_shift", 1.0, RATE, RUN, "larger: more of text's solver steps are near noise"),

@@ -285,7 +285,7 @@ def rates(model: Cola, args: Namespace, tasks: set[str], worker: Worker) -> dict
     same result."""
     seed, n = SEEDS + args.seed, args.eval_samples             # a seed that no run can have
     image, text = settings(args, seed)
-    edit = replace(sample.EDIT, steps=image.steps, seed=seed)
+    edit = replace(sample.EDIT, seed=seed)
     judges = {"t2i": [(judge_images, image, 3 * n)], "it2t": [(judge_answers, text, n)],
               "t2t": [(judge_stories, text, n)], "vid": [(judge_clips, edit, n)],
               "ii": [(judge_edits, edit, 3 * n), *((judge, edit, n) for judge in (
@@ -426,7 +426,7 @@ def draw(model: Cola, args: Namespace, tasks: set[str], dataset) -> tuple[Cells,
             texts = [turn.text for turn in turns]
             if task == "vid":                              # it may be a first frame alone
                 texts += [""] * (edits.FRAMES - len(texts))
-            edit = replace(sample.EDIT, steps=image.steps, seed=image.seed)
+            edit = replace(sample.EDIT, seed=image.seed)
             drawn = sample.generate_turns(model, [given], [texts], edit, TASKS.index(task))[0]
             cells += zip([*given, *drawn], texts)
             cells += [(np.full((8, 8, 3), 255, np.uint8), "")] * (-len(cells) % 6)

@@ -8,7 +8,7 @@
     z_0 = z_1 + integral of v dt from t = 1 to 0     sampling (Eq. 10.2)
     v   = v_u + w (v_c - v_u)                        classifier-free guidance
 
-t = 0 is data, t = 1 is noise. Clean context has t = 0, so every position may have its own time.
+t = 0 is data, t = 1 is noise, of an image in a sequence near the image before it. Clean context has t = 0, so every position may have its own time.
 This file draws no random numbers: noise is always an argument.
 
 Shapes: Dz channels. z is (..., Dz); t has the leading dimensions of z, or is a float.
@@ -42,6 +42,7 @@ def velocity(z0: Tensor, eps: Tensor) -> Tensor:
     """The regression target v = eps - z_0, constant along a path (paper, Eq. 9.32)."""
     return eps - z0
 
+
 def near(z: Tensor, eps: Tensor, rho: float) -> Tensor:
     """Noise rho z + sqrt(1 - rho^2) eps near the normalized latents z, of variance 1 as well. From
     there the path to latents that equal z in most places is short."""
@@ -49,9 +50,9 @@ def near(z: Tensor, eps: Tensor, rho: float) -> Tensor:
 
 
 def near_shift(rho: float) -> float:
-    """Time shift that goes with it: sigma^-3, where sigma = sqrt(1 - rho^2). After sigma^-1, the
-    data are seen through as much of eps as without rho. The rest trains more of the times at which
-    nothing is seen yet of what changes, and it has to be told from the conditions."""
+    """Time shift that goes with it: sigma^-3, where sigma = sqrt(1 - rho^2). With sigma^-1, data
+    would be seen through as much of eps as without rho. A larger shift trains more of the times at
+    which a change is not visible yet; there the model must infer it from the conditions."""
     return (1 - rho ** 2) ** -1.5
 
 # ---- Training: times and loss -------------------------------------------------------------------

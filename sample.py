@@ -1,6 +1,6 @@
 """Sample: texts, images and answers from a checkpoint.
 
-    z_1 ~ temperature * N(0, I)                        noise
+    z_1 ~ temperature * N(0, I)                        noise; behind an image, near it (flow.near)
     dz/dt = v(z, t | context),  t from 1 to 0          transport (paper, Sec. 3.2.3, Eq. 10.2)
     v = v_u + w (v_c - v_u)                            guidance: v_c with the context, v_u without
     v = v_u + w_I (v_I - v_u) + w (v_c - v_I)          v_I: with images, without text (2211.09800)
@@ -57,9 +57,9 @@ class Settings:
 
 # Guiding an image below t = 0.6 makes colors bleed into each other (cf. 2404.07724). At temperature
 # 1 the reader of scenes refuses more images. Text at temperature 1 has outliers, at 0 it repeats
-# one story. What an edit asks for leaves little to noise; guidance overshoots there.
+# one story. An edit leaves little to chance: guidance and more steps make it worse.
 IMAGE = Settings(steps=8, guidance=2.0, interval=(0.6, 1.0), temperature=0.7)
-EDIT = replace(IMAGE, guidance=1.0, temperature=0.3)
+EDIT = Settings(steps=4, temperature=0.3)      # an image behind others
 TEXT = Settings(steps=4, shift=1.0, temperature=0.4)
 RELEASED = Settings(guidance=7.0, shift=1.0, snap=False, repetition_penalty=1.1,
                     stop="<|im_end|>")                         # of the public release
@@ -182,16 +182,14 @@ def generate_turns(model: Cola, given: list[list[np.ndarray]], texts: list[list[
                    ) -> list[list[np.ndarray]]:
     """Images in sequence, for B samples with the sample numbers first, first + 1, .. Each sample
     has a text for every image, "" for none, and the first of its images, uint8 (H, W, 3), are
-    given, equally many in all samples. Returns the other images of each sample, drawn in turn; one
-    without images before has the guidance and temperature of IMAGE. The task VID takes the images
+    given, equally many in all samples. Returns the other images of each sample, drawn in turn; the
+    settings are not those of a first image, which is drawn by IMAGE. The task VID takes the images
     as frames of the first text."""
     vae, context, count = model.image_vae, Context(model), len(texts)
     hw = given[0][0].shape[:2] if given[0] else model.image_hw
     h, w = (side // vae.downsample for side in hw)
     rngs, drawn = make_rngs(settings.seed, first, count), []
-    z, rho = context.no_image.new_zeros(count * h * w, vae.channels), 0.0
-    start = replace(settings, guidance=IMAGE.guidance, temperature=IMAGE.temperature)
-    copies = 1 + max(len(guidances(s, task)) for s in (settings, settings if given[0] else start))
+    copies = 1 + max(len(guidances(s, task)) for s in (settings, settings if given[0] else IMAGE))
     with_images = min(copies, 2)           # copies for guidance: all, without text, without both
 
     def lay(*samples: list[Sample]) -> masks.Layout:
@@ -209,11 +207,11 @@ def generate_turns(model: Cola, given: list[list[np.ndarray]], texts: list[list[
         else:
             drawing = [Sample(task, turn=turn, drawn=(h, w))] * count
             layout = pack(drawing, model.block_len, model.device)
-            own = with_shift(model, settings if turn else start, h * w, rho)
+            rho = model.image_rho if turn else 0.0
+            own = with_shift(model, settings if turn else IMAGE, h * w, rho)
             noise = own.temperature * draw_noise(rngs, h * w, vae.channels).to(model.device)
-            z = transport(context, layout, flow.near(z, noise, rho), own)
+            z = transport(context, layout, flow.near(z, noise, rho) if turn else noise, own)
             drawn.append(model.decode_images(z, (h, w)))
-        rho = model.image_rho
         if turn + 1 < len(texts[0]):
             image = [Sample(task, image=(h, w), turn=turn)] * count
             context.add(context.no_text, z.repeat(with_images, 1), lay(*[image] * with_images))
@@ -350,14 +348,16 @@ def add_sequence_commands(tasks) -> list[argparse.ArgumentParser]:
     edit = tasks.add_parser("edit", help="change a picture, or combine several")
     edit.add_argument("images", nargs="+", help="pictures of any size: image 1, image 2, ..")
     edit.add_argument("prompt", help="an instruction")
-    story = tasks.add_parser("story", help="draw a text, then change the image text by text")
+    story = tasks.add_parser("story", help="draw a text as t2i does, then change the image text "
+                             "by text; --steps, --guidance, --temperature are for the changes")
     story.add_argument("prompts", nargs="+", help="what to draw, then instructions")
     video = tasks.add_parser("video", help="text to video: a GIF, and .._frames.png in a row")
     video.add_argument("prompt", help="what to show")
     video.add_argument("--images", nargs="+", default=[], help="the first frames, to be continued")
     video.add_argument("--frames", type=COUNT, default=5, help="in all; the scenes have 5")
     for p in (edit, story, video):
-        p.add_argument("--image_guidance", type=REAL, help="w_I: holds to the images before")
+        p.add_argument("--image_guidance", type=REAL, help="w_I of the images before, for models "
+                       "trained with --image_rho 0")
     return [edit, story, video]
 
 
@@ -398,7 +398,7 @@ def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespac
     if args.official and of_text == TEXT:  # other defaults
         return parse(argv, RELEASED)
     args.settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
-    if args.n > 1 and args.temperature == 0:
+    if args.n > 1 and args.temperature == 0 and args.task not in ("story", "video"):
         raise ValueError(f"--n {args.n}: at temperature 0 all samples are equal; draw one")
     if args.task in ("it2t", "t2t"):
         return args

@@ -134,17 +134,21 @@ class PriorStage(nn.Module):
             terms["image"] = flow.flow_matching_loss(v_image, v, counts["image"])
             loss = loss + a.lambda_fm * terms["image"]
         if w_repa:
-            predicted = self.repa(hidden[is_image].float())                        # (Li, F)
-            clean = b.z_image if b.features is None else b.features
-            distance = 1 - F.cosine_similarity(predicted, clean, dim=-1)           # (Li,)
-            positions = counts["image"] / b.z_image.shape[1]
-            terms["repa"] = distance[b.image_moves].sum() / positions
+            terms["repa"] = self.repa_loss(b, hidden, counts)
             loss = loss + a.lambda_fm * w_repa * terms["repa"]
         if a.fsdp:         # weights outside the blocks, no DTensors here, may have no gradient: 0
             used = (p for name, p in self.named_parameters() if p.requires_grad and
                     (self.vae_trains() or not name.startswith("text_vae.")))
             loss = loss + 0 * sum(p.sum() for p in used if not isinstance(p, DTensor))
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    def repa_loss(self, b: Batch, hidden: Tensor, counts: dict[str, float]) -> Tensor:
+        """L_REPA: the mean distance of features predicted from `hidden` (L, D) to those of the
+        clean image."""
+        predicted = self.repa(hidden[masks.is_image(b.layout.segment)].float())    # (Li, F)
+        clean = b.z_image if b.features is None else b.features
+        distance = 1 - F.cosine_similarity(predicted, clean, dim=-1)               # (Li,)
+        return distance[b.image_moves].sum() / (counts["image"] / b.z_image.shape[1])
 
     def text_loss(self, v_text: Tensor, v: Tensor, b: Batch, counts: dict[str, float],
                   terms: Terms) -> Tensor:

@@ -97,7 +97,8 @@ def main() -> int:
         print(f"edits.py: expected baselines or one of {', '.join(CHANGES)}", file=sys.stderr)
         return 2
     CHANGES[name]()
-    return train.main(flags)
+    # Noise near a hidden image would show it.
+    return train.main([*flags, *["--image_rho", "0"] * (name in ("text_alone", "noisy_sources"))])
 
 
 if __name__ == "__main__":

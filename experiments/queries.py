@@ -5,22 +5,23 @@
     python -m experiments.queries evaluate K both|text|queries --out_dir DIR
 
 Behind each text P of an edit stand K x K queries Q, clean end tokens at places that are spread over
-the image. Q sees its text and the images before; the image J sees both, or one of the two:
+the image. Q sees its text and the images before:
 
     L_vis = 1 - cos(F(output of Q), features of the image of J, pooled to K x K)            (Eq. 1)
 
 F is linear. The features, one for each latent, are what a model that can describe images holds at
 the image of J, or those of another encoder in such a file; "latents" are those of the image VAE.
 "none" trains the queries by the flow alone. In a share of the samples J does not see the text: at
-first a half, from the middle of the run on a tenth (Sec. 3.2; the paper has no numbers). Q stands
-as segment C and a text that only Q sees as N; edits have neither.
+first a half, from the middle of the run on a tenth (Sec. 3.2; the paper has no numbers). J sees
+text and queries, queries alone or, what is never trained, the text alone. Q stands as segment C and
+a text that only Q sees as N; edits have neither.
 """
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -45,13 +46,13 @@ DESCRIBE = "describe the image."
 
 # ---- Layout ------------------------------------------------------------------------------------
 
-def change_rules(mode: str) -> None:
-    """The table of II with Q and hidden texts. mode: what J sees, "both", "text" or "queries"."""
-    text, queries = EQ * (mode != "queries"), EQ * (mode != "text")
-    #                                    P     C   I   N   J
-    masks.RULES[II, C] = torch.tensor([EQ,   EQ, LT, EQ, 0], dtype=torch.uint8)
-    masks.RULES[II, N] = torch.tensor([0,    0,  LT, LE, 0], dtype=torch.uint8)
-    masks.RULES[II, J] = torch.tensor([text, queries, LT, 0, EQ], dtype=torch.uint8)
+def change_rules(only_text: bool = False) -> None:
+    """The table of II with Q, and with texts that J does not see. only_text: J does not see Q."""
+    queries = 0 if only_text else EQ
+    #                                    P   C        I   N   J
+    masks.RULES[II, C] = torch.tensor([EQ, EQ,      LT, EQ, 0], dtype=torch.uint8)
+    masks.RULES[II, N] = torch.tensor([0,  0,       LT, LE, 0], dtype=torch.uint8)
+    masks.RULES[II, J] = torch.tensor([EQ, queries, LT, 0,  EQ], dtype=torch.uint8)
 
 
 def with_queries(layout: Layout, side: int, grid: tuple[int, int], hidden: Tensor | None = None
@@ -97,7 +98,7 @@ def change_batches(side: int, target: str) -> None:
         self.feature_channels = self.cz if file is None else file.shape[-1]
 
     def with_asking(self, k: int, task: int = II) -> batches.Example:
-        with asking(self.model, side):
+        with asking(self.model, side if task == II else 0):
             return ii(self, k, task)
 
     def as_queries(self, work: list[tuple[int, int]]) -> batches.Batch:
@@ -106,60 +107,60 @@ def change_batches(side: int, target: str) -> None:
         share = max(0.1, 0.5 - 0.8 * step / config.steps(a, "mmdit"))
         hidden = [self.rng(k, Purpose.DROP).random(3)[2] < share for _, k in work]
         batch = prior(self, work)
-        hw = [side // self.model.image_vae.downsample for side in self.model.image_hw]
-        return replace(batch, layout=with_queries(batch.layout, side, hw, torch.tensor(hidden)))
+        layout = with_queries(batch.layout, side, self.grid(0), torch.tensor(hidden))
+        parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        return QueryBatch(**parts | {"layout": layout})
 
     batches.Batches.__init__ = with_features
     batches.Batches.ii, batches.Batches.prior = with_asking, as_queries
 
 
+class QueryBatch(batches.Batch):
+    def counts(self) -> dict[str, float]:
+        return super().counts() | {"queries": int(asked(self.layout)[0].sum())}
+
+
+def asked(layout: Layout) -> tuple[Tensor, Tensor]:
+    """The queries whose turn draws an image, bool (L,), and the image of each of them, as a number
+    among those drawn in the batch."""
+    turn = layout.sample * 4096 + layout.block
+    drawn = turn[layout.segment == J].unique_consecutive()
+    is_query = (layout.segment == C) & (layout.task[layout.sample] == II) & torch.isin(turn, drawn)
+    return is_query, torch.searchsorted(drawn, turn[is_query])
+
+
 class PriorStage(train.PriorStage):
     """Stage 2 with L_vis in the place of L_REPA."""
-    def forward(self, b: batches.Batch, counts: dict) -> tuple[Tensor, dict]:
-        a, inner, seen = self.args, self.mmdit.forward, []
-        a.repa_until = 0.0                                 # no L_REPA
-        tap = {"tap": a.repa_layer - 1}
-        self.mmdit.forward = lambda *given, **named: seen.append(inner(*given, **named | tap)) \
-            or seen[0]
-        try:
-            loss, terms = super().forward(b, counts)
-        finally:
-            del self.mmdit.forward
-        if a.w_repa and counts["image"]:
-            terms["vis"] = self.vis_loss(b, seen[0][2])
-            loss = loss + a.lambda_fm * a.w_repa * terms["vis"]
-            terms["vis"] = terms["vis"].detach()
-        return loss, terms
+    side = 2                                               # K
 
-    def vis_loss(self, b: batches.Batch, hidden: Tensor) -> Tensor:
-        """The mean of L_vis over the queries whose turn has a J."""
-        layout = b.layout
-        is_query = (layout.segment == C) & (layout.task[layout.sample] == II)
-        picture = layout.select(masks.is_image(layout.segment))
-        drawn, turn = picture.segment == J, lambda x: x.sample * 4096 + x.block
-        of_image, of_query = (turn(x).unique_consecutive(return_counts=True)
-                              for x in (picture.select(drawn), layout.select(is_query)))
-        if not len(of_query[0]):
-            return 0 * self.repa.weight.sum()
-        features = (b.z_image if b.features is None else b.features)[drawn]
-        side, h, w = round(int(of_query[1][0]) ** 0.5), picture.row.max() + 1, picture.col.max() + 1
-        features = features.view(-1, h, w, features.shape[-1]).permute(0, 3, 1, 2)
-        pooled = F.adaptive_avg_pool2d(features, side).flatten(2).transpose(1, 2)  # (n, K K, F)
-        index = torch.searchsorted(of_image[0], of_query[0]).clamp(max=len(pooled) - 1)
-        has_image = of_image[0][index] == of_query[0]
-        predicted = self.repa(hidden[is_query].float()).view(-1, side * side, features.shape[1])
-        return (1 - F.cosine_similarity(predicted, pooled[index], dim=-1))[has_image].mean()
+    def repa_loss(self, b: batches.Batch, hidden: Tensor, counts: dict[str, float]) -> Tensor:
+        is_query, image = asked(b.layout)
+        predicted = self.repa(hidden[is_query].float())                            # (queries, F)
+        if not len(image):
+            return 0 * predicted.sum()
+        picture = b.layout.select(masks.is_image(b.layout.segment))
+        clean = (b.z_image if b.features is None else b.features)[picture.segment == J]
+        clean = clean.view(-1, picture.row.max() + 1, picture.col.max() + 1, clean.shape[-1])
+        pooled = F.adaptive_avg_pool2d(clean.permute(0, 3, 1, 2), self.side)       # (n, F, K, K)
+        target = pooled.flatten(2).transpose(1, 2)[image[::self.side ** 2]].flatten(0, 1)
+        return (1 - F.cosine_similarity(predicted, target, dim=-1)).sum() / counts["queries"]
 
 
-def change_sampling(side: int) -> None:
+def change_sampling(side: int, only_queries: bool = False) -> None:
     pack, generate = masks.pack, sample.generate_turns
 
-    def with_asking(model: cola.Cola, *given, **named) -> list:
-        hw = [side // model.image_vae.downsample for side in model.image_hw]
-        sample.pack = lambda *what: with_queries(pack(*what), side, hw)
+    def with_asking(model: cola.Cola, given, texts, settings=sample.EDIT, task=II, first=0) -> list:
+        if task != II:
+            return generate(model, given, texts, settings, task, first)
+        grid = [pixels // model.image_vae.downsample for pixels in model.image_hw]
+
+        def pack_queries(samples: list, *rest) -> Layout:
+            hidden = torch.full((len(samples),), only_queries)
+            return with_queries(pack(samples, *rest), side, grid, hidden)
+        sample.pack = pack_queries
         try:
             with asking(model, side):
-                return generate(model, *given, **named)
+                return generate(model, given, texts, settings, task, first)
         finally:
             sample.pack = pack
     sample.generate_turns = with_asking
@@ -168,7 +169,7 @@ def change_sampling(side: int) -> None:
 
 @torch.inference_mode()
 def describe(model: cola.Cola, images: list[np.ndarray]) -> Tensor:
-    """What the model holds half-way at the latents of images it is to describe: (images, h w, D)."""
+    """What the model holds half-way at the latents of images it is to describe: (n, h w, D)."""
     layer = model.mmdit.config.layers // 2
     z, lengths = model.encode_text([model.ids(DESCRIBE, end=False)] * len(images))
     grid = tuple(side // model.image_vae.downsample for side in images[0].shape[:2])
@@ -201,6 +202,8 @@ def probe(features: np.ndarray, scenes: list[pictures.Scene], side: int) -> dict
 def write_features(path: str, checkpoint: str, flags: list[str]) -> None:
     """Features of the images of a run's edits, and what the probe reads from them."""
     args = config.merge(config.parse(flags, "experiments.queries"))
+    if args.data:
+        raise ValueError("features are for generated scenes; leave out --data")
     dataset, model = data.open_data(args), cola.load(checkpoint)
     numbers, features = range(5 * dataset.num_images), []  # scenes, three edits, references
     for start in tqdm(numbers[::256], "features"):
@@ -216,25 +219,25 @@ def write_features(path: str, checkpoint: str, flags: list[str]) -> None:
 def main(command: str = "", *rest: str) -> int:
     """The exit status."""
     try:
-        if command == "features":
+        if command == "features" and len(rest) > 1:
             write_features(rest[0], rest[1], list(rest[2:]))
             return 0
-        side = int(rest[0])
-        if command == "train":
+        side = PriorStage.side = int(rest[0]) if rest and rest[0].isdecimal() else 0
+        if command == "train" and side and len(rest) > 1:
             change_batches(side, rest[1])
             change_sampling(side)
-            change_rules("both")
+            change_rules()
             train.PriorStage = PriorStage
-            return train.main([*rest[2:], "--w_repa", "0" if rest[1] == "none" else "0.5"])
-        if command == "evaluate" and rest[1] in ("both", "text", "queries"):
-            change_sampling(side)
-            change_rules(rest[1])
+            weight = "0" if rest[1] == "none" else "0.5"
+            return train.main([*rest[2:], "--w_repa", weight, "--repa_until", "1"])
+        if command == "evaluate" and side and rest[1:2] in (("both",), ("text",), ("queries",)):
+            change_sampling(side, rest[1] == "queries")
+            change_rules(rest[1] == "text")
             return evaluate.main(list(rest[2:]))
-    except (ValueError, OSError, IndexError) as error:
+        raise ValueError("expected features FILE CHECKPOINT, train K TARGET or evaluate K MODE")
+    except (ValueError, OSError, EOFError) as error:
         print(f"experiments.queries: {error}", file=sys.stderr)
         return 2
-    print("experiments.queries: expected features, train or evaluate", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ def draw_edit(rng: np.random.Generator, kind: str, heldout=False) -> tuple[Scene
 
 
 def any_edit(scene: Scene, rng: np.random.Generator, heldout=False) -> Edit:
-    """An edit of a random kind, or of another if ten do not fit. A background can always
-    be changed."""
+    """An edit of a random kind, or of another if ten do not fit. A background can always be
+    changed. heldout: whether the scene is of a held-out composition, as its target must be."""
     for kind in rng.permutation(KINDS):
         for _ in range(10):
             if found := edit(scene, rng, kind, heldout):
@@ -284,7 +284,7 @@ class Sequences:
         return self._reference(i)[2].target if kind == 4 else self._clip(i).frames[kind - 5]
 
     def edits(self, i: int, rng: np.random.Generator) -> list[Turn]:
-        """An edit of scene i, an edit of two pictures, or a caption and three edits in turn."""
+        """An edit of episode i, an edit of two pictures, or the whole episode with a caption."""
         kind = rng.random()
         if kind < 0.25 and self._reference(i):
             a, b, found = self._reference(i)

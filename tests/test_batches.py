@@ -152,6 +152,18 @@ def test_noise_of_an_image_is_near_the_image_before(made, task):
     torch.testing.assert_close(b.z_image, c.z_image)
 
 
+def test_noise_is_far_from_an_image_of_another_size(made):
+    """And times are not shifted there."""
+    turns = [masks.Sample(II, image=(2, 3)), masks.Sample(II, image=(3, 2), turn=1, drawn=(3, 2)),
+             masks.Sample(II, turn=2, drawn=(3, 2))]
+    z, eps = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
+    noise, shift = made.first_noise([replace(made.ii(0), turns=turns)], z, eps)
+    torch.testing.assert_close(noise, torch.cat([eps[:18], flow.near(z[12:18], eps[18:], 0.9)]))
+    later = torch.tensor([flow.near_shift(0.9)], dtype=torch.float64)
+    torch.testing.assert_close(shift, torch.cat([torch.ones(18, dtype=later.dtype),
+                                                 later.expand(6)]))
+
+
 @pytest.mark.parametrize("patch", (1, 2))
 def test_filler_has_a_weight_of_its_own(made, patch):
     """From the latent behind the one with the first end token after the text; given ones have 0."""

@@ -183,10 +183,14 @@ def test_a_checkpoint_from_before_there_were_turns(saved):
     for state in (found["model"], found["ema"]):
         del state["mmdit.position.turn.weight"]
         state[place] = state[place][:4].clone()
+    del found["config"]["image_rho"]
+    found["args"] = {}
     want = found["ema"][place]
     old = saved[1].with_name("old.pt")
     torch.save(found, old)
     again = cola.read(old)
+    assert again["args"]["image_rho"] == again["config"]["image_rho"] == 0
+    again["args"] = cola.read(saved[1])["args"]
     assert again["ema"][place].shape == again["model"][place].shape == (5, want.shape[1])
     position = cola.build(again).mmdit.position
     assert torch.equal(position.segment.weight[4], want[2]) and not position.turn.weight.any()

@@ -57,6 +57,17 @@ def test_instructions_name_one_object():
                 assert words and all(any(w.startswith(name) for name in names) for w in words)
 
 
+def test_all_kinds_of_edits_are_drawn_often():
+    """Moves fit few scenes; a kind that does not fit at once is tried again."""
+    rng = np.random.default_rng(3)
+    found = Counter()
+    for _ in range(600):
+        words = edits.any_edit(sample_scene(rng), rng).instruction.split()
+        found[words[0] + words[2] * (words[0] == "make")] += 1
+    rare = [found[kind] / 600 for kind in ("add", "move", "swap", "remove")]
+    assert min(rare) > 0.04 and sum(rare) > 0.25
+
+
 def test_episodes_put_back_what_was_removed():
     rng, kinds = np.random.default_rng(3), Counter()
     for _ in range(300):

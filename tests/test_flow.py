@@ -81,15 +81,15 @@ def test_text_loc_and_image_shift():
 
 
 def test_noise_near_other_latents():
-    """Variance 1, and times as late as if sigma^3 times as much noise were added."""
+    """It has variance 1. At times shifted by sigma^-1, data are seen through as much of it."""
     z, eps, t = draw(20000, 2), draw(20000, 2, seed=1), torch.tensor(0.7, dtype=torch.float64)
     near = flow.near(z, eps, 0.9)
     assert near.std() == pytest.approx(1, abs=0.02) and torch.equal(flow.near(z, eps, 0.0), eps)
     assert (near * z).mean() == pytest.approx(0.9, abs=0.02)
-    later = flow.shift_time(t, flow.near_shift(0.9))
-    noise = (1 - 0.9 ** 2) ** 1.5
-    torch.testing.assert_close((1 - later) / (noise * later), (1 - t) / t)
-    assert flow.near_shift(0.0) == 1.0
+    sigma = (1 - 0.9 ** 2) ** 0.5
+    later = flow.shift_time(t, 1 / sigma)
+    torch.testing.assert_close((1 - later) / (sigma * later), (1 - t) / t)
+    assert flow.near_shift(0.9) == pytest.approx(sigma ** -3) and flow.near_shift(0.0) == 1.0
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.7, 0.3])

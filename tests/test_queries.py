@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,20 +42,53 @@ def test_queries_end_each_text_and_spread_over_the_image(rules):
     assert layout.col[query].tolist() == [0, 3, 0, 3] * 4
     assert torch.equal(layout.block, packed.block)
 
-    for mode, text, asked in (("both", 1, 1), ("text", 1, 0), ("queries", 0, 1)):
-        queries.change_rules(mode)
+    for only_text in (False, True):
+        queries.change_rules(only_text)
         mask = dense(layout, layout)
         of = lambda sample, turn, segment: ((layout.sample == sample) & (layout.block == turn)
                                             & (layout.segment == segment))
         sees = lambda q, k: {bool(x) for x in mask[q][:, k].flatten()}
         for turn in (1, 2):
             drawn, query = (of(0, turn, s) for s in (J, C))
-            assert sees(drawn, of(0, turn, P)) == {bool(text)}
-            assert sees(drawn, query) == {bool(asked)}
+            assert sees(drawn, of(0, turn, P)) == {True}
+            assert sees(drawn, query) == {not only_text}
             assert sees(query, of(0, turn, P)) == sees(query, of(0, turn - 1, I)) == {True}
             assert sees(of(2, turn, J), of(2, turn, N)) == {False}
             assert sees(of(2, turn, C), of(2, turn, N)) == {True}
         assert sees(of(0, 2, J) | of(0, 2, C), of(0, 1, C) | of(0, 1, P) | of(0, 1, J)) == {False}
+
+
+def test_the_loss_of_queries_is_that_of_their_own_place_and_image(rules):
+    """Queries of a text without image have none; halves of a batch add up to the whole."""
+    edit = [Sample(II, image=(4, 4)), Sample(II, 6, (4, 4), turn=1, drawn=(4, 4)),
+            Sample(II, 6, turn=2, drawn=(4, 4))]
+    told = [Sample(II, 6, (4, 4)), Sample(II, 6, turn=1, drawn=(4, 4))]
+    draw, clean, hidden = torch.Generator().manual_seed(0), [], []
+    batch, stage = SimpleNamespace(features=None), SimpleNamespace(repa=torch.nn.Identity(), side=2)
+
+    def loss(samples, hidden, clean, count):
+        batch.layout = queries.with_queries(pack(samples, 1), 2, (4, 4))
+        batch.z_image = torch.cat(clean)
+        asked = int(queries.asked(batch.layout)[0].sum())
+        counts = {"queries": count or asked}
+        return queries.PriorStage.repa_loss(stage, batch, hidden, counts), asked
+
+    own = [torch.randn(16, 8, generator=draw) for _ in range(7)]
+    pooled = [x.view(2, 2, 2, 2, 8).mean((1, 3)).view(4, 8) for x in own]     # 2 x 2 quadrants
+    images = [[own[0], own[1], own[1], own[2]], [own[3], own[4]]]             # I J I J, I J
+    layout = queries.with_queries(pack([edit, told], 1), 2, (4, 4))
+    right = torch.zeros(len(layout), 8)
+    is_query = layout.segment == C
+    right[is_query] = torch.cat([pooled[1], pooled[2], pooled[6], pooled[4]])  # 6: of no image
+    assert loss([edit, told], right, sum(images, []), 0)[0] < 1e-6
+    swapped = right.clone()
+    swapped[is_query.nonzero()[:8, 0]] = torch.cat([pooled[2], pooled[1]])
+    whole, asked = loss([edit, told], swapped, sum(images, []), 0)
+    assert whole > 0.1 and asked == 12
+    first = layout.sample == 0
+    parts = [loss([own], swapped[at], z, asked)[0]
+             for own, at, z in ((edit, first, images[0]), (told, ~first, images[1]))]
+    torch.testing.assert_close(sum(parts), whole)
 
 
 def test_a_probe_reads_what_is_linear():
@@ -82,11 +116,15 @@ def test_training_with_features_and_evaluation(tiny, tmp_path, capsys):
         command = [sys.executable, "-m", "experiments.queries", *command, "--out_dir", out]
         assert subprocess.run(command).returncode == 0
     losses = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-    assert 0 < losses[-1]["vis"] < 2 and losses[-1]["image"] > 0
+    assert 0 < losses[-1]["repa"] < 2 and losses[-1]["image"] > 0
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    for wrong in ([], ["train", "x"], ["train", "2", str(tmp_path / "no.npy")],
-                  ["evaluate", "2", "neither"]):
+    missing = str(tmp_path / "no.npy")
+    for wrong, words in (([], "expected features"), (["train", "x", "none"], "expected features"),
+                         (["train", "2", missing], "no.npy"), (["train", "0", "none"], "train K"),
+                         (["evaluate", "2", "neither"], "evaluate K MODE"),
+                         (["features", missing, "x.pt", "--data", "."], "leave out --data")):
         assert queries.main(*wrong) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
