@@ -7,12 +7,12 @@
 Behind each text P of an edit stand K x K queries Q, clean end tokens at places that are spread over
 the image. Q sees its text and the images before:
 
-    L_vis = 1 - cos(F(output of Q), features of the image of J, pooled to K x K)            (Eq. 1)
+    L_vis = 1 - cos(F(output of Q), features of the image of J, pooled to K x K) (MMCORE, Eq. 1)
 
 F is linear. The features, one for each latent, are what a model that can describe images holds at
 the image of J, or those of another encoder in such a file; "latents" are those of the image VAE.
 "none" trains the queries by the flow alone. In a share of the samples J does not see the text: at
-first a half, from the middle of the run on a tenth (Sec. 3.2; the paper has no numbers). J sees
+first a half, from the middle of the run on a tenth (MMCORE, Sec. 3.2, without numbers). J sees
 text and queries, queries alone or, what is never trained, the text alone. Q stands as segment C and
 a text that only Q sees as N; edits have neither.
 """
