@@ -8,8 +8,9 @@
     z_0 = z_1 + integral of v dt from t = 1 to 0     sampling (Eq. 10.2)
     v   = v_u + w (v_c - v_u)                        classifier-free guidance
 
-t = 0 is data, t = 1 is noise, of an image in a sequence near the image before it. Clean context has t = 0, so every position may have its own time.
-This file draws no random numbers: noise is always an argument.
+t = 0 is data, t = 1 is noise; of an image in a sequence, noise near the image before it. Clean
+context has t = 0, so every position may have its own time. This file draws no random numbers: noise
+is always an argument.
 
 Shapes: Dz channels. z is (..., Dz); t has the leading dimensions of z, or is a float.
 Run: python flow.py   (CPU, 2 s)
