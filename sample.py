@@ -59,7 +59,7 @@ class Settings:
 # 1 the reader of scenes refuses more images. Text at temperature 1 has outliers, at 0 it repeats
 # one story. An edit leaves little to chance: guidance and more steps make it worse.
 IMAGE = Settings(steps=8, guidance=2.0, interval=(0.6, 1.0), temperature=0.7)
-EDIT = Settings(steps=4, temperature=0.3)      # an image behind others
+EDIT = replace(IMAGE, steps=4, guidance=1.0, temperature=0.3)      # an image behind others
 TEXT = Settings(steps=4, shift=1.0, temperature=0.4)
 RELEASED = Settings(guidance=7.0, shift=1.0, snap=False, repetition_penalty=1.1,
                     stop="<|im_end|>")                         # of the public release
