@@ -2,6 +2,7 @@
 
     python -m experiments.edits baselines                    seconds; needs no model
     python -m experiments.edits NAME --out_dir DIR           train.py under a change, with its flags
+    python -m experiments.edits table DIR ..                 the rates of such runs, seen scenes
 
 Baselines, of the edits that evaluate.py asks for: the source returned as it is; and a perfect
 drawer that knows a caption of the target alone, and so draws its objects at places of its own.
@@ -10,12 +11,17 @@ drawer that knows a caption of the target alone, and so draws its objects at pla
     noisy_sources  I has a random time in training, without loss
     no_turns       the images of a sample have no numbers
     texts_so_far   J sees the texts of all turns, not of its own alone
+    causal_texts   a token of P does not see those behind it in its text
+    late_sources   I sees the text that asks for the image behind it; so no series in training
 """
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,9 +29,11 @@ import torch
 import batches
 import masks
 import mmdit
+import sample
 import train
+from cuda_attention import padded
 from data import SEEDS, Purpose, rng
-from masks import II, LE, I, J, P
+from masks import GT, II, LE, I, J, P
 from scenes import edits, language, pictures
 
 # ---- Baselines without a model -----------------------------------------------------------------
@@ -81,10 +89,61 @@ def no_turns() -> None:
         self, replace(layout, block=torch.zeros_like(layout.block)))
 
 
+def causal_texts() -> None:
+    mask = padded.padded_mask
+
+    def causal(q, k, q_rows, k_rows, rules) -> torch.Tensor:
+        i, j = q_rows.index[:, :, None], k_rows.index[:, None, :]
+        in_text = (q.segment[i] == P) & (k.segment[j] == P) & (q.task[q.sample[i]] == II)
+        later = (q.block[i] == k.block[j]) & (k.col[j] > q.col[i])
+        return mask(q, k, q_rows, k_rows, rules) & ~(in_text & later)
+    padded.padded_mask = causal
+
+
+def late_sources() -> None:
+    """In a series, P of turn 2 would be seen by I of turn 0, and so by J of turn 1."""
+    draw, add = edits.Sequences.edits, sample.Context.add
+
+    def without_series(self, i: int, words: np.random.Generator) -> list[edits.Turn]:
+        while (turns := draw(self, i, words))[0].drawn:
+            pass
+        return turns
+
+    def add_with_text(self, text, image, layout) -> None:
+        """Images wait for the next text, and join the context with it."""
+        waiting = getattr(self, "waiting", [])
+        self.waiting = [*waiting, (text, image, layout)]
+        if len(text):
+            texts, images, layouts = zip(*self.waiting)
+            self.waiting = []
+            add(self, torch.cat(texts), torch.cat(images), reduce(masks.concat, layouts))
+    edits.Sequences.edits, sample.Context.add = without_series, add_with_text
+    change_rule((I, P, GT))
+
+
 CHANGES = {
     "text_alone": lambda: change_rule((J, I, 0), (P, I, 0)), "noisy_sources": noisy_sources,
     "no_turns": no_turns, "texts_so_far": lambda: change_rule((J, P, LE)),
+    "causal_texts": causal_texts, "late_sources": late_sources,
 }
+
+# ---- Table -------------------------------------------------------------------------------------
+
+RATES = ("ii.scene", "ii.done", "ii.kept", "ii.reference", "ii.both_orders", "ii.turns.3",
+         "ii.true_history.3", "ii.put_back", "t2i.scene", "it2t.exact", "it2t.vqa",
+         "t2t.consistent")
+
+
+def table(folders: list[str]) -> None:
+    """Prints a line of Markdown for each run: rates on seen scenes, those left out by its tasks as
+    spaces."""
+    print("| run |", " | ".join(RATES), "|")
+    print("|---" * (1 + len(RATES)) + "|")
+    for folder in map(Path, folders):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        cells = [f"{reduce(dict.__getitem__, ('seen.' + rate).split('.'), metrics):.3f}"
+                 if "seen." + rate in metrics["samples"] else " " for rate in RATES]
+        print(f"| {folder.name} |", " | ".join(cells), "|")
 
 
 def main() -> int:
@@ -93,8 +152,12 @@ def main() -> int:
     if name == "baselines" and not flags:
         baselines()
         return 0
+    if name == "table" and flags:
+        table(flags)
+        return 0
     if name not in CHANGES:
-        print(f"edits.py: expected baselines or one of {', '.join(CHANGES)}", file=sys.stderr)
+        print("edits.py: expected baselines, table DIR .. or one of " + ", ".join(CHANGES),
+              file=sys.stderr)
         return 2
     CHANGES[name]()
     # Noise near a hidden image would show it.

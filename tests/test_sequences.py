@@ -1,4 +1,5 @@
 """pytest tests/test_sequences.py: images in sequence, as sample.py draws them"""
+import json
 import shlex
 from dataclasses import replace
 
@@ -7,39 +8,76 @@ import pytest
 import torch
 from PIL import Image
 
+import experiments.edits
 import flow
 import masks
 import sample
-from cuda_attention import make_plan
+from cuda_attention import make_plan, padded
 from masks import II, VID, J, Sample, pack
+from scenes import edits
 from test_sample import BLOCK, S, close, latents, model, picture  # noqa: F401
 
 
-@pytest.mark.parametrize("task", [II, VID])
-def test_images_in_sequence_equal_the_packed_pass_of_training(model, latents, monkeypatch, task):
-    """With one Euler step, an image is its noise minus the velocity at t = 1."""
-    begun, solve = [], flow.solve
-    monkeypatch.setattr(flow, "solve", lambda f, z, *rest: begun.append(z) or solve(f, z, *rest))
-    given, texts = [[picture(0)], [picture(1)]], [["a cat", "remove it.", ""],
-                                                  ["", "make the circle blue.", "add a star."]]
-    s = replace(S, steps=1)
-    images = sample.generate_turns(model, given, texts, s, task)
-    assert [[image.shape for image in drawn] for drawn in images] == [[(32, 32, 3)] * 2] * 2
+def packed_velocities(model, given, texts, drawn, noise, task):
+    """Those of the images drawn, (turns, B h w, Cz), which begin as noise, in the pass of training
+    at t = 1; one picture of each sample is given."""
     ids = [[model.ids(text, end=False) for text in own] for own in texts]
-    first = model.encode_images([picture(0), picture(1)])
-    noise, clean = torch.stack(begun), torch.stack([first, *latents])     # (turns, B h w, Cz)
+    first = model.encode_images([picture for picture, in given])
+    clean, turns = [first, *drawn], range(len(texts[0]))
     layout = pack([[Sample(task, len(x), (4, 4), turn=turn, drawn=(4, 4) if turn else (0, 0))
                     for turn, x in enumerate(own)] for own in ids], BLOCK)
-    z = [x[b * 16:b * 16 + 16] for b in range(2) for turn in range(3)
+    z = [x[b * 16:b * 16 + 16] for b in range(len(texts)) for turn in turns
          for x in ([noise[turn - 1]] if turn else []) + [clean[turn]]]
     t_index = (layout.segment == J).long()
     with torch.no_grad():
         v = model.mmdit(model.encode_text(sum(ids, []))[0], torch.cat(z), torch.tensor([0.0, 1.0]),
                         t_index, layout, make_plan(layout))[1]
-    drawn = v[t_index[masks.is_image(layout.segment)] == 1].view(2, 2, 16, -1).transpose(0, 1)
-    close((noise - clean[1:]).view_as(drawn), drawn)
+    own = v[t_index[masks.is_image(layout.segment)] == 1].view(len(texts), len(drawn), 16, -1)
+    return own.transpose(0, 1).flatten(1, 2)
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The noise of each image."""
+    noise, solve = [], flow.solve
+    monkeypatch.setattr(flow, "solve", lambda f, z, *rest: noise.append(z) or solve(f, z, *rest))
+    return noise
+
+
+@pytest.mark.parametrize("task", [II, VID])
+def test_images_in_sequence_equal_the_packed_pass_of_training(model, latents, begun, task):
+    """With one Euler step, an image is its noise minus the velocity at t = 1."""
+    given, texts = [[picture(0)], [picture(1)]], [["a cat", "remove it.", ""],
+                                                  ["", "make the circle blue.", "add a star."]]
+    s = replace(S, steps=1)
+    images = sample.generate_turns(model, given, texts, s, task)
+    assert [[image.shape for image in drawn] for drawn in images] == [[(32, 32, 3)] * 2] * 2
+    noise, clean = torch.stack(begun), torch.stack(latents)               # (turns, B h w, Cz)
+    close(noise - clean, packed_velocities(model, given, texts, clean, noise, task))
     sample.generate_turns(model, given[1:], texts[1:], s, task, first=1)   # alone, the same
     close(torch.stack(latents[2:]), torch.stack(latents[:2])[:, 16:])
+
+
+@pytest.mark.parametrize("name", ["causal_texts", "late_sources", "texts_so_far"])
+def test_changed_masks_of_experiments(model, latents, begun, monkeypatch, name):
+    """Under each change, edits are drawn as they are trained, and otherwise than without it."""
+    given, texts = [[picture(0)], [picture(1)]], [["", "remove it."], ["", "make it blue."]]
+    if name == "texts_so_far":
+        texts = [["a cat", *own[1:]] for own in texts]
+    s = replace(S, steps=1)
+    sample.generate_turns(model, given, texts, s)
+    for owner, value in ((padded, "padded_mask"), (edits.Sequences, "edits"),
+                         (sample.Context, "add")):
+        monkeypatch.setattr(owner, value, getattr(owner, value))            # to be restored
+    rules = masks.RULES.clone()
+    try:
+        experiments.edits.CHANGES[name]()
+        sample.generate_turns(model, given, texts, s)
+        noise, drawn = begun[1:], latents[1:]
+        close(noise[0] - drawn[0], packed_velocities(model, given, texts, drawn, noise, II)[0])
+        assert (drawn[0] - latents[0]).abs().max() > 1e-3
+    finally:
+        masks.RULES.copy_(rules)
 
 
 def test_an_image_begins_near_the_one_before(model, latents, monkeypatch):
@@ -129,3 +167,12 @@ def test_edits_stories_and_clips(model, tmp_path, monkeypatch):
     assert Image.open("s.png").text["caption"] == "a cat make it blue."
     shown = np.asarray(Image.open("w_frames.png"))                # a.png and b.png are the same
     assert np.array_equal(shown[:, :32], shown[:, 32:64])
+
+
+def test_the_table_of_changes(tmp_path, capsys):
+    metrics = {"samples": {"seen.ii.scene": 4}, "seen": {"ii": {"scene": 0.25}}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    experiments.edits.table([str(tmp_path)])
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert {len(cells) for cells in lines} == {1 + len(experiments.edits.RATES)}
+    assert [cell.strip() for cell in lines[2]] == [tmp_path.name, "0.250"] + [""] * 11
