@@ -49,6 +49,7 @@ SHARE = (0.0, 1.0)                                 # fractions of a whole
 WEIGHT = (0.0, 1e6)                                # 0 switches a term of the loss off
 RATE = (1e-12, 1e6)                                # above 0
 REAL = (-100.0, 100.0)                             # of either sign
+ALL_TASKS = "t2t:3,t2i:2,it2t:3,ii:7,vid:2"        # --tasks all
 
 # ---- The table ---------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("data", [], None, DATA, "folders, .jsonl, .tar of captioned images; else scenes"),
         Flag("text", [], None, DATA, "files for T2T: .txt or .jsonl, also .gz; else captions"),
         Flag("tasks", "t2t:5,t2i:4,it2t:5", None, RECIPE, "task:ratio of samples, for any of t2t, "
-             "t2i, it2t, ii (edits), vid (clips)"),
+             f"t2i, it2t, ii (edits), vid (clips); all stands for {ALL_TASKS}"),
         Flag("image_size", [32], (8, 1 << 12), RECIPE, "pixels: one number, or height and width"),
         Flag("aspect", False, None, DATA, "keep aspect ratios from 1:2 to 2:1 instead of cropping"),
         Flag("seq_len", 128, SIZE, RECIPE, "longest text in tokens; longer captions are refused"),
@@ -289,6 +290,7 @@ def check(a: Namespace) -> None:
 
 def task_shares(text: str) -> dict[str, float]:
     """"t2t:1,t2i:3" -> {"t2t": 0.25, "t2i": 0.75}; a task of ratio 0 is left out."""
+    text = ALL_TASKS if text == "all" else text
     try:
         pairs = [pair.split(":") for pair in text.replace(" ", "").split(",")]
         ratios = {name: float(ratio) for name, ratio in pairs}

@@ -3,6 +3,7 @@
     python -m experiments.edits baselines                    seconds; needs no model
     python -m experiments.edits NAME --out_dir DIR           train.py under a change, with its flags
     python -m experiments.edits table DIR ..                 the rates of such runs, seen scenes
+    python -m experiments.edits guidance CHECKPOINT          rates by both guidances, minutes
 
 Baselines, of the edits that evaluate.py asks for: the source returned as it is; and a perfect
 drawer that knows a caption of the target alone, and so draws its objects at places of its own.
@@ -21,12 +22,15 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from functools import reduce
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import batches
+import cola
+import evaluate
 import masks
 import mmdit
 import sample
@@ -134,7 +138,7 @@ RATES = ("ii.scene", "ii.done", "ii.kept", "ii.reference", "ii.both_orders", "ii
          "t2t.consistent")
 
 
-def table(folders: list[str]) -> None:
+def table(*folders: str) -> None:
     """Prints a line of Markdown for each run: rates on seen scenes, those left out by its tasks as
     spaces."""
     print("| run |", " | ".join(RATES), "|")
@@ -146,22 +150,38 @@ def table(folders: list[str]) -> None:
         print(f"| {folder.name} |", " | ".join(cells), "|")
 
 
+def guidance(checkpoint: str, n: int = 256) -> None:
+    """Prints the rates of single edits of seen scenes, by the guidances of text and images."""
+    model = cola.load(checkpoint)
+    groups = [evaluate.draw_scenes(SEEDS, range(n)[first:first + 64], heldout=False)
+              for first in range(0, n, 64)]
+    for text, image in product((1.0, 2.0, 3.0), (1.0, 1.5)):
+        settings = replace(sample.EDIT, seed=SEEDS, guidance=text, image_guidance=image)
+        rates = defaultdict(list)
+        for group in groups:
+            for rate, right in evaluate.judge_edits(model, group, settings):
+                rates[rate].append(right)
+        print(f"text {text:g}, images {image:g}:", *(
+            f"{rate} {np.mean(rates['ii.' + rate]):.3f}" for rate in ("scene", "done", "kept")))
+
+
 def main() -> int:
-    """The exit status of train.py."""
-    name, *flags = sys.argv[1:] or [""]
-    if name == "baselines" and not flags:
-        baselines()
-        return 0
-    if name == "table" and flags:
-        table(flags)
-        return 0
+    """The exit status of train.py; 2 for a user's mistake."""
+    name, *given = sys.argv[1:] or [""]
+    if (name, len(given)) in (("baselines", 0), ("guidance", 1)) or name == "table" and given:
+        try:
+            {"baselines": baselines, "guidance": guidance, "table": table}[name](*given)
+            return 0
+        except (ValueError, OSError, EOFError) as error:
+            print(f"edits.py: {error}", file=sys.stderr)
+            return 2
     if name not in CHANGES:
-        print("edits.py: expected baselines, table DIR .. or one of " + ", ".join(CHANGES),
-              file=sys.stderr)
+        print("edits.py: expected baselines, guidance CHECKPOINT, table DIR .. or one of "
+              + ", ".join(CHANGES), file=sys.stderr)
         return 2
     CHANGES[name]()
     # Noise near a hidden image would show it.
-    return train.main([*flags, *["--image_rho", "0"] * (name in ("text_alone", "noisy_sources"))])
+    return train.main([*given, *["--image_rho", "0"] * (name in ("text_alone", "noisy_sources"))])
 
 
 if __name__ == "__main__":

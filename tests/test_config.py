@@ -4,6 +4,7 @@ import shlex
 import pytest
 
 import config
+import masks
 import sample
 from config import DATA, DEFAULTS, FLAG, FLAGS, MODEL, RECIPE, RUN, merge, parse
 from conftest import TINY
@@ -153,6 +154,7 @@ def test_scenes_need_pixels():
 def test_readings_of_flags():
     assert config.task_shares("t2t:1, t2i:3") == {"t2t": 0.25, "t2i": 0.75}
     assert config.task_shares("it2t:2,t2t:0") == {"it2t": 1.0}
+    assert config.task_shares("all").keys() == {*masks.TASKS}
     assert config.image_hw(flags("--image_size 32")) == (32, 32)
     assert config.image_hw(flags("--image_size 32 64")) == (32, 64)
     assert config.logsnr(flags("--vae_logsnr learned")) is None

@@ -172,7 +172,25 @@ def test_edits_stories_and_clips(model, tmp_path, monkeypatch):
 def test_the_table_of_changes(tmp_path, capsys):
     metrics = {"samples": {"seen.ii.scene": 4}, "seen": {"ii": {"scene": 0.25}}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    experiments.edits.table([str(tmp_path)])
+    experiments.edits.table(str(tmp_path))
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     assert {len(cells) for cells in lines} == {1 + len(experiments.edits.RATES)}
     assert [cell.strip() for cell in lines[2]] == [tmp_path.name, "0.250"] + [""] * 11
+
+
+def test_the_table_of_guidances(model, capsys, monkeypatch):
+    monkeypatch.setattr(experiments.edits.cola, "load", lambda checkpoint: model)
+    asked = []
+    monkeypatch.setattr(sample, "generate_turns", lambda model, given, texts, s, **rest: (
+        asked.append((s.guidance, s.image_guidance)) or given))         # each source as it is
+    experiments.edits.guidance("a", n=16)
+    assert asked == [(1.0, 1.0), (1.0, 1.5), (2.0, 1.0), (2.0, 1.5), (3.0, 1.0), (3.0, 1.5)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "text 1, images 1.5: scene 0.000 done 0.000 kept 1.000"
+
+
+@pytest.mark.parametrize("line", ["guidance missing", "table missing", "guidance", "no_change"])
+def test_experiments_of_edits_refuse_in_one_line(line, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["edits.py", *line.split()])
+    assert experiments.edits.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
