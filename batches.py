@@ -86,7 +86,7 @@ class Batch(TextBatch):
     text_weight: Tensor                # (Lt,) its weight in L_text, 0 if it does not move
     eps_text: Tensor                   # (Lt, Dz) noise, 0 in P and C
     z_image: Tensor                    # (Li, Cz) clean latents
-    image_weight: Tensor               # (Li,) its weight in L_image, 0 if it does not move
+    image_moves: Tensor                # (Li,) bool: it moves, bears L_image
     eps_image: Tensor                  # (Li, Cz) noise
     features: Tensor | None            # (Li, F) of --repa_features
     t: Tensor                          # (U,) distinct times; t[0] = 0 is clean
@@ -97,10 +97,10 @@ class Batch(TextBatch):
         self.target_plan = make_plan(self.layout.select(self.targets), self.layout)
 
     def counts(self) -> dict[str, float]:
-        """image: the weights in L_image, times channels; by task: those in L_text, too."""
+        """image: positions with L_image, times channels; by task: the weights of L_text, too."""
         text = torch.bincount(self.text_task, self.text_weight, minlength=len(TASKS))
         text = dict(zip(TASKS, (text * self.eps_text.shape[1]).tolist()))
-        image = float(self.image_weight.sum()) * self.eps_image.shape[1]
+        image = int(self.image_moves.sum()) * self.eps_image.shape[1]
         return super().counts() | text | {"image": image, "positions": len(self.layout)}
 
 # ---- One sample of stage 2 ---------------------------------------------------------------------
@@ -367,8 +367,7 @@ class Batches:
         in_block = (layout.segment == C) | (layout.segment == N)
         own_time = (first_time[layout.sample] + layout.block
                     + torch.where(in_block, turns[layout.sample], 0))
-        eps_image, image_shift, image_weight = self.image_paths(
-            examples, z_image, join("eps_image"))
+        eps_image, image_shift = self.first_noise(examples, z_image, join("eps_image"))
         loc = torch.where(is_image, self.model.image_loc, self.text_loc)                # (L,)
         shift = torch.ones(len(layout), dtype=torch.float64).masked_scatter(is_image, image_shift)
         u = join("u")[own_time]    # float64: numbers of one cell become the same float32 time
@@ -379,15 +378,13 @@ class Batches:
             source=first_latent[layout.sample[~is_image]] + join("source"),
             text_task=task[~is_image], text_moves=moving[~is_image],
             text_weight=weight[~is_image], eps_text=eps_text[~is_image],
-            z_image=z_image, image_weight=image_weight * moving[is_image],
+            z_image=z_image, image_moves=moving[is_image],
             eps_image=eps_image, features=features,
             t=t, t_index=t_index[1:])
 
-    def image_paths(self, examples: list[Example], z: Tensor, eps: Tensor
-                    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of images with the latents z: their noise (Li, Cz), made of eps, the shift of their times
-        and their weight in L_image, (Li,) each. The noise of a J behind a clean image of its size
-        is near that image; where the two images differ, its weight is w_change."""
+    def first_noise(self, examples: list[Example], z: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise (Li, Cz) of images with the latents z, made of eps, and the shift (Li,) of
+        their times. The noise of a J behind a clean image of its size is near that image."""
         sizes, is_near = [], []            # of each J and I
         for e in examples:
             grids = [(segment, hw) for turn in e.turns
@@ -400,11 +397,9 @@ class Batches:
                  for n, x in zip(sizes, is_near)]
         shift = torch.tensor(shift, dtype=torch.float64).repeat_interleave(size)
         at = torch.tensor(is_near, dtype=torch.bool).repeat_interleave(size).nonzero()[:, 0]
-        before = z[at - size.repeat_interleave(size)[at]]
-        eps, weight = eps.clone(), torch.ones(len(z))
-        eps[at] = flow.near(before, eps[at], rho)
-        weight[at[(z[at] - before).square().mean(-1) > 0.25]] = self.args.w_change
-        return eps, shift, weight
+        eps = eps.clone()
+        eps[at] = flow.near(z[at - size.repeat_interleave(size)[at]], eps[at], rho)
+        return eps, shift
 
     def packed(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Tokens (T,) of all texts, and latents of each but the empty ones (a dropped caption)."""

@@ -145,8 +145,6 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("w_filler", 0.3, WEIGHT, RECIPE, "weight in L_text of the latents behind the first "
              "end token of a text, which fill its last block; at 0, likelihoods mean nothing"),
         Flag("w_answer", 3.5, RATE, RECIPE, "weight of an answer's few tokens in L_text"),
-        Flag("w_change", 3.0, RATE, RECIPE, "weight in L_image of latents that differ from those "
-             "of the image before: most of an edit is a copy, which is learned sooner"),
         Flag("w_repa", 0.0, WEIGHT, DATA, "weight of L_REPA: 0.5 in the literature, 0 is off"),
         Flag("repa_features", "", None, DATA, ".npy that L_REPA aligns images with, in the order "
              "of the data: (images, latents of an image, channels); else with their latents"),

@@ -129,11 +129,9 @@ class PriorStage(nn.Module):
         text_loss = self.text_loss(v_text, v, b, counts, terms)
         loss = loss + a.lambda_fm * a.w_text * text_loss
         if counts["image"]:
-            moves = b.image_weight > 0                                             # (Li,)
-            v = flow.velocity(b.z_image, b.eps_image)[moves]                       # (targets, Cz)
+            v = flow.velocity(b.z_image, b.eps_image)[b.image_moves]               # (targets, Cz)
             v_image = v if v_image is None else v_image    # without an image here, its share is 0
-            terms["image"] = flow.flow_matching_loss(
-                v_image, v, counts["image"], b.image_weight[moves])
+            terms["image"] = flow.flow_matching_loss(v_image, v, counts["image"])
             loss = loss + a.lambda_fm * terms["image"]
         if w_repa:
             terms["repa"] = self.repa_loss(b, hidden, counts)
@@ -150,7 +148,7 @@ class PriorStage(nn.Module):
         predicted = self.repa(hidden[masks.is_image(b.layout.segment)].float())    # (Li, F)
         clean = b.z_image if b.features is None else b.features
         distance = 1 - F.cosine_similarity(predicted, clean, dim=-1)               # (Li,)
-        return (b.image_weight * distance).sum() / (counts["image"] / b.z_image.shape[1])
+        return distance[b.image_moves].sum() / (counts["image"] / b.z_image.shape[1])
 
     def text_loss(self, v_text: Tensor, v: Tensor, b: Batch, counts: dict[str, float],
                   terms: Terms) -> Tensor:

@@ -58,11 +58,10 @@ def test_batch_against_its_samples(made, task):
     tokens = b.ids[b.source]                                   # one token per latent
     noisy = b.layout.segment[is_text] == N
     assert torch.equal((t > 0).nonzero()[:, 0], b.targets) and (b.text_task == task).all()
-    assert torch.equal(t[is_text] > 0, b.text_moves)
-    assert torch.equal(t[~is_text] > 0, b.image_weight > 0)
+    assert torch.equal(t[is_text] > 0, b.text_moves) and torch.equal(t[~is_text] > 0, b.image_moves)
     assert torch.equal(b.eps_text.any(1), noisy) and not b.text_moves[~noisy].any()
     assert task == T2T or b.text_moves[noisy].all()            # else below: some are given
-    assert (b.image_weight == (task == T2I)).all() and len(b.z_image) == (~is_text).sum()
+    assert (b.image_moves == (task == T2I)).all() and len(b.z_image) == (~is_text).sum()
     for s in range(30):
         (text, *prompt), draw = texts_of(made, task, s), data.rng(0, s, Purpose.DROP)
         text, prompt = model.ids(text, end=True), model.ids("".join(prompt), end=False)
@@ -92,7 +91,7 @@ def test_batch_against_its_samples(made, task):
     torch.testing.assert_close(t[mine], alone.t[alone.t_index])
     text = dict.fromkeys(TASKS, 0) | {TASKS[task]: int(b.text_moves.sum()) * 16}
     assert b.counts() == text | {
-        "positions": len(b.t_index), "image": int(b.image_weight.sum()) * 32, "tokens": len(b.ids),
+        "positions": len(b.t_index), "image": int(b.image_moves.sum()) * 32, "tokens": len(b.ids),
         "masked": int(b.masked.sum())}
 
 
@@ -104,9 +103,9 @@ def test_images_in_sequence_against_their_turns(made, task):
     segment, t, tokens = b.layout.segment, b.t[b.t_index], b.ids[b.source]
     is_image = masks.is_image(segment)
     assert torch.equal(t > 0, segment == J) and torch.equal((t > 0).nonzero()[:, 0], b.targets)
-    assert torch.equal(b.image_weight > 0, segment[is_image] == J) and not b.text_moves.any()
-    weights = b.image_weight[b.layout.sample[is_image] == 7]
-    assert made.prior([(task, 7)]).counts()["image"] == weights.sum() * 32
+    assert torch.equal(b.image_moves, segment[is_image] == J) and not b.text_moves.any()
+    bears_loss = int((t[b.layout.sample == 7] > 0).sum())
+    assert made.prior([(task, 7)]).counts()["image"] == bears_loss * 32
     for k in work:
         turns = getattr(made.dataset, TASKS[task])(k)
         u = data.rng(0, k, Purpose.DROP).random()
@@ -126,17 +125,16 @@ def test_images_in_sequence_against_their_turns(made, task):
                     torch.testing.assert_close(b.z_image[found[name][is_image]], z)
         assert len(t[mine & (segment == J)].unique()) > 1 or sum(x.drawn for x in turns) == 1
         seen.add((no_text, no_images))
-    assert len(seen) == 3 and b.eps_image[b.image_weight > 0].std() > 0.9
+    assert len(seen) == 3 and b.eps_image[b.image_moves].std() > 0.9
 
 
 @pytest.mark.parametrize("task", [II, VID])
-def test_an_image_and_the_image_before(made, task):
-    """If that is clean context, noise is near it, times are later, and what changes weighs 3."""
+def test_noise_of_an_image_is_near_the_image_before(made, task):
+    """Where that is clean context, and at later times."""
     far = with_flags(made, model=replace(made.model, image_rho=0.0))
     made = with_flags(made, "--cfg_drop", "0.4")
     far.args = made.args
-    b, c = [x.prior([(task, k) for k in range(40)]) for x in (made, far)]
-    seen, changed = set(), set()
+    (b, c), seen = ([x.prior([(task, k) for k in range(40)]) for x in (made, far)]), set()
     picture = b.layout.select(masks.is_image(b.layout.segment))
     of_image = [b.t[b.t_index], c.t[c.t_index]]
     of_image = [t[masks.is_image(b.layout.segment)] for t in of_image]
@@ -144,31 +142,26 @@ def test_an_image_and_the_image_before(made, task):
         here = (picture.sample == s) & (picture.block == turn) & (picture.segment == J)
         before = (picture.sample == s) & (picture.block == turn - 1) & (picture.segment == I)
         eps, t = c.eps_image[here], of_image[1][here]
-        weight = torch.ones(len(eps))
-        if before.any() and here.any():
-            eps = flow.near(b.z_image[before], eps, 0.9)
+        if before.any():
+            eps = flow.near(b.z_image[before], eps, 0.9) if here.any() else eps
             t = flow.shift_time(t, flow.near_shift(0.9))
-            distance = (b.z_image[before] - b.z_image[here]).norm(dim=1) / 32 ** 0.5
-            weight = 1 + 2 * (distance > 0.5)
-            changed |= {*weight.tolist()}
         torch.testing.assert_close(b.eps_image[here], eps)
         torch.testing.assert_close(of_image[0][here], t)
-        torch.testing.assert_close(b.image_weight[here], weight.float())
         seen.add((bool(here.any()), bool(before.any())))
-    assert {(True, True), (True, False)} <= seen and changed == {1, 3}
+    assert {(True, True), (True, False)} <= seen
     torch.testing.assert_close(b.z_image, c.z_image)
 
 
-def test_an_image_behind_one_of_another_size_is_like_a_first_one(made):
+def test_noise_is_far_from_an_image_of_another_size(made):
+    """And times are not shifted there."""
     turns = [masks.Sample(II, image=(2, 3)), masks.Sample(II, image=(3, 2), turn=1, drawn=(3, 2)),
              masks.Sample(II, turn=2, drawn=(3, 2))]
     z, eps = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
-    noise, shift, weight = made.image_paths([replace(made.ii(0), turns=turns)], z, eps)
+    noise, shift = made.first_noise([replace(made.ii(0), turns=turns)], z, eps)
     torch.testing.assert_close(noise, torch.cat([eps[:18], flow.near(z[12:18], eps[18:], 0.9)]))
     later = torch.tensor([flow.near_shift(0.9)], dtype=torch.float64)
     torch.testing.assert_close(shift, torch.cat([torch.ones(18, dtype=later.dtype),
                                                  later.expand(6)]))
-    assert (weight[:18] == 1).all() and (weight[18:] == 3).all()
 
 
 @pytest.mark.parametrize("patch", (1, 2))

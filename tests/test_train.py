@@ -21,7 +21,7 @@ import train
 from batches import Batches
 from checkpoint import new_model
 from conftest import TINY
-from masks import II, IT2T, T2I, T2T
+from masks import IT2T, T2I, T2T
 from mmdit import MMDiTConfig
 from test_data import image_folder
 from workers import Worker
@@ -152,16 +152,6 @@ def test_filler_weighs_less(system):
     assert n == n_real + 0.25 * (n_all - n_real) and n_real < n < n_all
     filler = (all_ * n_all - real * n_real) / (n_all - n_real)
     assert mixed * n == pytest.approx(real * n_real + 0.25 * filler * (n_all - n_real), rel=1e-4)
-
-
-def test_what_an_edit_changes_weighs_more(system):
-    """L_image is the mean of the errors under the weights of the batch."""
-    stage, b = stage_and_batch(system, II)
-    changed, sums = b.image_weight > 1, []
-    for weight in (1, 2, 5):
-        one = dataclasses.replace(b, image_weight=torch.where(changed, weight, b.image_weight))
-        sums.append(stage(one, n := one.counts())[1]["image"].item() * n["image"])
-    assert sums[1] > sums[0] and sums[2] - sums[0] == pytest.approx(4 * (sums[1] - sums[0]), 1e-4)
 
 
 def test_learning_rates(system):
