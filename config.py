@@ -31,6 +31,7 @@ from scenes.pictures import check_size
 MODEL, RECIPE, DATA, RUN = "model", "recipe", "data", "run"
 INHERITED = {"resume": (MODEL, RECIPE, DATA), "init": (MODEL, RECIPE)}  # kinds a checkpoint sets
 STAGES = ("text_vae", "image_vae", "mmdit")        # in the order in which they are trained
+ALL_TASKS = "t2t:3,t2i:2,it2t:3,ii:7,vid:2"        # --tasks all
 
 
 class Flag(NamedTuple):
@@ -49,7 +50,6 @@ SHARE = (0.0, 1.0)                                 # fractions of a whole
 WEIGHT = (0.0, 1e6)                                # 0 switches a term of the loss off
 RATE = (1e-12, 1e6)                                # above 0
 REAL = (-100.0, 100.0)                             # of either sign
-ALL_TASKS = "t2t:3,t2i:2,it2t:3,ii:7,vid:2"        # --tasks all
 
 # ---- The table ---------------------------------------------------------------------------------
 

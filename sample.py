@@ -390,7 +390,8 @@ def parse(argv: list[str] | None, of_text: Settings = TEXT) -> argparse.Namespac
         add_model_flags(p)
         p.add_argument("--n", type=COUNT, default=1, help="samples to draw")
         p.add_argument("--steps", type=COUNT, help="solver steps; fewer is faster and coarser")
-        p.add_argument("--guidance", type=REAL, help="w; texts need --cfg_drop_text")
+        p.add_argument("--guidance", type=REAL, help="w; texts need --cfg_drop_text, and "
+                       "edits are best at 1")
         p.add_argument("--solver", choices=flow.SOLVERS, help="heun, rk4: 2 and 4 calls a step")
         p.add_argument("--temperature", type=within(0, 1e6), help="scale of the initial noise")
         p.set_defaults(**asdict(of_text if p in (it2t, t2t) else IMAGE if p is t2i else EDIT))

@@ -14,6 +14,7 @@ Shapes: L positions, of which Lt text; S samples of W positions; D width; U dist
 """
 from __future__ import annotations
 
+import re
 import sys
 
 import torch
@@ -118,7 +119,7 @@ def main() -> int:
     """The exit status of train.py."""
     (kind, *flags), kinds = sys.argv[1:] or [""], {"unpacked": Unpacked, "plain": Plain}
     given = config.parse(flags, "baseline.py") if kind in kinds else {}
-    in_sequence = any(task in given.get("tasks", "") for task in ("ii", "vid"))
+    in_sequence = re.search("all|ii|vid", given.get("tasks", ""))
     if kind not in kinds or in_sequence or {"w_repa", "compile", "fsdp", "device"} & given.keys():
         print(f"baseline.py: expected one of {', '.join(kinds)}, then flags of train.py, without "
               "--w_repa, --compile, --fsdp, --device and the tasks ii and vid", file=sys.stderr)

@@ -3,7 +3,7 @@
     python -m experiments.edits baselines                    seconds; needs no model
     python -m experiments.edits NAME --out_dir DIR           train.py under a change, with its flags
     python -m experiments.edits table DIR ..                 the rates of such runs, seen scenes
-    python -m experiments.edits guidance CHECKPOINT          rates by both guidances, minutes
+    python -m experiments.edits guidance CHECKPOINT          rates by both guidances, seconds
 
 Baselines, of the edits that evaluate.py asks for: the source returned as it is; and a perfect
 drawer that knows a caption of the target alone, and so draws its objects at places of its own.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections import defaultdict
 from dataclasses import replace
 from functools import reduce
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 
 import batches
-import cola
 import evaluate
 import masks
 import mmdit
@@ -141,18 +141,21 @@ RATES = ("ii.scene", "ii.done", "ii.kept", "ii.reference", "ii.both_orders", "ii
 def table(*folders: str) -> None:
     """Prints a line of Markdown for each run: rates on seen scenes, those left out by its tasks as
     spaces."""
-    print("| run |", " | ".join(RATES), "|")
-    print("|---" * (1 + len(RATES)) + "|")
-    for folder in map(Path, folders):
-        metrics = json.loads((folder / "metrics.json").read_text())
-        cells = [f"{reduce(dict.__getitem__, ('seen.' + rate).split('.'), metrics):.3f}"
-                 if "seen." + rate in metrics["samples"] else " " for rate in RATES]
-        print(f"| {folder.name} |", " | ".join(cells), "|")
+    lines = [["run", *RATES], ["---"] * (1 + len(RATES))]
+    for file in (Path(folder) / "metrics.json" for folder in folders):
+        try:
+            metrics = json.loads(file.read_text())
+            lines.append([file.parent.name, *(
+                f"{reduce(dict.__getitem__, ('seen.' + rate).split('.'), metrics):.3f}"
+                if "seen." + rate in metrics["samples"] else " " for rate in RATES)])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file}: not the rates of a run") from None
+    print(*(f"| {' | '.join(line)} |" for line in lines), sep="\n")
 
 
 def guidance(checkpoint: str, n: int = 256) -> None:
     """Prints the rates of single edits of seen scenes, by the guidances of text and images."""
-    model = cola.load(checkpoint)
+    model = sample.open_model(Namespace(checkpoint=checkpoint, official=None, device="cpu"), "ii")
     groups = [evaluate.draw_scenes(SEEDS, range(n)[first:first + 64], heldout=False)
               for first in range(0, n, 64)]
     for text, image in product((1.0, 2.0, 3.0), (1.0, 1.5)):
@@ -172,7 +175,7 @@ def main() -> int:
         try:
             {"baselines": baselines, "guidance": guidance, "table": table}[name](*given)
             return 0
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError) as error:
             print(f"edits.py: {error}", file=sys.stderr)
             return 2
     if name not in CHANGES:

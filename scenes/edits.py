@@ -23,7 +23,7 @@ from scenes.pictures import (BACKGROUNDS, COLORS, INVERSE, JITTER, ROOM, SHAPES,
                              Scene, is_heldout, pick, reading_order, sample_scene)
 
 KINDS = ("color", "size", "shape", "background", "remove", "add", "move", "swap")
-TRIED = (*KINDS, "add", "move", "move", "swap", "swap")    # these fit fewer scenes, and are harder
+TRIED = (*KINDS, "add", "move", "move", "swap", "swap")    # moves and swaps fit fewer scenes
 PUT_BACK = "put back what was removed."
 STILL = 0.75 / 32            # an object stands still if its place changes by at most this
 WAYS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}        # of x and y
@@ -128,7 +128,7 @@ def draw_edit(rng: np.random.Generator, kind: str, heldout=False) -> tuple[Scene
 
 
 def any_edit(scene: Scene, rng: np.random.Generator, heldout=False) -> Edit:
-    """An edit of a kind of TRIED, or of another if ten do not fit. A background can always be
+    """An edit of a kind of TRIED, or of the next if ten do not fit. A background can always be
     changed. heldout: whether the scene is of a held-out composition, as its target must be."""
     for kind in rng.permutation(TRIED):
         for _ in range(10):

@@ -65,7 +65,7 @@ def test_all_kinds_of_edits_are_drawn_often():
         words = edits.any_edit(sample_scene(rng), rng).instruction.split()
         found[words[0] + words[2] * (words[0] == "make")] += 1
     rare = [found[kind] / 600 for kind in ("add", "move", "swap", "remove")]
-    assert min(rare) > 0.04 and sum(rare) > 0.25
+    assert min(rare) > 0.04 and found["move"] > 60 and found["swap"] > 75      # 34, 52 of KINDS
 
 
 def test_episodes_put_back_what_was_removed():

@@ -2,6 +2,7 @@
 import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,7 +180,7 @@ def test_the_table_of_changes(tmp_path, capsys):
 
 
 def test_the_table_of_guidances(model, capsys, monkeypatch):
-    monkeypatch.setattr(experiments.edits.cola, "load", lambda checkpoint: model)
+    monkeypatch.setattr(sample, "open_model", lambda args, task: model)
     asked = []
     monkeypatch.setattr(sample, "generate_turns", lambda model, given, texts, s, **rest: (
         asked.append((s.guidance, s.image_guidance)) or given))         # each source as it is
@@ -189,8 +190,19 @@ def test_the_table_of_guidances(model, capsys, monkeypatch):
     assert lines[1] == "text 1, images 1.5: scene 0.000 done 0.000 kept 1.000"
 
 
-@pytest.mark.parametrize("line", ["guidance missing", "table missing", "guidance", "no_change"])
-def test_experiments_of_edits_refuse_in_one_line(line, capsys, monkeypatch):
+@pytest.mark.parametrize("line, why", [
+    ("guidance missing", "no such checkpoint"), ("guidance", "expected baselines"),
+    ("table missing", "No such file"), ("table .", "not the rates of a run"), ("what", "expected")])
+def test_experiments_of_edits_refuse_in_one_line(line, why, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("metrics.json").write_text("{}")
     monkeypatch.setattr("sys.argv", ["edits.py", *line.split()])
     assert experiments.edits.main() == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    out, error = capsys.readouterr()
+    assert not out and error.count("\n") == 1 and why in error
+
+
+def test_guidance_refuses_a_model_without_edits(model, monkeypatch):
+    monkeypatch.setattr(sample.cola, "load", lambda checkpoint: replace(model, tasks=("t2i",)))
+    with pytest.raises(ValueError, match="trained for t2i, not for ii"):
+        experiments.edits.guidance("a", n=16)
