@@ -156,14 +156,12 @@ def table(*folders: str) -> None:
 def guidance(checkpoint: str, n: int = 256) -> None:
     """Prints the rates of single edits of seen scenes, by the guidances of text and images."""
     model = sample.open_model(Namespace(checkpoint=checkpoint, official=None, device="cpu"), "ii")
-    groups = [evaluate.draw_scenes(SEEDS, range(n)[first:first + 64], heldout=False)
-              for first in range(0, n, 64)]
+    group = evaluate.draw_scenes(SEEDS, range(n), heldout=False)
     for text, image in product((1.0, 2.0, 3.0), (1.0, 1.5)):
         settings = replace(sample.EDIT, seed=SEEDS, guidance=text, image_guidance=image)
         rates = defaultdict(list)
-        for group in groups:
-            for rate, right in evaluate.judge_edits(model, group, settings):
-                rates[rate].append(right)
+        for rate, right in evaluate.judge_edits(model, group, settings):
+            rates[rate].append(right)
         print(f"text {text:g}, images {image:g}:", *(
             f"{rate} {np.mean(rates['ii.' + rate]):.3f}" for rate in ("scene", "done", "kept")))
 

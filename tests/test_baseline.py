@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import experiments.baseline
 import masks
 from cuda_attention import make_plan
 from experiments.baseline import Plain, Unpacked
@@ -46,3 +47,10 @@ def test_the_plain_prior_obeys_the_mask(seed):
         changed[j] += 1
         differs = (run(prior, layout, changed)[0] - before).abs().amax(1) > 1e-5
         assert not differs[~visible[:, j]].any() and differs[allowed[:, j]].all()
+
+
+@pytest.mark.parametrize("tasks", ["ii:1", "t2i:1,vid:1", "all"])
+def test_images_in_sequence_are_refused(tasks, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["baseline.py", "plain", "--tasks", tasks, "--dry_run"])
+    assert experiments.baseline.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
